@@ -1,0 +1,121 @@
+"""The LLaMA / Qwen2 decoder on packed tokens.
+
+Shapes: T tokens of all sequences packed, D hidden_size, H query heads, K key/value heads.
+
+A layer does not know how attention is computed, whether a cache is written or how many sequences there are: it hands its
+queries, keys and values to `attend`, which prefill, decode and training each supply. That is the one seam through which
+tokens can leave between layers.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import TextConfig
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
+Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, head_dim) each
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 as the official one: in bf16 the logits would move."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
+def rotary_table(config: TextConfig, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
+    """Cosines and sines for positions (T,), or (3, T) for Qwen2-VL's multimodal rotary embedding.
+
+    Computed in float32 from the positions themselves: kept tokens keep their original ids, however large.
+    """
+    exponents = torch.arange(0, config.head_size, 2, device=position_ids.device).float() / config.head_size
+    angles = position_ids[..., None].float() * (1.0 / config.rope_theta**exponents)  # (T, half) or (3, T, half)
+    if config.mrope_section is not None:
+        angles = interleave_sections(angles, config.mrope_section)
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)  # (T, 1, head_dim)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def interleave_sections(angles: Tensor, mrope_section: tuple[int, ...]) -> Tensor:
+    """Take each frequency section from its own axis (time, height, width): (3, T, half) -> (T, half)."""
+    if angles.dim() == 2:  # text only: all three axes agree
+        return angles
+    sections = angles.split(mrope_section, dim=-1)
+    return torch.cat([section[axis % 3] for axis, section in enumerate(sections)], dim=-1)
+
+
+def apply_rotary(heads: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate (T, heads, head_dim) in the half-split layout of the official checkpoints."""
+    cos, sin = rotary
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_size
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(attend(apply_rotary(q, rotary), apply_rotary(k, rotary), v).flatten(-2))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, hidden_states: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), rotary, attend)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Decoder(nn.Module):
+    """Official parameter names, so a checkpoint in official names loads with `strict=True`.
+
+    It holds no loop over the layers: `inference.prefill` is the loop, because tokens leave in it.
+    Source: transformers models/llama/modeling_llama.py, models/qwen2/modeling_qwen2.py.
+    """
+
+    def __init__(self, config: TextConfig, attention: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.attention = attention  # back end asked for; see attention.resolve_backend
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight

@@ -1,0 +1,23 @@
+"""The benchmarks: one small file each, saying where its samples come from, how it asks and how it scores."""
+
+from pathlib import Path
+
+from .base import DatasetUnavailable, Sample, Task
+from .mme import Mme
+from .pope import Pope
+
+__all__ = ["TASKS", "DatasetUnavailable", "Mme", "Pope", "Sample", "Task", "load_task"]
+
+TASKS: dict[str, type[Task]] = {"pope": Pope, "mme": Mme}
+
+
+def load_task(name: str, data_dir: Path | None = None) -> Task:
+    """Make the benchmark of that name; nothing is read or downloaded before its samples are asked for.
+
+    Args:
+        name: a key of `TASKS`.
+        data_dir: folder with the benchmark's parquet files (see `dataset_files`); None takes them from the Hub.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; choose one of: {', '.join(sorted(TASKS))}")
+    return TASKS[name](data_dir)

@@ -1,0 +1,136 @@
+"""MME: 14 abilities, and for every picture two questions, one whose truth is yes and one whose truth is no.
+
+Paper: https://arxiv.org/abs/2306.13394. Prompt, parsing and scores follow lmms-eval's mme task.
+
+A category scores 100 * (share of questions right) + 100 * (share of pictures with both questions right), so 0 to 200.
+LLaVA's paper calls the ten perception categories alone MME (1510.7 for LLaVA-1.5-7B); V2Drop's paper, as most work on
+token dropping, adds the four of cognition (1862).
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from .base import SHORT_ANSWER_PROMPT, Sample, Task, dataset_files, decode_picture, read_parquet_rows, spread, yes_or_no
+
+REPO_ID = "lmms-lab-encoder/MME"
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+
+class Mme(Task):
+    """MME as lmms-eval asks and scores it: 2,374 questions about 1,187 pictures."""
+
+    name = "mme"
+    max_new_tokens = 16
+
+    def samples(self, limit: int | None = None) -> Iterator[Sample]:
+        """Give the questions in the order of the data; a limit takes limit // 2 whole pictures over the categories.
+
+        Every category gives as many pictures. With fewer than 14 pictures some category is missing, which max_score
+        of the summary tells.
+        """
+        if limit is not None and limit < 2:
+            raise ValueError(f"a limit of {limit} is less than one MME picture, which has 2 questions; give 2 or more")
+        files = dataset_files(REPO_ID, "test", self.data_dir)
+        rows = read_parquet_rows(files, ["question_id", "category"])
+        pictures = _pair_by_picture((row["category"], row["question_id"]) for row in rows)
+        positions = None
+        if limit is not None:
+            pairs = list(pictures.values())
+            chosen = spread([(category,) for category, _ in pictures], limit // 2)
+            positions = [position for index in chosen for position in pairs[index]]
+        columns = ["question_id", "question", "answer", "category", "image"]
+        return _numbered_samples(read_parquet_rows(files, columns, positions))
+
+    def correct(self, answer: str, sample: Sample) -> float:
+        """Return 1.0 where the answer reads as the ground truth, else 0.0."""
+        return float(parse_answer(answer) == sample.answer)
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Compute MME's scores; records must hold both questions of every picture.
+
+        Keys, c being a category that is present:
+        - score: the total, perception + cognition, 0 to 2800 on the full benchmark; max_score is its limit for the
+          categories present, so 2800 says that none is missing.
+        - perception (ten categories, 0 to 2000), cognition (four, 0 to 800), and c itself, 0 to 200.
+        - accuracy, c_accuracy: share of questions right; accuracy_plus, c_accuracy_plus: share of pictures with both
+          right; 0 to 1.
+        """
+        if not records:
+            raise ValueError("MME has no record to score; evaluate at least one picture, which is 2 samples")
+        pairs_right = _pairs_right(records)
+        accuracies = {category: sum(pairs) / (2 * len(pairs)) for category, pairs in pairs_right.items()}
+        accuracies_plus = {category: pairs.count(2) / len(pairs) for category, pairs in pairs_right.items()}
+        scores = {category: 100 * (accuracies[category] + accuracies_plus[category]) for category in pairs_right}
+        all_pairs = [right for pairs in pairs_right.values() for right in pairs]
+        return {
+            "score": sum(scores.values()),
+            "max_score": 200.0 * len(scores),
+            "perception": float(sum(scores.get(category, 0.0) for category in PERCEPTION)),
+            "cognition": float(sum(scores.get(category, 0.0) for category in COGNITION)),
+            "accuracy": sum(all_pairs) / (2 * len(all_pairs)),
+            "accuracy_plus": all_pairs.count(2) / len(all_pairs),
+            **scores,
+            **{f"{category}_accuracy": value for category, value in accuracies.items()},
+            **{f"{category}_accuracy_plus": value for category, value in accuracies_plus.items()},
+        }
+
+
+def parse_answer(answer: str) -> str:
+    """Read "yes", "no" or "other" from an answer: the word itself, y or n, or the word within the first 4 characters.
+
+    As in lmms-eval, "Not sure" is "no" by this rule, and "I know" (no "no" within "i kn") is "other".
+    """
+    text = answer.lower().strip().replace(".", "")
+    if len(text) == 1:
+        return {"y": "yes", "n": "no"}.get(text, "other")
+    if "yes" in text[:4]:
+        return "yes"
+    return "no" if "no" in text[:4] else "other"
+
+
+def _numbered_samples(rows: Iterable[dict[str, Any]]) -> Iterator[Sample]:
+    asked: Counter[str] = Counter()
+    for row in rows:
+        picture = row["question_id"]
+        asked[picture] += 1
+        yield _sample(row, f"{picture}#{asked[picture]}")
+
+
+def _sample(row: dict[str, Any], sample_id: str) -> Sample:
+    return Sample(
+        sample_id=sample_id,
+        text=row["question"].strip().replace(" Please answer yes or no.", "") + SHORT_ANSWER_PROMPT,
+        images=(decode_picture(row["image"], sample_id),),
+        answer=yes_or_no(row["answer"], sample_id, REPO_ID),
+        kind=row["category"],
+        group=row["question_id"],
+    )
+
+
+def _pair_by_picture(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[int]]:
+    """Join the positions of the two questions of each picture; a key is (category, picture)."""
+    pictures: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for position, key in enumerate(keys):
+        pictures[key].append(position)
+    for (category, picture), positions in pictures.items():
+        if category not in PERCEPTION + COGNITION:
+            raise ValueError(f"picture {picture}: MME has no category {category!r}; is this {REPO_ID}?")
+        if len(positions) != 2:
+            raise ValueError(
+                f"MME picture {picture} has {len(positions)} question(s), not 2, and is scored as a pair; "
+                "take samples by samples(limit), which keeps pairs whole, and evaluate each once"
+            )
+    return pictures
+
+
+def _pairs_right(records: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """Count, for each picture of each category, how many of its two answers are right."""
+    right: dict[str, list[int]] = defaultdict(list)
+    pictures = _pair_by_picture((record["kind"], record["group"]) for record in records)
+    for (category, _), positions in pictures.items():
+        right[category].append(sum(parse_answer(records[i]["text"]) == records[i]["answer"] for i in positions))
+    return right
