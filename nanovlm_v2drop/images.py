@@ -24,7 +24,13 @@ CLIP_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 ASPECT_RATIOS = ("pad", "crop")
 # What this file does to every picture. A checkpoint whose settings say otherwise needs another processor.
-FIXED_SETTINGS = {"resample": Image.Resampling.BICUBIC, "do_resize": True, "do_rescale": True, "do_normalize": True}
+FIXED_SETTINGS = {
+    "do_resize": True,
+    "resample": int(Image.Resampling.BICUBIC),
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -56,7 +62,7 @@ def _decode_file(path: Path) -> Image.Image:
         raise ValueError(f"{path} is too large: {error} Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS.") from error
     # Decoders meet damaged bytes with SyntaxError, struct.error, IndexError and more: to the reader all mean the same.
     except Exception as error:
-        raise ValueError(f"cannot read {path} as a picture: {error}; is the file complete?") from error
+        raise ValueError(f"cannot read {path} as a picture: {error}") from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -65,7 +71,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     # Pillow would clip these modes at 255, which turns most such pictures white.
     if picture.mode == "F" or picture.mode.startswith("I"):
         raise ValueError(f"picture mode {picture.mode!r} has more than 8 bits per channel; scale it to 0..255 first")
-    return picture.convert("RGB")
+    # By way of RGBA the palette's colours are the same, and Pillow has no warning to give about transparent ones.
+    return (picture.convert("RGBA") if picture.mode == "P" else picture).convert("RGB")
 
 
 def resize_bicubic(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -162,8 +169,8 @@ class ImageProcessor:
     def _normalise(self, picture: Image.Image) -> Tensor:
         # float64 only for the division: with the rest in float32 the values equal the official ones to the last bit.
         pixels = (np.asarray(picture, dtype=np.float64) / 255).astype(np.float32)  # (S, S, 3)
-        pixels = (pixels - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
+        return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -190,7 +197,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _check_size(name: str, value: Any, image_size: int) -> None:
-    """Accept the spellings of one side length that checkpoints use: 336, {"shortest_edge": 336}, {"height", "width"}."""
+    """Accept every spelling of one side: 336, {"shortest_edge": 336}, {"height": 336, "width": 336}, or none at all."""
     sides = value if isinstance(value, dict) else {"shortest_edge": value}
     if value is not None and set(sides) not in ({"shortest_edge"}, {"height", "width"}):
         raise ValueError(f"the image settings' {name} {value!r} is not supported; expected a number, or one per side")

@@ -15,7 +15,7 @@ import tokenizers
 from PIL.Image import Image
 from tokenizers import decoders
 
-from nanovlm_v2drop.images import read_json_object
+from .images import read_json_object
 
 IMAGE_TOKEN = "<image>"
 VICUNA_SYSTEM = (
@@ -160,9 +160,10 @@ class SentencePieceTokenizer:
         return token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        size, special_ids = self.processor.get_piece_size(), set(self.special_tokens.values())
-        ordinary = [token_id for token_id in token_ids if token_id < size and token_id not in special_ids]
-        return self.decoder.decode([self.processor.id_to_piece(token_id) for token_id in ordinary])
+        # Added tokens lie behind the model's own pieces, and padded rows behind those.
+        own_ids = [token_id for token_id in token_ids if token_id < self.processor.get_piece_size()]
+        tokens = [self.processor.id_to_piece(token_id) for token_id in own_ids]
+        return self.decoder.decode([token for token in tokens if token not in self.special_tokens])
 
     def token_to_id(self, token: str) -> int | None:
         if token in self.special_tokens:
@@ -232,7 +233,7 @@ def _load_sentencepiece(path: Path, image_token_id: int | None) -> SentencePiece
     added_tokens = read_json_object(added_file) if added_file.is_file() else {}
     if IMAGE_TOKEN not in added_tokens:
         if image_token_id is None:
-            raise ValueError(f"{path.parent}: {path.name} does not know {IMAGE_TOKEN}; pass the config's image_token_id")
+            raise ValueError(f"{path} does not know {IMAGE_TOKEN}; pass the config's image_token_id")
         added_tokens[IMAGE_TOKEN] = image_token_id
     _check_added_tokens(processor, added_tokens)
     return SentencePieceTokenizer(processor, added_tokens)
@@ -248,9 +249,7 @@ def _check_added_tokens(processor: sentencepiece.SentencePieceProcessor, added_t
             )
 
 
-def encode_prompt(
-    tokenizer: Tokenizer, prompt: str, image_token_id: int, tokens_per_image: Sequence[int]
-) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, image_token_id: int, tokens_per_image: Sequence[int]) -> list[int]:
     """Token ids of a prompt in which the i-th image token stands `tokens_per_image[i]` times, once per feature.
 
     Raises ValueError where the prompt has more or fewer image tokens than there are pictures.
@@ -259,8 +258,8 @@ def encode_prompt(
     placeholders = token_ids.count(image_token_id)
     if placeholders != len(tokens_per_image):
         raise ValueError(
-            f"the prompt has {placeholders} image tokens (id {image_token_id}) but {len(tokens_per_image)} pictures are "
-            "given; write one per picture, and check that the tokenizer knows the image token"
+            f"the prompt has {placeholders} image tokens (id {image_token_id}) but {len(tokens_per_image)} pictures "
+            "are given; write one per picture, and check that the tokenizer knows the image token"
         )
     counts = iter(tokens_per_image)
     repeats = (next(counts) if token_id == image_token_id else 1 for token_id in token_ids)

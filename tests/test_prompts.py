@@ -24,7 +24,7 @@ SENTENCES = [
     "A chat between a curious user and an artificial intelligence assistant.",
     "The assistant gives helpful, detailed, and polite answers to the user's questions.",
     "USER: What is shown in the picture? ASSISTANT: A red square  stands left of a blue circle.",
-    "How many circles are there?\nAnswer with one word. 0 1 2 3 4 5 6 7 8 9",
+    "How many circles are there? Answer with one word. 0 1 2 3 4 5 6 7 8 9",
     "Über den Straßen: café, naïve, 東京の空, привет мир.",
 ] * 4
 VOCAB_SIZE = 440
@@ -237,7 +237,9 @@ def test_both_formats_decode_as_the_official_tokenizer(text, from_json, from_sen
     assert from_sentencepiece.decode(token_ids) == expected
 
 
-pieces = st.sampled_from([*SPECIAL_TOKENS, " ", "  ", "▁", "\n", "What", "picture", "🙂", "東", "<0x41>"]) | st.text(max_size=8)
+pieces = st.sampled_from([*SPECIAL_TOKENS, " ", "  ", "▁", "\n", "What", "picture", "🙂", "東", "<0x41>"]) | st.text(
+    max_size=8
+)
 
 
 @given(text=st.lists(pieces, max_size=8).map("".join))
@@ -252,13 +254,10 @@ def test_both_formats_decode_any_ids_equally(token_ids, from_json, from_sentence
     assert from_sentencepiece.decode(token_ids) == from_json.decode(token_ids)
 
 
-@given(text=st.text())
+@given(text=st.text().filter(lambda text: not any(special in text for special in SPECIAL_TOKENS)))
 @settings(max_examples=100, deadline=None)
 def test_decode_returns_the_text_that_was_encoded(text, from_json, from_sentencepiece):
-    expected = text.replace("▁", " ")
-    for special in SPECIAL_TOKENS:
-        expected = expected.replace(special, "")
-    assert from_sentencepiece.decode(from_json.encode(text)) == expected
+    assert from_sentencepiece.decode(from_json.encode(text)) == text.replace("▁", " ")
 
 
 def test_word_after_a_special_token_gets_its_prefix_again(from_json, from_sentencepiece):
@@ -380,10 +379,14 @@ def test_each_image_token_is_repeated_once_per_feature(from_json):
 
 
 def test_prompt_without_pictures_is_only_encoded(from_json):
-    assert encode_prompt(from_json, "USER: Hi ASSISTANT:", IMAGE_TOKEN_ID, []) == from_json.encode("USER: Hi ASSISTANT:")
+    assert encode_prompt(from_json, "USER: Hi ASSISTANT:", IMAGE_TOKEN_ID, []) == from_json.encode(
+        "USER: Hi ASSISTANT:"
+    )
 
 
-@pytest.mark.parametrize(("prompt", "tokens_per_image", "counts"), [("a", [4], "0 .* 1"), ("<image> <image>", [4], "2 .* 1")])
+@pytest.mark.parametrize(
+    ("prompt", "tokens_per_image", "counts"), [("a", [4], "0 .* 1"), ("<image> <image>", [4], "2 .* 1")]
+)
 def test_image_token_count_must_match_the_pictures(from_json, prompt, tokens_per_image, counts):
     with pytest.raises(ValueError, match=f"has {counts.replace(' .* ', ' image tokens .* but ')} pictures"):
         encode_prompt(from_json, prompt, IMAGE_TOKEN_ID, tokens_per_image)

@@ -513,5 +513,5 @@ def test_load_task_hands_the_folder_on(pope_folder):
 
 
 def test_an_unknown_task_is_an_error_listing_the_known_ones():
-    with pytest.raises(ValueError, match="unknown task 'vqa'; choose one of: .*mme, pope"):
+    with pytest.raises(ValueError, match=r"unknown task 'vqa'; choose one of: .*mme, pope"):
         load_task("vqa")

@@ -33,7 +33,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 
 from ..config import TextConfig, VisionConfig, VLMConfig
-from ..decoder import rotary_table
+from ..decoder import DecoderLayer, Rotary, rotary_table
 from ..prompts import TEMPLATES
 from ..vlm import LlavaModel
 from . import scenes
@@ -270,33 +270,40 @@ def answer_loss(model: LlavaModel, features: Tensor, batch: list[Tensor]) -> tup
     start = int((ids[0] == image_token).nonzero()[0])
     hidden_states = torch.cat([hidden_states[:, :start], features, hidden_states[:, start + features.shape[1] :]], 1)
     rows, length = ids.shape
-    attend = masked_attention(turns, model.config.text_config.num_attention_heads)
+    bias = turn_bias(turns)
     rotary = rotary_table(model.config.text_config, positions.flatten(), torch.bfloat16)
     hidden_states = hidden_states.flatten(0, 1)
     for layer in decoder.layers:
-        hidden_states = layer(hidden_states, rotary, attend)
+        hidden_states = masked_layer(layer, hidden_states, rotary, bias)
     wanted = labels.view(rows, length)[:, 1:].flatten()  # a token is predicted from the one before it
     asked = wanted != -100
     logits = decoder.lm_head(decoder.norm(hidden_states.view(rows, length, -1)[:, :-1].flatten(0, 1)[asked])).float()
     return F.cross_entropy(logits, wanted[asked]), (logits.argmax(-1) == wanted[asked]).float().mean()
 
 
-def masked_attention(turns: Tensor, num_heads: int):
-    """Attention in which a question sees the picture and itself only. turns: (N, L).
-
-    Plain matrix products: on this CPU their backward pass is twice as fast as scaled_dot_product_attention's.
-    """
+def turn_bias(turns: Tensor) -> Tensor:
+    """(N, L) turn numbers -> (N, 1, L, L) to add to the attention scores: a question sees the picture and itself only."""
     rows, length = turns.shape
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     visible = causal & ((turns[:, None, :] == 0) | (turns[:, None, :] == turns[:, :, None]))
-    bias = torch.zeros(rows, 1, length, length, dtype=torch.bfloat16).masked_fill_(~visible[:, None], -torch.inf)
+    return torch.zeros(rows, 1, length, length, dtype=torch.bfloat16).masked_fill_(~visible[:, None], -torch.inf)
+
+
+@torch.compile
+def masked_layer(layer: DecoderLayer, hidden_states: Tensor, rotary: Rotary, bias: Tensor) -> Tensor:
+    """One decoder layer with an attention bias. hidden_states: (N * L, D), packed.
+
+    Plain matrix products: on this CPU their backward pass is twice as fast as scaled_dot_product_attention's, and compiled
+    the whole layer takes a third less.
+    """
+    rows, length = bias.shape[0], bias.shape[-1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (heads.view(rows, length, num_heads, -1).transpose(1, 2) for heads in (q, k, v))
+        q, k, v = (heads.unflatten(0, (rows, length)).transpose(1, 2) for heads in (q, k, v))
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2) + bias).softmax(-1)
         return (weights @ v).transpose(1, 2).flatten(0, 1)
 
-    return attend
+    return layer(hidden_states, rotary, attend)
 
 
 def train_instruct(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work: Path) -> None:

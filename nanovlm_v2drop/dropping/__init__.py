@@ -1,0 +1,24 @@
+"""Dropping methods, one file each. A new method is one new file with a TokenDropper in it: it is found by its `name`."""
+
+import importlib
+import inspect
+import pkgutil
+
+from .base import PrefillState, TokenDropper
+from .random import Random
+from .schedule import DropSchedule
+from .v2drop import PUBLISHED_SCHEDULES, V2Drop
+
+
+def find_droppers() -> dict[str, type[TokenDropper]]:
+    """Every concrete TokenDropper in the files of this folder, by name."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    classes = [item for module in modules for item in vars(module).values() if inspect.isclass(item)]
+    return {
+        item.name: item for item in classes if issubclass(item, TokenDropper) and not inspect.isabstract(item)
+    }
+
+
+DROPPERS = find_droppers()
+
+__all__ = ["DROPPERS", "PUBLISHED_SCHEDULES", "DropSchedule", "PrefillState", "Random", "TokenDropper", "V2Drop"]

@@ -1,0 +1,151 @@
+"""Where tokens are dropped, how many stay, and the one accounting that every method is compared under.
+
+Counts are of tokens *entering* a layer: a drop point at layer l shortens what layer l itself sees. "192 tokens" in the
+V2Drop paper is the mean of these counts over the layers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from ..config import TextConfig
+
+PAPER_DEPTHS = (3 / 32, 17 / 32, 22 / 32)  # V2Drop drops at layers 3, 17 and 22 of LLaVA-1.5-7B's 32
+LEANEST_RATIOS = (0.0, 0.3, 0.0)  # shares kept at these depths, before the solver raises them: the paper's later stages
+
+
+class DropSchedule(Mapping[int, float]):
+    """Layer -> share of the current vision tokens that is kept; an empty schedule is the dense model.
+
+    The kept count is truncated as in the authors' code, int(n * share), but never below `minimum`: their "drop 100 %"
+    keeps one token (V2Drop.py, max(1, ...)). `minimum=0` really drops all.
+    """
+
+    def __init__(self, keep_ratios: Mapping[int, float], minimum: int = 1) -> None:
+        """Raises ValueError for layers out of order or negative, ratios outside [0, 1], a negative minimum."""
+        layers = list(keep_ratios)
+        if layers != sorted(layers) or any(layer < 0 for layer in layers):
+            raise ValueError(f"drop layers {layers} must be in rising order and not negative")
+        for layer, ratio in keep_ratios.items():
+            if not 0.0 <= ratio <= 1.0:
+                raise ValueError(f"keep ratio {ratio} at layer {layer} is outside [0, 1]")
+        if minimum < 0:
+            raise ValueError(f"minimum {minimum} must be 0 or more")
+        self.keep_ratios, self.minimum = dict(keep_ratios), minimum
+
+    def __getitem__(self, layer_idx: int) -> float:
+        return self.keep_ratios[layer_idx]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.keep_ratios)
+
+    def __len__(self) -> int:
+        return len(self.keep_ratios)
+
+    def __repr__(self) -> str:
+        ratios = ", ".join(f"{layer}: {ratio:.4g}" for layer, ratio in self.items())
+        return f"DropSchedule({{{ratios}}}{'' if self.minimum == 1 else f', minimum={self.minimum}'})"
+
+    def check(self, num_layers: int, earliest: int = 0) -> None:
+        """Raise ValueError for a drop point that cannot act in a decoder of `num_layers`, or before `earliest`."""
+        for layer in self:
+            if not earliest <= layer < num_layers:
+                raise ValueError(
+                    f"drop layer {layer} cannot act: this method works at layers {earliest} to {num_layers - 1} of this "
+                    f"{num_layers}-layer decoder; DropSchedule.for_mean_tokens maps a schedule to any depth"
+                )
+
+    def kept_count(self, layer_idx: int, current: int) -> int:
+        """Vision tokens of one sequence that stay at a drop point where `current` arrive."""
+        return max(min(self.minimum, current), int(current * self[layer_idx]))
+
+    def vision_tokens_per_layer(self, num_vision_tokens: int, num_layers: int) -> list[int]:
+        """Vision tokens entering each layer."""
+        self.check(num_layers)
+        counts, current = [], num_vision_tokens
+        for layer_idx in range(num_layers):
+            current = self.kept_count(layer_idx, current) if layer_idx in self else current
+            counts.append(current)
+        return counts
+
+    def mean_tokens(self, num_vision_tokens: int, num_layers: int) -> float:
+        """Mean number of vision tokens entering a layer: the budget that methods are compared at."""
+        return sum(self.vision_tokens_per_layer(num_vision_tokens, num_layers)) / num_layers
+
+    def prefill_flops(self, config: TextConfig, num_text_tokens: int, num_vision_tokens: int) -> int:
+        """Floating-point operations of the decoder's prefill of one prompt, 2 for each multiply-add.
+
+        Matrix products and causal attention; norms, rotary embedding and scoring are left out (below 0.1 %). Only the last
+        row goes through the head.
+        """
+        query_size = config.num_attention_heads * config.head_size
+        weights = 2 * config.hidden_size * (query_size + config.kv_heads * config.head_size)
+        weights += 3 * config.hidden_size * config.intermediate_size
+        total = 2 * config.hidden_size * config.vocab_size
+        for vision_tokens in self.vision_tokens_per_layer(num_vision_tokens, config.num_hidden_layers):
+            tokens = num_text_tokens + vision_tokens
+            total += 2 * tokens * weights + 2 * query_size * tokens * (tokens + 1)
+        return total
+
+    def kv_cache_bytes(
+        self, config: TextConfig, num_text_tokens: int, num_vision_tokens: int, bytes_per_value: int
+    ) -> int:
+        """Size of the key/value cache that prefill of one prompt leaves behind."""
+        counts = self.vision_tokens_per_layer(num_vision_tokens, config.num_hidden_layers)
+        tokens = sum(counts) + num_text_tokens * config.num_hidden_layers
+        return tokens * 2 * config.kv_heads * config.head_size * bytes_per_value
+
+    @classmethod
+    def for_mean_tokens(
+        cls,
+        target: float,
+        num_vision_tokens: int,
+        num_layers: int,
+        *,
+        layers: Sequence[int] | None = None,
+        leanest: Sequence[float] = LEANEST_RATIOS,
+        minimum: int = 1,
+    ) -> "DropSchedule":
+        """The schedule whose mean is within half a token of `target`, for a decoder of any depth.
+
+        `layers` default to the paper's depths. Starting from the `leanest` shares, the first drop point keeps more and
+        more; once it keeps all, the second does, and so on. Raises ValueError where no such schedule exists, and names the
+        floor: the layers before the first drop point always see every token.
+        """
+        layers = layers_at_depths(num_layers) if layers is None else layers
+        ratios = dict(zip(layers, (*leanest, *[leanest[-1]] * len(layers)), strict=False))
+        floor = cls(ratios, minimum).mean_tokens(num_vision_tokens, num_layers)
+        if not floor - 0.5 <= target <= num_vision_tokens:
+            raise ValueError(
+                f"a mean of {target:g} vision tokens is out of reach: with drop layers {list(layers)} of {num_layers} and "
+                f"{num_vision_tokens} vision tokens it lies between {floor:.1f} and {num_vision_tokens}"
+            )
+        return cls(raise_ratios(cls, ratios, target, num_vision_tokens, num_layers, minimum), minimum)
+
+
+def layers_at_depths(num_layers: int, depths: Sequence[float] = PAPER_DEPTHS) -> tuple[int, ...]:
+    """Layer numbers at fractions of the depth; never layer 0, which has no layer before it, and no layer twice."""
+    layers = {min(max(1, round(depth * num_layers)), num_layers - 1) for depth in depths}
+    return tuple(sorted(layers))
+
+
+def raise_ratios(
+    schedule: type[DropSchedule],
+    ratios: dict[int, float],
+    target: float,
+    num_vision_tokens: int,
+    num_layers: int,
+    minimum: int,
+) -> dict[int, float]:
+    """Raise the keep ratios from the first drop point on until the mean comes as near to `target` as it can."""
+
+    def mean(candidate: dict[int, float]) -> float:
+        return schedule(candidate, minimum).mean_tokens(num_vision_tokens, num_layers)
+
+    for layer in ratios:
+        if mean({**ratios, layer: 1.0}) < target:
+            ratios = {**ratios, layer: 1.0}
+            continue
+        arriving = schedule(ratios, minimum).vision_tokens_per_layer(num_vision_tokens, num_layers)[layer - 1]
+        # Half a token above the wanted count, so that truncation gives exactly that count.
+        candidates = [{**ratios, layer: min(1.0, (count + 0.5) / arriving)} for count in range(arriving + 1)]
+        return min(candidates, key=lambda candidate: abs(mean(candidate) - target))
+    return ratios

@@ -1,0 +1,52 @@
+"""V2Drop: variation-aware vision token dropping (CVPR 2026, arXiv 2509.01552).
+
+Section 3.3: at a drop layer L the vision tokens that layer L - 1 changed least leave the sequence. The change is taken on the
+residual stream, input of L minus input of L - 1, before any norm. No attention matrix is read.
+Source: github.com/xuyang-liu16/V2Drop, llava/model/language_model/V2Drop.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import PrefillState, TokenDropper
+from .schedule import DropSchedule
+
+METRICS = ("l2", "l1", "cosine")
+
+# LLaVA-1.5-7B: 32 layers, 576 vision tokens. Mean tokens a layer: 193.75, 131.0, 66.7 and 202.8.
+PUBLISHED_SCHEDULES = {
+    "paper-192": DropSchedule({3: 0.5, 17: 0.3, 22: 0.0}),
+    "paper-128": DropSchedule({3: 0.28, 17: 0.25, 22: 0.0}),
+    "paper-64": DropSchedule({3: 0.05, 17: 0.05, 22: 0.0}),
+    "released-code": DropSchedule({3: 0.5, 17: 0.5, 22: 0.0}),
+}
+
+
+class V2Drop(TokenDropper):
+    """Drop the vision tokens that the last layer changed least.
+
+    `metric`: "l2" (the paper's), "l1", or "cosine" (what the released code ranked by until March 2026).
+    Deviations from the released code: every sample ranks its own tokens (there, sample 0 rules the batch), the vision span
+    comes from the token ids (there, rows 35 to 610), and norms are accumulated in float32.
+    """
+
+    name = "v2drop"
+    earliest_layer = 1  # layer 0 has no layer before it
+
+    def __init__(self, schedule: DropSchedule, metric: str = "l2") -> None:
+        super().__init__(schedule)
+        if metric not in METRICS:
+            raise ValueError(f"unknown metric {metric!r}; choose one of: {', '.join(METRICS)}")
+        self.metric = metric
+
+    @classmethod
+    def official(cls) -> "V2Drop":
+        return cls(PUBLISHED_SCHEDULES["released-code"])
+
+    def score(self, state: PrefillState) -> Tensor:
+        assert state.previous is not None  # prefill refuses schedules that drop at layer 0
+        if self.metric == "cosine":
+            return -F.cosine_similarity(state.hidden_states.float(), state.previous.float(), dim=-1)
+        order = 2 if self.metric == "l2" else 1
+        return torch.linalg.vector_norm(state.hidden_states - state.previous, order, dim=-1, dtype=torch.float32)

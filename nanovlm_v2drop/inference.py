@@ -1,0 +1,270 @@
+"""The prefill loop with its drop points, the ragged key/value cache, and generation.
+
+Shapes: T tokens of all sequences packed, B sequences, D hidden_size, K key/value heads, S slots of a cache, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .attention import attention, attention_with_cache, resolve_backend
+from .decoder import Decoder, rotary_table
+from .dropping.base import PrefillState, TokenDropper
+from .vlm import PackedInputs
+
+if TYPE_CHECKING:
+    from .prompts import Request
+    from .zoo import VisionLanguageModel
+
+MAX_NEW_TOKENS = 64
+
+
+class NothingDropped(UserWarning):
+    """A dropper was given and pictures were there, but every vision token stayed."""
+
+
+class KVCache:
+    """Keys and values of each layer, allocated at that layer's own length plus `max_new_tokens`.
+
+    A layer behind a drop point has fewer rows than one before it, so dropping is real memory. `seqlens[layer_idx]` holds the
+    filled slots of each sequence as host integers; `position_ids` (B,) is the position of the next token, which goes on
+    from the undropped prompt.
+    """
+
+    def __init__(self, position_ids: Tensor, max_new_tokens: int) -> None:
+        self.position_ids = position_ids
+        self.max_new_tokens = max_new_tokens
+        self.keys: list[Tensor] = []  # (B, S, K, head_dim) each
+        self.values: list[Tensor] = []
+        self.seqlens: list[tuple[int, ...]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the filled slots."""
+        slots = sum(sum(lengths) * keys[0, 0].nbytes for lengths, keys in zip(self.seqlens, self.keys, strict=True))
+        return 2 * slots
+
+    def fill(self, k: Tensor, v: Tensor, seqlens: tuple[int, ...]) -> None:
+        """Add the next layer with the packed keys and values (T, K, head_dim) of its prompt tokens."""
+        for caches, packed in ((self.keys, k), (self.values, v)):
+            cache = packed.new_empty(len(seqlens), max(seqlens) + self.max_new_tokens, *packed.shape[1:])
+            for slots, rows in zip(cache, packed.split(seqlens), strict=True):
+                slots[: len(rows)] = rows
+            caches.append(cache)
+        self.seqlens.append(seqlens)
+
+    def append(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
+        """One new token a sequence: k and v (B, K, head_dim). A full cache grows by `max_new_tokens` slots."""
+        lengths = self.seqlens[layer_idx]
+        for caches, new in ((self.keys, k), (self.values, v)):
+            if max(lengths) == caches[layer_idx].shape[1]:
+                room = caches[layer_idx].new_empty(len(lengths), max(self.max_new_tokens, 1), *new.shape[1:])
+                caches[layer_idx] = torch.cat([caches[layer_idx], room], dim=1)
+            for slots, length, row in zip(caches[layer_idx], lengths, new, strict=True):
+                slots[length] = row
+        self.seqlens[layer_idx] = tuple(length + 1 for length in lengths)
+
+
+@dataclass
+class Prefilled:
+    """What a prompt leaves behind: logits (B, V) of its last token, the cache, and who survived each drop point."""
+
+    logits: Tensor
+    cache: KVCache
+    survivors: list[tuple[int, tuple[Tensor, ...]]] = field(default_factory=list)  # as `kept`, text rows as -1
+
+    @property
+    def kept(self) -> list[tuple[int, list[Tensor]]]:
+        """[(layer_idx, [original numbers of the surviving vision tokens, ascending, one tensor a sequence]), ...]"""
+        return [(layer_idx, [rows[rows >= 0] for rows in sequences]) for layer_idx, sequences in self.survivors]
+
+
+@torch.no_grad()
+def prefill(
+    decoder: Decoder, packed: PackedInputs, dropper: TokenDropper | None = None, *, max_new_tokens: int = MAX_NEW_TOKENS
+) -> Prefilled:
+    """Run the prompts through every layer once, filling the cache; vision tokens leave at the dropper's drop points.
+
+    Layers before a drop point keep the keys of dropped tokens, so the cache is longer in early layers than in late ones.
+    Raises ValueError for a schedule that cannot act on this decoder; warns where nothing was dropped from a picture.
+    """
+    config = decoder.config
+    backend = resolve_backend(decoder.attention, packed.inputs_embeds.device, packed.inputs_embeds.dtype)
+    if dropper is not None:
+        dropper.schedule.check(config.num_hidden_layers, dropper.earliest_layer)
+    state = initial_state(packed)
+    rotary = rotary_table(config, state.position_ids, state.hidden_states.dtype)
+    cache = KVCache(next_positions(packed), max_new_tokens)
+    survivors = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.fill(k, v, state.seqlens)
+        return attention(q, k, v, state.seqlens, backend)
+
+    for layer_idx, layer in enumerate(decoder.layers):
+        state.layer_idx = layer_idx
+        if dropper is not None and layer_idx in dropper.schedule:
+            state = dropper(state)
+            rotary = rotary_table(config, state.position_ids, state.hidden_states.dtype)
+            survivors.append((layer_idx, state.vision_indices.split(state.seqlens)))
+        state.previous, state.hidden_states = state.hidden_states, layer(state.hidden_states, rotary, attend)
+    if dropper is not None and any(packed.vision_counts) and state.vision_counts == packed.vision_counts:
+        warnings.warn(
+            f"{dropper.name} dropped nothing: all {sum(packed.vision_counts)} vision tokens went through all "
+            f"{config.num_hidden_layers} layers with {dropper.schedule}",
+            NothingDropped,
+            stacklevel=2,
+        )
+    last_rows = torch.tensor(list(accumulate(state.seqlens)), device=rotary[0].device) - 1
+    return Prefilled(decoder.lm_head(decoder.norm(state.hidden_states[last_rows])), cache, survivors)
+
+
+def initial_state(packed: PackedInputs) -> PrefillState:
+    """The state at the entrance of layer 0."""
+    numbers = [mask.cumsum(0) - 1 for mask in packed.vision_mask.split(tuple(packed.seqlens))]
+    return PrefillState(
+        layer_idx=0,
+        hidden_states=packed.inputs_embeds,
+        previous=None,
+        position_ids=packed.position_ids,
+        vision_mask=packed.vision_mask,
+        vision_indices=torch.cat(numbers).masked_fill(~packed.vision_mask, -1),
+        seqlens=tuple(packed.seqlens),
+        vision_counts=packed.vision_counts,
+        prompt_vision_counts=packed.vision_counts,
+        seeds=packed.seeds,
+    )
+
+
+def next_positions(packed: PackedInputs) -> Tensor:
+    """(B,) one more than the largest position id of each prompt, on whichever axis."""
+    return torch.stack([part.amax() for part in packed.position_ids.split(tuple(packed.seqlens), dim=-1)]) + 1
+
+
+@torch.no_grad()
+def decode_one_token(decoder: Decoder, token_ids: Tensor, cache: KVCache) -> Tensor:
+    """Feed one token a sequence (B,) and return the logits of the next (B, V). The cache grows by one row a layer."""
+    hidden_states = decoder.embed_tokens(token_ids)  # (B, D)
+    backend = resolve_backend(decoder.attention, hidden_states.device, hidden_states.dtype)
+    rotary = rotary_table(decoder.config, cache.position_ids, hidden_states.dtype)
+    for layer_idx, layer in enumerate(decoder.layers):
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer_idx: int = layer_idx) -> Tensor:
+            cache.append(layer_idx, k, v)
+            keys, values = cache.keys[layer_idx], cache.values[layer_idx]
+            return attention_with_cache(q, keys, values, cache.seqlens[layer_idx], backend)
+
+        hidden_states = layer(hidden_states, rotary, attend)
+    cache.position_ids = cache.position_ids + 1
+    return decoder.lm_head(decoder.norm(hidden_states))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: temperature 0 is greedy; otherwise from the smallest set that holds `top_p` mass."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature {self.temperature} must be >= 0 and top_p {self.top_p} in (0, 1]")
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, V) -> (B,)"""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probabilities, order = (logits.float() / self.temperature).softmax(-1).sort(descending=True)
+        outside = probabilities.cumsum(-1) - probabilities >= self.top_p  # the most likely token is never outside
+        drawn = torch.multinomial(probabilities.masked_fill(outside, 0.0), 1, generator=generator)
+        return order.gather(-1, drawn).squeeze(-1)
+
+
+GREEDY = Sampling()
+
+
+def decode_tokens(decoder: Decoder, prefilled: Prefilled, sampling: Sampling = GREEDY) -> Iterator[list[int]]:
+    """Endless stream of the next token of every sequence; take as many as you need."""
+    generator = torch.Generator(prefilled.logits.device).manual_seed(sampling.seed)
+    logits = prefilled.logits
+    while True:
+        token_ids = sampling.choose(logits, generator)
+        yield token_ids.tolist()
+        logits = decode_one_token(decoder, token_ids, prefilled.cache)
+
+
+def decode_until(tokens: Iterator[list[int]], eos_token_ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+    """Collect every sequence up to its end-of-sequence token (included) or `max_new_tokens`."""
+    sequences: list[list[int]] = []
+    for step in islice(tokens, max_new_tokens):
+        sequences = sequences or [[] for _ in step]
+        for sequence, token in zip(sequences, step, strict=True):
+            if not sequence or sequence[-1] not in eos_token_ids:
+                sequence.append(token)
+        if all(sequence[-1] in eos_token_ids for sequence in sequences):
+            break
+    return sequences
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer: its text, its token ids (end-of-sequence included), and who survived each drop point."""
+
+    text: str
+    token_ids: list[int]
+    kept: list[tuple[int, Tensor]]
+
+
+def generate(
+    vlm: "VisionLanguageModel",
+    requests: Sequence["Request"],
+    dropper: TokenDropper | None = None,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    sampling: Sampling = GREEDY,
+) -> list[Answer]:
+    """Answer all requests in one packed batch; prompts may differ in length and number of pictures."""
+    check_max_new_tokens(max_new_tokens)
+    decoder = vlm.model.language_model
+    prefilled = prefill(decoder, vlm.prepare(requests), dropper, max_new_tokens=max_new_tokens)
+    sequences = decode_until(decode_tokens(decoder, prefilled, sampling), vlm.config.eos_token_ids, max_new_tokens)
+    kept = prefilled.kept
+    return [
+        Answer(vlm.tokenizer.decode(ids).strip(), ids, [(layer, stages[index]) for layer, stages in kept])
+        for index, ids in enumerate(sequences)
+    ]
+
+
+def stream(
+    vlm: "VisionLanguageModel",
+    request: "Request",
+    dropper: TokenDropper | None = None,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    sampling: Sampling = GREEDY,
+) -> Iterator[str]:
+    """The answer to one request piece by piece, as it is decoded; the pieces joined are the answer's text."""
+    check_max_new_tokens(max_new_tokens)
+    decoder = vlm.model.language_model
+    prefilled = prefill(decoder, vlm.prepare([request]), dropper, max_new_tokens=max_new_tokens)
+    ids: list[int] = []
+    shown = ""
+    for (token,) in islice(decode_tokens(decoder, prefilled, sampling), max_new_tokens):
+        ids.append(token)
+        text = vlm.tokenizer.decode(ids).strip()
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose bytes are not all there yet
+            yield text[len(shown) :]
+            shown = text
+        if token in vlm.config.eos_token_ids:
+            return
+
+
+def check_max_new_tokens(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")

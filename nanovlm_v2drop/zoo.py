@@ -1,0 +1,229 @@
+"""The models by name, and `load`: from a name or a folder to something that takes requests.
+
+A new model of a known family is one entry in MODELS.
+"""
+
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attention import resolve_backend
+from .checkpoint import load_model
+from .config import VLMConfig
+from .images import ImageProcessor
+from .prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
+from .vlm import LlavaModel, PackedInputs
+
+WEIGHTS_FOLDER = Path(__file__).parents[1] / "weights"
+# Safetensors only: a repository may hold the same weights as pickles too.
+DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class WeightsUnavailable(RuntimeError):
+    """The weights of a named model cannot be had; the message says what was tried, and on a second line what to do."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a named model comes from and how it is asked.
+
+    `repo_id` is its repository on the Hugging Face Hub, None for one that ships with this repository; `template` a name
+    in prompts.TEMPLATES; `summary` one line for a reader who chooses.
+    """
+
+    name: str
+    summary: str
+    repo_id: str | None = None
+    template: str = DEFAULT_TEMPLATE
+
+    @property
+    def folder(self) -> Path:
+        """Where a local copy is looked for before the Hub is asked."""
+        return WEIGHTS_FOLDER / self.name
+
+
+MODELS = {
+    spec.name: spec
+    for spec in (
+        ModelSpec("demo", "small LLaVA trained on synthetic scenes, shipped in weights/demo"),
+        ModelSpec("llava-1.5-7b", "LLaVA-1.5 on Vicuna 7B, 14 GB to download", "llava-hf/llava-1.5-7b-hf"),
+        ModelSpec("llava-1.5-13b", "LLaVA-1.5 on Vicuna 13B, 27 GB to download", "llava-hf/llava-1.5-13b-hf"),
+    )
+}
+
+
+@dataclass(eq=False)
+class VisionLanguageModel:
+    """A model with everything between it and a request: tokenizer, image processor, chat template."""
+
+    name: str
+    model: LlavaModel
+    tokenizer: Tokenizer
+    image_processor: ImageProcessor
+    template: str = DEFAULT_TEMPLATE
+
+    @property
+    def config(self) -> VLMConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.language_model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.language_model.embed_tokens.weight.dtype
+
+    def prepare(self, requests: Sequence[Request]) -> PackedInputs:
+        """Turn requests into one packed batch; all their pictures go through the tower together.
+
+        Every request gets a seed of its own contents, so that a method which draws at random draws the same for it in
+        every batch. Raises ValueError for no request, a video, a prompt that does not fit into the model's context, or
+        image tokens that do not match the pictures; and what open_image raises.
+        """
+        if not requests:
+            raise ValueError("no request given; pass at least one")
+        prompts = [self.token_ids(request) for request in requests]
+        pixel_values = self.image_processor([image for request in requests for image in request.images])
+        pictures = pixel_values.split([len(request.images) for request in requests])
+        seeds = tuple(content_seed(*contents) for contents in zip(prompts, pictures, strict=True))
+        on_device = pixel_values.to(self.device, self.dtype) if len(pixel_values) else None
+        with torch.inference_mode():
+            return self.model.pack(prompts, on_device, seeds)
+
+    def token_ids(self, request: Request) -> list[int]:
+        """The prompt that the model reads, every image token repeated once a patch; raises ValueError as `prepare`."""
+        if request.video is not None:
+            raise ValueError(f"{self.name} takes pictures only, not a video; give its frames as images")
+        tokens_per_image = [self.config.vision_config.num_patches] * len(request.images)
+        prompt = build_prompt(request, self.template)
+        token_ids = encode_prompt(self.tokenizer, prompt, self.config.image_token_id, tokens_per_image)
+        self.check_prompt(token_ids, sum(tokens_per_image))
+        return token_ids
+
+    def check_prompt(self, token_ids: Sequence[int], num_vision_tokens: int) -> None:
+        """Raise ValueError for a prompt that is too long for the model, or that has a token it does not know."""
+        text, length = self.config.text_config, len(token_ids)
+        if length > text.max_position_embeddings:
+            raise ValueError(
+                f"the prompt has {length} tokens ({num_vision_tokens} of them from pictures), but the context of "
+                f"{self.name} holds {text.max_position_embeddings}; shorten the text or give fewer pictures"
+            )
+        largest = max((token for token in token_ids if token != self.config.image_token_id), default=0)
+        if largest >= text.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {largest}, but {self.name} has embeddings for {text.vocab_size}; "
+                "use the tokenizer files of this checkpoint"
+            )
+
+
+def content_seed(token_ids: Sequence[int], pixel_values: Tensor) -> int:
+    """A number that depends on a request's token ids and pixel values (n, 3, image_size, image_size) alone."""
+    return zlib.crc32(pixel_values.numpy().tobytes(), zlib.crc32(np.asarray(token_ids, dtype="<i8").tobytes()))
+
+
+def load(
+    name_or_folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = torch.float32,
+    image_aspect_ratio: str = "pad",
+    template: str | None = None,
+    attention: str = "auto",
+    weights: str | Path | None = None,
+) -> VisionLanguageModel:
+    """Load a model by its name in MODELS, or from a folder in the layout of the official checkpoints.
+
+    Args:
+        name_or_folder: a directory with a config.json is taken as a folder, everything else as a name.
+        dtype: a floating torch.dtype, or its name.
+        image_aspect_ratio: how a picture becomes square: "pad" (as the papers do) or "crop" (as llava-hf does).
+        template: name in prompts.TEMPLATES; None is the model's own.
+        attention: back end, see attention.resolve_backend; model.language_model.attention names the one that runs.
+        weights: for a named model, a local folder of its official checkpoint that is read instead of the Hub.
+
+    Raises:
+        ValueError: an unknown name or option, a back end that cannot run here, a checkpoint that is not exactly right.
+        FileNotFoundError: a folder without config.json, weights or tokenizer.
+        WeightsUnavailable: a named model that can be neither found nor downloaded.
+    """
+    device, dtype = as_device(device), as_dtype(dtype)
+    attention = resolve_backend(attention, device, dtype)
+    if template is not None and template not in TEMPLATES:
+        raise ValueError(f"unknown template {template!r}; choose one of: {', '.join(sorted(TEMPLATES))}")
+    spec, folder = locate(name_or_folder, weights)
+    config = VLMConfig.from_folder(folder)
+    # The weights come last: everything else fails in milliseconds.
+    image_processor = ImageProcessor.from_folder(folder, config.vision_config.image_size, image_aspect_ratio)
+    tokenizer = load_tokenizer(folder, image_token_id=config.image_token_id)
+    model = load_model(folder, config, device=device, dtype=dtype, attention=attention)
+    return VisionLanguageModel(spec.name, model, tokenizer, image_processor, template or spec.template)
+
+
+def locate(name_or_folder: str | Path, weights: str | Path | None = None) -> tuple[ModelSpec, Path]:
+    """Find what to load and its folder, downloading a named model that is not here; raises as `load`."""
+    name, folder = str(name_or_folder), Path(name_or_folder).expanduser()
+    is_folder = (folder / "config.json").is_file() or (name not in MODELS and folder.is_dir())
+    if is_folder and weights is None:
+        return ModelSpec(folder.resolve().name, "local folder"), folder
+    if name not in MODELS:
+        raise ValueError(
+            f"unknown model {name!r}; choose one of: {', '.join(MODELS)}; or give the folder of a checkpoint"
+            + ("" if weights is None else " without naming other weights")
+        )
+    spec = MODELS[name]
+    return spec, download(spec) if weights is None else Path(weights).expanduser()
+
+
+def download(spec: ModelSpec) -> Path:
+    """The folder of a named model: weights/NAME where that is there, else the Hub's, in its cache.
+
+    What is in the cache is not fetched again, so an interrupted download goes on with the file that it had come to. The
+    Hub is the one that huggingface_hub is set to (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE).
+    Raises WeightsUnavailable where neither has it.
+    """
+    if (spec.folder / "config.json").is_file():
+        return spec.folder
+    if spec.repo_id is None:
+        raise WeightsUnavailable(
+            f"{spec.name}: its weights come with the repository, but {spec.folder} is not there\n"
+            "work in a clone of the repository (pip install -e .), or give a copy of the folder with --weights DIR"
+        )
+    import huggingface_hub  # here: it takes a second to import, and the shipped model never needs it
+
+    try:
+        return Path(huggingface_hub.snapshot_download(spec.repo_id, allow_patterns=list(DOWNLOADED_FILES)))
+    except Exception as error:  # the library's HTTP client, and so its errors, changed from release to release
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise WeightsUnavailable(
+            f"{spec.name}: cannot get {spec.repo_id} from {huggingface_hub.constants.ENDPOINT} ({reason})\n"
+            f"give a local copy with --weights DIR, or fetch it where there is a network: "
+            f"hf download {spec.repo_id} --local-dir {os.path.relpath(spec.folder)}"
+        ) from error
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype that models run in, from itself or its name; raises ValueError for another."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; choose one of: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A device that is there; raises ValueError for another."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    # torch raises RuntimeError for an unknown name or a missing driver, AssertionError where it was built without CUDA.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}; use cpu") from error
+    return found
