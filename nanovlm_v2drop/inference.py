@@ -55,6 +55,7 @@ class KVCache:
             cache = packed.new_empty(len(seqlens), max(seqlens) + self.max_new_tokens, *packed.shape[1:])
             for slots, rows in zip(cache, packed.split(seqlens), strict=True):
                 slots[: len(rows)] = rows
+                slots[len(rows) :] = 0  # a masked slot still meets its weight of zero, and 0 * NaN is NaN
             caches.append(cache)
         self.seqlens.append(seqlens)
 
@@ -63,7 +64,7 @@ class KVCache:
         lengths = self.seqlens[layer_idx]
         for caches, new in ((self.keys, k), (self.values, v)):
             if max(lengths) == caches[layer_idx].shape[1]:
-                room = caches[layer_idx].new_empty(len(lengths), max(self.max_new_tokens, 1), *new.shape[1:])
+                room = caches[layer_idx].new_zeros(len(lengths), max(self.max_new_tokens, 1), *new.shape[1:])
                 caches[layer_idx] = torch.cat([caches[layer_idx], room], dim=1)
             for slots, length, row in zip(caches[layer_idx], lengths, new, strict=True):
                 slots[length] = row

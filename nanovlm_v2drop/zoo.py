@@ -201,10 +201,11 @@ def download(spec: ModelSpec) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(spec.repo_id, allow_patterns=list(DOWNLOADED_FILES)))
     except Exception as error:  # the library's HTTP client, and so its errors, changed from release to release
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = str(error).strip().partition("\n")[0]
         raise WeightsUnavailable(
-            f"{spec.name}: cannot get {spec.repo_id} from {huggingface_hub.constants.ENDPOINT} ({reason})\n"
-            f"give a local copy with --weights DIR, or fetch it where there is a network: "
+            f"{spec.name}: cannot get {spec.repo_id} from {huggingface_hub.constants.ENDPOINT} "
+            f"({type(error).__name__}: {reason})\n"
+            "give a local copy with --weights DIR, or fetch it where there is a network: "
             f"hf download {spec.repo_id} --local-dir {os.path.relpath(spec.folder)}"
         ) from error
 

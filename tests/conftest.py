@@ -40,7 +40,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def tiny_reference(tokenizer: Tokenizer, **text_settings: Any) -> Any:
-    """transformers' LLaVA: 6 layers with grouped queries, 4 CLIP blocks, weights large enough that every layer matters."""
+    """transformers' LLaVA: 6 layers with grouped queries, 4 CLIP blocks, weights so large that every layer matters."""
     transformers = pytest.importorskip("transformers")
     text = {
         "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
@@ -105,6 +105,12 @@ def write_processing_files(folder: Path, tokenizer: Tokenizer) -> None:
         "resample": 3,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Threads that wait for each other make tiny tensors a hundred times slower on a machine that is busy."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ Counts are of tokens *entering* a layer: a drop point at layer l shortens what l
 V2Drop paper is the mean of these counts over the layers.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..config import TextConfig
@@ -147,5 +148,6 @@ def raise_ratios(
         arriving = schedule(ratios, minimum).vision_tokens_per_layer(num_vision_tokens, num_layers)[layer - 1]
         # Half a token above the wanted count, so that truncation gives exactly that count.
         candidates = [{**ratios, layer: min(1.0, (count + 0.5) / arriving)} for count in range(arriving + 1)]
-        return min(candidates, key=lambda candidate: abs(mean(candidate) - target))
+        above = bisect_left(candidates, target, key=mean)
+        return min(candidates[max(above - 1, 0) : above + 1], key=lambda candidate: abs(mean(candidate) - target))
     return ratios

@@ -1,0 +1,142 @@
+"""The invariants of the prefill loop, each against its slow twin: one masked full forward."""
+
+import pytest
+import torch
+from tiny import one_prompt, pack_together, tiny_decoder, tiny_prompts
+
+from nanovlm_v2drop.decoder import rotary_table
+from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
+from nanovlm_v2drop.inference import Sampling, decode_one_token, decode_tokens, decode_until, prefill
+
+SCHEDULE = DropSchedule({1: 0.5, 3: 0.3, 4: 0.0})
+every_method = pytest.mark.parametrize("name", DROPPERS)
+
+
+def masked_forward(decoder, packed, kept=(), more_tokens=()):
+    """The slow twin: every token through every layer, dropped ones hidden as keys from their drop point on.
+
+    Returns the logits of every position of one sequence, prompt and `more_tokens`, without any cache.
+    """
+    embeds = torch.cat([packed.inputs_embeds, decoder.embed_tokens(torch.tensor(more_tokens, dtype=torch.long))])
+    length = len(embeds)
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    rotary = rotary_table(decoder.config, torch.arange(length), embeds.dtype)
+    hidden, vision_rows = embeds, packed.vision_mask.nonzero().flatten()
+    kept = dict(kept)
+    for layer_idx, layer in enumerate(decoder.layers):
+        if layer_idx in kept:
+            gone = set(range(len(vision_rows))) - set(kept[layer_idx][0].tolist())
+            visible[:, vision_rows[sorted(gone)]] = False
+            visible.fill_diagonal_(True)  # a dropped row may see itself: nobody reads it
+
+        def attend(q, k, v):
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            weights = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+            weights = weights.masked_fill(~visible, -torch.inf).softmax(-1)
+            return torch.einsum("hqk,khd->qhd", weights, v)
+
+        hidden = layer(hidden, rotary, attend)
+    return decoder.lm_head(decoder.norm(hidden))
+
+
+def test_prefill_without_a_dropper_equals_a_plain_full_forward():
+    decoder, packed = tiny_decoder(), one_prompt(5, 24, 7)
+    torch.testing.assert_close(prefill(decoder, packed).logits[0], masked_forward(decoder, packed)[-1], atol=1e-4, rtol=0)
+
+
+@every_method
+@pytest.mark.filterwarnings("ignore:.*dropped nothing")
+def test_keeping_everything_is_bit_identical_to_no_dropper(name):
+    decoder, packed = tiny_decoder(), pack_together(tiny_prompts())
+    dense = prefill(decoder, packed)
+    kept_all = prefill(decoder, packed, DROPPERS[name](DropSchedule({1: 1.0, 3: 1.0, 5: 1.0})))
+    assert torch.equal(dense.logits, kept_all.logits)
+
+
+@every_method
+def test_dropping_equals_masking_the_same_keys_from_that_layer_on(name):
+    decoder, packed = tiny_decoder(), one_prompt(5, 24, 7)
+    out = prefill(decoder, packed, DROPPERS[name](SCHEDULE))
+    wanted = masked_forward(decoder, packed, out.kept)[-1]
+    assert [len(kept[0]) for _, kept in out.kept] == [12, 3, 1]
+    torch.testing.assert_close(out.logits[0], wanted, atol=1e-4, rtol=0)
+    assert not torch.allclose(out.logits, prefill(decoder, packed).logits, atol=1e-2)
+
+
+@every_method
+def test_cached_decode_after_dropping_equals_one_masked_full_forward(name):
+    decoder, packed = tiny_decoder(), one_prompt(5, 24, 7)
+    out = prefill(decoder, packed, DROPPERS[name](SCHEDULE), max_new_tokens=3)
+    tokens = [7, 11, 42, 0, 5]  # more than the cache was allocated for: it must grow
+    logits = [decode_one_token(decoder, torch.tensor([token]), out.cache)[0] for token in tokens]
+    wanted = masked_forward(decoder, packed, out.kept, tokens)[-len(tokens) :]
+    torch.testing.assert_close(torch.stack(logits), wanted, atol=1e-4, rtol=0)
+
+
+@every_method
+def test_a_packed_batch_equals_its_samples_one_by_one(name):
+    decoder, parts = tiny_decoder(), tiny_prompts()
+    together = prefill(decoder, pack_together(parts), DROPPERS[name](SCHEDULE), max_new_tokens=1)
+    steps = [torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9])]
+    batched = [together.logits, *(decode_one_token(decoder, tokens, together.cache) for tokens in steps)]
+    for index, part in enumerate(parts):
+        alone = prefill(decoder, part, DROPPERS[name](SCHEDULE) if any(part.vision_counts) else None, max_new_tokens=1)
+        logits = [alone.logits, *(decode_one_token(decoder, t[index : index + 1], alone.cache) for t in steps)]
+        torch.testing.assert_close(torch.stack(logits)[:, 0], torch.stack(batched)[:, index], atol=1e-4, rtol=0)
+        for (_, sequences), (_, (kept,)) in zip(together.kept, alone.kept, strict=False):
+            assert sequences[index].tolist() == kept.tolist()
+    assert [lengths for lengths in together.cache.seqlens][-1] == (12 + 1 + 2, 7 + 1 + 2, 15 + 2)
+
+
+def test_equally_long_prompts_take_the_batched_path_and_agree_with_it():
+    decoder = tiny_decoder()
+    parts = tiny_prompts([(5, 24, 7), (2, 24, 10)])
+    together = prefill(decoder, pack_together(parts))
+    alone = torch.cat([prefill(decoder, part).logits for part in parts])
+    torch.testing.assert_close(together.logits, alone, atol=1e-4, rtol=0)
+
+
+def test_the_cache_of_a_late_layer_takes_less_memory():
+    out = prefill(tiny_decoder(), one_prompt(5, 24, 7), DROPPERS["v2drop"](SCHEDULE), max_new_tokens=4)
+    slots = [keys.shape[1] for keys in out.cache.keys]
+    assert slots == [40, 28, 28, 19, 17, 17]
+
+
+def test_decode_positions_go_on_from_the_undropped_prompt():
+    out = prefill(tiny_decoder(), one_prompt(5, 24, 7), DROPPERS["v2drop"](SCHEDULE))
+    assert out.cache.position_ids.tolist() == [36]
+
+
+def test_a_sequence_ends_at_its_end_of_sequence_token_and_the_others_go_on():
+    stream = iter([[5, 2], [6, 7], [2, 8], [9, 9]])
+    assert decode_until(stream, (2,), max_new_tokens=10) == [[5, 6, 2], [2]]
+    stream = iter([[5, 2], [6, 7]])
+    assert decode_until(stream, (2,), max_new_tokens=1) == [[5], [2]]
+
+
+def test_greedy_decoding_takes_the_largest_logit_of_each_step():
+    decoder, packed = tiny_decoder(), one_prompt(5, 24, 7)
+    tokens = decode_until(decode_tokens(decoder, prefill(decoder, packed)), (), 4)[0]
+    logits = masked_forward(decoder, packed, more_tokens=tokens)[-5:-1]
+    assert tokens == logits.argmax(-1).tolist()
+
+
+def test_top_p_never_takes_a_token_outside_the_nucleus():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).log_softmax(-1)
+    sampling = Sampling(temperature=1.0, top_p=0.7)
+    generator = torch.Generator().manual_seed(0)
+    drawn = {int(sampling.choose(logits, generator)) for _ in range(200)}
+    assert drawn == {0, 1}
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_a_sampling_setting_out_of_range_is_refused(bad):
+    with pytest.raises(ValueError, match="temperature .* must be >= 0 and top_p"):
+        Sampling(**bad)
+
+
+def test_packed_inputs_that_disagree_in_length_are_refused():
+    packed = one_prompt(5, 24, 7)
+    with pytest.raises(ValueError, match="packed inputs disagree on the number of tokens"):
+        type(packed)(packed.inputs_embeds, packed.position_ids, packed.vision_mask, [30])

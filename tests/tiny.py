@@ -1,0 +1,42 @@
+"""Tiny random decoders and packed prompts, the same on every run."""
+
+import torch
+from torch import nn
+
+from nanovlm_v2drop.config import TextConfig
+from nanovlm_v2drop.decoder import Decoder
+from nanovlm_v2drop.vlm import PackedInputs
+
+PROMPTS = ((5, 24, 7), (3, 12, 4), (6, 0, 9))  # text before, vision tokens, text behind
+
+
+def tiny_decoder(**changes: object) -> Decoder:
+    """Six layers with grouped-query attention; random norms, so that no norm is mistaken for another."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    decoder = Decoder(TextConfig(**{"vocab_size": 61, "num_key_value_heads": 2, **sizes, **changes}))
+    for name, parameter in decoder.named_parameters():
+        nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1 if "norm" in name else 0.3)
+    return decoder.eval()
+
+
+def tiny_prompts(prompts=PROMPTS, hidden_size: int = 32) -> list[PackedInputs]:
+    """One PackedInputs a prompt."""
+    return [one_prompt(*prompt, seed=seed, hidden_size=hidden_size) for seed, prompt in enumerate(prompts, 1)]
+
+
+def one_prompt(before: int, vision: int, behind: int, seed: int = 1, hidden_size: int = 32) -> PackedInputs:
+    length = before + vision + behind
+    embeds = torch.randn(length, hidden_size, generator=torch.Generator().manual_seed(seed))
+    rows = torch.arange(length)
+    return PackedInputs(embeds, rows, (rows >= before) & (rows < before + vision), [length], seeds=(seed,))
+
+
+def pack_together(parts: list[PackedInputs]) -> PackedInputs:
+    return PackedInputs(
+        torch.cat([part.inputs_embeds for part in parts]),
+        torch.cat([part.position_ids for part in parts], dim=-1),
+        torch.cat([part.vision_mask for part in parts]),
+        [length for part in parts for length in part.seqlens],
+        seeds=tuple(seed for part in parts for seed in part.seeds),
+    )
