@@ -14,9 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import VLMConfig
+from .config import VLMConfig, read_json_object
 from .decoder import Decoder
-from .images import read_json_object
 from .vlm import LlavaModel
 
 # Stored name -> ours. The first pattern that matches decides; None is left out on purpose; a name that none matches

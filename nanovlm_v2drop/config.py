@@ -107,13 +107,11 @@ class VLMConfig:
 
         Raises FileNotFoundError without a config.json, ValueError for a model type or setting that is not implemented.
         """
-        path = folder / "config.json"
+        path, generation = folder / "config.json", folder / "generation_config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no config.json; is it a checkpoint folder?")
-        raw = json.loads(path.read_text())
-        generation = folder / "generation_config.json"
-        eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-        return cls.from_official(raw, eos)
+        eos = read_json_object(generation).get("eos_token_id") if generation.is_file() else None
+        return cls.from_official(read_json_object(path), eos)
 
     @classmethod
     def from_official(cls, raw: dict[str, Any], eos_token_id: int | list[int] | None = None) -> "VLMConfig":
@@ -132,6 +130,17 @@ class VLMConfig:
             vision_feature_layer=raw.get("vision_feature_layer", raw.get("mm_vision_select_layer", -2)),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
         )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a settings file; raises ValueError where it holds anything else than one JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if type(content) is not dict:
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 def from_fields(config: type[Config], raw: dict[str, Any]) -> Config:

@@ -7,7 +7,6 @@ Two official ways to make a picture square exist, and both are offered as `image
 
 # Shapes: N pictures, S = image_size (pixels on a side)
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from .config import read_json_object
 
 ImageSource = str | Path | Image.Image
 
@@ -157,10 +158,11 @@ class ImageProcessor:
         """Process pictures (PIL, or paths) to a float32 tensor (N, 3, S, S); raises what `open_image` raises."""
         pixel_values = torch.empty(len(images), 3, self.image_size, self.image_size)
         for row, image in zip(pixel_values, images, strict=True):
-            row.copy_(self._normalise(self._to_square(open_image(image))))
+            row.copy_(self._normalise(self.to_square(open_image(image))))
         return pixel_values
 
-    def _to_square(self, picture: Image.Image) -> Image.Image:
+    def to_square(self, picture: Image.Image) -> Image.Image:
+        """The square picture that the tower sees: padded or cropped, `image_size` on a side."""
         if self.image_aspect_ratio == "crop":
             return resize_and_crop(picture, self.image_size)
         red, green, blue = (int(value * 255) for value in self.image_mean)
@@ -183,17 +185,6 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if nested_file.is_file():
         return read_json_object(nested_file).get("image_processor", {})
     return {}
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a settings file; raises ValueError where it holds anything else than one JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if type(content) is not dict:
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _check_size(name: str, value: Any, image_size: int) -> None:

@@ -46,8 +46,11 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the filled slots."""
-        slots = sum(sum(lengths) * keys[0, 0].nbytes for lengths, keys in zip(self.seqlens, self.keys, strict=True))
-        return 2 * slots
+        return sum(self.nbytes_of(index) for index in range(len(self.position_ids)))
+
+    def nbytes_of(self, index: int) -> int:
+        """Bytes that one sequence fills."""
+        return 2 * sum(lengths[index] * keys[0, 0].nbytes for lengths, keys in zip(self.seqlens, self.keys, strict=True))
 
     def fill(self, k: Tensor, v: Tensor, seqlens: tuple[int, ...]) -> None:
         """Add the next layer with the packed keys and values (T, K, head_dim) of its prompt tokens."""

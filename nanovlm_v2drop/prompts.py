@@ -15,7 +15,7 @@ import tokenizers
 from PIL.Image import Image
 from tokenizers import decoders
 
-from .images import read_json_object
+from .config import read_json_object
 
 IMAGE_TOKEN = "<image>"
 VICUNA_SYSTEM = (

@@ -1,0 +1,298 @@
+"""Run methods side by side over benchmarks: every method answers a sample before the next sample is looked at.
+
+So all methods see the same pictures through one run of the vision tower, and a machine whose speed drifts drifts for all of
+them. Every answer is written as one JSON line as soon as it is there; a run that was interrupted goes on from these lines.
+"""
+
+import json
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import torch
+
+from .attention import decode_backend
+from .dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, Random, TokenDropper
+from .inference import decode_tokens, decode_until, prefill
+from .prompts import Request
+from .tasks import Sample, Task
+from .zoo import VisionLanguageModel
+
+DENSE = "dense"
+BOOTSTRAP_DRAWS = 1000
+LLAVA_7B_BUDGETS = {192: "paper-192", 128: "paper-128", 64: "paper-64"}  # at 576 vision tokens and 32 layers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row of the table: a method at a budget. `asked_tokens`: the mean that was asked for; None for dense."""
+
+    method: str
+    schedule: DropSchedule
+    asked_tokens: float | None
+    dropper: TokenDropper | None
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Names the row in results files."""
+        return self.method if self.asked_tokens is None else f"{self.method}@{self.asked_tokens:g}#{self.seed}"
+
+
+def make_plans(
+    methods: Sequence[str], budgets: Sequence[float], num_vision_tokens: int, num_layers: int, seed: int
+) -> list[Plan]:
+    """Dense once, every other method at every budget (mean vision tokens a layer).
+
+    Raises ValueError for an unknown method, or a budget that no schedule reaches.
+    """
+    plans = []
+    for budget in [None, *budgets]:
+        for method in methods:
+            if (method == DENSE) == (budget is None):
+                plans.append(make_plan(method, budget, num_vision_tokens, num_layers, seed))
+    unknown = [method for method in methods if method != DENSE and method not in DROPPERS]
+    if unknown:
+        raise ValueError(f"unknown method {unknown[0]!r}; choose from: {', '.join([DENSE, *DROPPERS])}")
+    return plans
+
+
+def make_plan(method: str, budget: float | None, num_vision_tokens: int, num_layers: int, seed: int) -> Plan:
+    if budget is None or method not in DROPPERS:
+        return Plan(method, DropSchedule({}), None, None, seed)
+    schedule = budget_schedule(budget, num_vision_tokens, num_layers)
+    dropper = Random(schedule, seed) if method == Random.name else DROPPERS[method](schedule)
+    return Plan(method, schedule, budget, dropper, seed)
+
+
+def budget_schedule(budget: float, num_vision_tokens: int, num_layers: int) -> DropSchedule:
+    """The paper's own schedule where it gives one for this model and budget, otherwise the solver's."""
+    if (num_vision_tokens, num_layers) == (576, 32) and budget in LLAVA_7B_BUDGETS:
+        return PUBLISHED_SCHEDULES[LLAVA_7B_BUDGETS[int(budget)]]
+    return DropSchedule.for_mean_tokens(budget, num_vision_tokens, num_layers)
+
+
+@dataclass
+class Record:
+    """One answer of one plan to one sample: a line of samples.jsonl. Times of a batch are shared out evenly."""
+
+    task: str
+    plan: str
+    sample_id: str
+    kind: str
+    group: str
+    question: str
+    answer: str
+    text: str
+    correct: float
+    text_tokens: int
+    vision_tokens: int
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: float
+    decode_steps: int
+    kv_cache_bytes: int
+    kept: list[list[int]] = field(default_factory=list)
+
+
+def evaluate(
+    vlm: VisionLanguageModel,
+    task: Task,
+    plans: Sequence[Plan],
+    output: Path,
+    *,
+    limit: int | None = None,
+    batch_size: int = 1,
+    resume: bool = False,
+) -> Iterator[Sample]:
+    """Answer the task's samples with every plan, appending to `output`/samples.jsonl; yields each finished sample.
+
+    With `resume`, answers that are already in the file are not made again. Raises ValueError where the file holds answers
+    and `resume` is not set: nothing is overwritten.
+    """
+    path = output / "samples.jsonl"
+    if path.is_file() and path.stat().st_size and not resume:
+        raise ValueError(f"{path} already holds answers; go on with --resume, or choose another --output")
+    done = {(record.task, record.plan, record.sample_id) for record in read_records(output)}
+    samples = task.samples(task.default_samples if limit is None else limit)
+    warm = False
+    while batch := list(islice(samples, batch_size)):
+        for plan in plans:
+            missing = [sample for sample in batch if (task.name, plan.key, sample.sample_id) not in done]
+            if missing and not warm:  # the first run pays for page faults and kernel selection: not counted
+                answer_batch(vlm, task, plan, missing)
+                warm = True
+            append_records(path, answer_batch(vlm, task, plan, missing) if missing else [])
+        yield from batch
+
+
+def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, samples: Sequence[Sample]) -> list[Record]:
+    """Prepare, prefill and decode the samples as one packed batch, timing each step."""
+    decoder = vlm.model.language_model
+    started = timestamp(vlm.device)
+    packed = vlm.prepare([Request(text=sample.text, images=sample.images) for sample in samples])
+    prepared = timestamp(vlm.device)
+    prefilled = prefill(decoder, packed, plan.dropper, max_new_tokens=task.max_new_tokens)
+    filled = timestamp(vlm.device)
+    cache_bytes = [prefilled.cache.nbytes_of(index) for index in range(len(samples))]
+    tokens = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, task.max_new_tokens)
+    finished = timestamp(vlm.device)
+    kept = prefilled.kept
+    records = []
+    for index, (sample, ids) in enumerate(zip(samples, tokens, strict=True)):
+        text = vlm.tokenizer.decode(ids).strip()
+        records.append(
+            Record(
+                task=task.name,
+                plan=plan.key,
+                sample_id=sample.sample_id,
+                kind=sample.kind,
+                group=sample.group,
+                question=sample.text,
+                answer=sample.answer,
+                text=text,
+                correct=task.correct(text, sample),
+                text_tokens=packed.seqlens[index] - packed.vision_counts[index],
+                vision_tokens=packed.vision_counts[index],
+                vision_ms=(prepared - started) * 1000 / len(samples),
+                prefill_ms=(filled - prepared) * 1000 / len(samples),
+                decode_ms=(finished - filled) * 1000 / len(samples),
+                decode_steps=max(len(sequence) for sequence in tokens) - 1,
+                kv_cache_bytes=cache_bytes[index],
+                kept=[stages[index].tolist() for _, stages in kept],
+            )
+        )
+    return records
+
+
+def timestamp(device: torch.device) -> float:
+    """Seconds, after the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def append_records(path: Path, records: Sequence[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+
+
+def read_records(output: Path) -> list[Record]:
+    """The answers written so far. A last line that was cut off by the interruption is removed from the file."""
+    path = output / "samples.jsonl"
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return [Record(**json.loads(line)) for line in whole.splitlines()]
+
+
+def summarise(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row a plan: scores with 95 % bootstrap intervals, cost by the one accounting, and measured times.
+
+    `relative_score` is the share of dense's score in percent, on the samples that both answered; None without dense.
+    """
+    own = {plan.key: [asdict(r) for r in records if r.task == task.name and r.plan == plan.key] for plan in plans}
+    return [summary_row(vlm, task, plan, own[plan.key], own.get(DENSE)) for plan in plans if own[plan.key]]
+
+
+def summary_row(
+    vlm: VisionLanguageModel, task: Task, plan: Plan, records: list[dict[str, Any]], dense: list[dict[str, Any]] | None
+) -> dict[str, Any]:
+    scores = bootstrap(task, records, dense)
+    text_config = vlm.config.text_config
+    num_layers = text_config.num_hidden_layers
+    steps = sum(record["decode_steps"] for record in records)
+    flops = [plan.schedule.prefill_flops(text_config, r["text_tokens"], r["vision_tokens"]) for r in records]
+    entering = [plan.schedule.vision_tokens_per_layer(record["vision_tokens"], num_layers) for record in records]
+    return {
+        "method": plan.method,
+        "task": task.name,
+        "schedule": {str(layer): ratio for layer, ratio in plan.schedule.items()},
+        "asked_tokens": plan.asked_tokens,
+        "vision_tokens": round(mean(record["vision_tokens"] for record in records), 2),
+        "mean_vision_tokens": round(mean(mean(counts) for counts in entering), 2),
+        "final_vision_tokens": round(mean(counts[-1] for counts in entering), 2),
+        **scores,
+        "metrics": {name: round(value, 4) for name, value in task.summary(records).items()},
+        "samples": len(records),
+        "vision_ms": round(median(record["vision_ms"] for record in records), 3),
+        "prefill_ms": round(median(record["prefill_ms"] for record in records), 3),
+        "decode_ms_per_token": round(sum(record["decode_ms"] for record in records) / steps, 3) if steps else None,
+        "prefill_tflops": round(mean(flops) / 1e12, 6),
+        "kv_cache_mb": round(mean(record["kv_cache_bytes"] for record in records) / 1e6, 4),
+        "peak_memory_mb": round(peak_memory_mb(vlm.device), 1),
+        "seed": plan.seed,
+    }
+
+
+def bootstrap(task: Task, records: list[dict[str, Any]], dense: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Score, score relative to dense, and their 95 % intervals over resampled pictures (samples where there are none).
+
+    Both are resampled together, so that the interval of the ratio is a paired one.
+    """
+    units = resampling_units(records)
+    base = {record["sample_id"]: record for record in dense or []}
+    paired = all(record["sample_id"] in base for record in records) and bool(base)
+    draws = np.random.default_rng(0).integers(len(units), size=(BOOTSTRAP_DRAWS, len(units)))
+    scores, ratios = [], []
+    for draw in draws:
+        chosen = [(record, f"{record['group']}/{copy}") for copy, unit in enumerate(draw) for record in units[unit]]
+        score = task.summary([{**record, "group": group} for record, group in chosen])["score"]
+        scores.append(score)
+        if paired:
+            dense_score = task.summary([{**base[record["sample_id"]], "group": group} for record, group in chosen])["score"]
+            ratios.append(100 * score / dense_score if dense_score else float("nan"))
+    score = task.summary(records)["score"]
+    dense_score = task.summary([base[record["sample_id"]] for record in records])["score"] if paired else 0.0
+    return {
+        "score": round(score, 3),
+        "score_interval": interval(scores),
+        "relative_score": round(100 * score / dense_score, 3) if dense_score else None,
+        "relative_interval": interval(ratios) if dense_score else None,
+    }
+
+
+def resampling_units(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Records that must stay together: those of one picture where the task pairs by picture."""
+    units: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        units.setdefault(record["group"] or record["sample_id"], []).append(record)
+    return list(units.values())
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return [round(float(low), 3), round(float(high), 3)]
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory allocated so far: by torch on a GPU, by the whole process elsewhere (so one number for all methods)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def run_summary(vlm: VisionLanguageModel, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The object that ends a run: what ran, and the rows."""
+    backend = vlm.model.language_model.attention
+    return {
+        "model": vlm.name,
+        "device": str(vlm.device),
+        "dtype": str(vlm.dtype).removeprefix("torch."),
+        "attention": backend,
+        "decode_attention": decode_backend(backend),
+        "torch": torch.__version__,
+        "results": rows,
+    }
+
+
