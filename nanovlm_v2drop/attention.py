@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +76,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], backend: 
         return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
+    attended = varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
     )
+    return cast(Tensor, attended)  # a pair only where the log-sum-exp is asked for
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:

@@ -22,6 +22,7 @@ from .dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, Random, Token
 from .inference import decode_tokens, decode_until, prefill
 from .prompts import Request
 from .tasks import Sample, Task
+from .vlm import PackedInputs
 from .zoo import VisionLanguageModel
 
 DENSE = "dense"
@@ -41,8 +42,10 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """Names the row in results files."""
-        return self.method if self.asked_tokens is None else f"{self.method}@{self.asked_tokens:g}#{self.seed}"
+        """Names the row in results files: method, budget and, where it draws, the seed."""
+        if self.asked_tokens is None:
+            return self.method
+        return f"{self.method} {self.asked_tokens:g}" + (f" seed {self.seed}" if isinstance(self.dropper, Random) else "")
 
 
 def make_plans(
@@ -114,61 +117,76 @@ def evaluate(
     """Answer the task's samples with every plan, appending to `output`/samples.jsonl; yields each finished sample.
 
     With `resume`, answers that are already in the file are not made again. Raises ValueError where the file holds answers
-    and `resume` is not set: nothing is overwritten.
+    to this task and `resume` is not set: nothing is overwritten.
     """
     path = output / "samples.jsonl"
-    if path.is_file() and path.stat().st_size and not resume:
-        raise ValueError(f"{path} already holds answers; go on with --resume, or choose another --output")
-    done = {(record.task, record.plan, record.sample_id) for record in read_records(output)}
+    done = {(record.plan, record.sample_id) for record in read_records(output) if record.task == task.name}
+    if done and not resume:
+        raise ValueError(f"{path} already holds answers to {task.name}; go on with --resume, or choose another --output")
     samples = task.samples(task.default_samples if limit is None else limit)
     warm = False
     while batch := list(islice(samples, batch_size)):
+        prepared: dict[tuple[str, ...], Prepared] = {}  # one for all plans, unless an interruption left them uneven
         for plan in plans:
-            missing = [sample for sample in batch if (task.name, plan.key, sample.sample_id) not in done]
-            if missing and not warm:  # the first run pays for page faults and kernel selection: not counted
-                answer_batch(vlm, task, plan, missing)
-                warm = True
-            append_records(path, answer_batch(vlm, task, plan, missing) if missing else [])
+            missing = [sample for sample in batch if (plan.key, sample.sample_id) not in done]
+            if not missing:
+                continue
+            ids = tuple(sample.sample_id for sample in missing)
+            if not warm:  # the first run pays for page faults and kernel selection: not counted
+                warm = bool(answer_batch(vlm, task, plan, prepare_batch(vlm, missing)))
+            prepared[ids] = prepared.get(ids) or prepare_batch(vlm, missing)
+            append_records(path, answer_batch(vlm, task, plan, prepared[ids]))
         yield from batch
 
 
-def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, samples: Sequence[Sample]) -> list[Record]:
-    """Prepare, prefill and decode the samples as one packed batch, timing each step."""
-    decoder = vlm.model.language_model
+@dataclass(frozen=True)
+class Prepared:
+    """Samples whose pictures went through the tower; `vision_ms` is a sample's share of reading, tower and splice."""
+
+    samples: Sequence[Sample]
+    packed: PackedInputs
+    vision_ms: float
+
+
+def prepare_batch(vlm: VisionLanguageModel, samples: Sequence[Sample]) -> Prepared:
     started = timestamp(vlm.device)
     packed = vlm.prepare([Request(text=sample.text, images=sample.images) for sample in samples])
-    prepared = timestamp(vlm.device)
+    return Prepared(samples, packed, (timestamp(vlm.device) - started) * 1000 / len(samples))
+
+
+def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: Prepared) -> list[Record]:
+    """Prefill and decode the samples as one packed batch, timing each step."""
+    decoder, packed, count = vlm.model.language_model, prepared.packed, len(prepared.samples)
+    started = timestamp(vlm.device)
     prefilled = prefill(decoder, packed, plan.dropper, max_new_tokens=task.max_new_tokens)
     filled = timestamp(vlm.device)
-    cache_bytes = [prefilled.cache.nbytes_of(index) for index in range(len(samples))]
+    cache_bytes = [prefilled.cache.nbytes_of(index) for index in range(count)]
     tokens = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, task.max_new_tokens)
     finished = timestamp(vlm.device)
     kept = prefilled.kept
-    records = []
-    for index, (sample, ids) in enumerate(zip(samples, tokens, strict=True)):
-        text = vlm.tokenizer.decode(ids).strip()
-        records.append(
-            Record(
-                task=task.name,
-                plan=plan.key,
-                sample_id=sample.sample_id,
-                kind=sample.kind,
-                group=sample.group,
-                question=sample.text,
-                answer=sample.answer,
-                text=text,
-                correct=task.correct(text, sample),
-                text_tokens=packed.seqlens[index] - packed.vision_counts[index],
-                vision_tokens=packed.vision_counts[index],
-                vision_ms=(prepared - started) * 1000 / len(samples),
-                prefill_ms=(filled - prepared) * 1000 / len(samples),
-                decode_ms=(finished - filled) * 1000 / len(samples),
-                decode_steps=max(len(sequence) for sequence in tokens) - 1,
-                kv_cache_bytes=cache_bytes[index],
-                kept=[stages[index].tolist() for _, stages in kept],
-            )
+    texts = [vlm.tokenizer.decode(ids).strip() for ids in tokens]
+    return [
+        Record(
+            task=task.name,
+            plan=plan.key,
+            sample_id=sample.sample_id,
+            kind=sample.kind,
+            group=sample.group,
+            question=sample.text,
+            answer=sample.answer,
+            text=texts[index],
+            correct=task.correct(texts[index], sample),
+            text_tokens=packed.seqlens[index] - packed.vision_counts[index],
+            vision_tokens=packed.vision_counts[index],
+            vision_ms=prepared.vision_ms,
+            prefill_ms=(filled - started) * 1000 / count,
+            decode_ms=(finished - filled) * 1000 / count,
+            decode_steps=max(map(len, tokens)) - 1,
+            kv_cache_bytes=cache_bytes[index],
+            kept=[stages[index].tolist() for _, stages in kept],
         )
-    return records
+        for index, sample in enumerate(prepared.samples)
+    ]
 
 
 def timestamp(device: torch.device) -> float:

@@ -8,35 +8,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from nanovlm_v2drop.demo.data import llama_tokenizer
 from nanovlm_v2drop.prompts import TEMPLATES
 
 IMAGE_SIZE, PATCH_SIZE = 42, 7  # 36 vision tokens
-SPECIALS = ["<unk>", "<s>", "</s>"]
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """A byte-fallback BPE in the form of LLaMA's tokenizer.json, trained on the templates."""
-    trained = Tokenizer(BPE(byte_fallback=True, unk_token="<unk>"))
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = BpeTrainer(vocab_size=500, special_tokens=[*SPECIALS, *byte_tokens], show_progress=False)
-    text = [template("What colour is the digit? yes no") for template in TEMPLATES.values()]
-    trained.train_from_iterator(text * 4, trainer)
-    learned = json.loads(trained.to_str())["model"]
-    merges = [tuple(pair) for pair in learned["merges"]]
-    tokenizer = Tokenizer(BPE(learned["vocab"], merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*SPECIALS, "<image>", "<pad>")])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
-    return tokenizer
+    """In the form of LLaMA's tokenizer.json, trained on the templates."""
+    return llama_tokenizer([template("What colour is the digit? yes no") for template in TEMPLATES.values()] * 4)
 
 
 def tiny_reference(tokenizer: Tokenizer, **text_settings: Any) -> Any:

@@ -86,7 +86,7 @@ def test_a_packed_batch_equals_its_samples_one_by_one(name):
         torch.testing.assert_close(torch.stack(logits)[:, 0], torch.stack(batched)[:, index], atol=1e-4, rtol=0)
         for (_, sequences), (_, (kept,)) in zip(together.kept, alone.kept, strict=False):
             assert sequences[index].tolist() == kept.tolist()
-    assert [lengths for lengths in together.cache.seqlens][-1] == (12 + 1 + 2, 7 + 1 + 2, 15 + 2)
+    assert together.cache.seqlens[-1] == (12 + 1 + 2, 7 + 1 + 2, 15 + 2)
 
 
 def test_equally_long_prompts_take_the_batched_path_and_agree_with_it():
@@ -132,7 +132,7 @@ def test_top_p_never_takes_a_token_outside_the_nucleus():
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_a_sampling_setting_out_of_range_is_refused(bad):
-    with pytest.raises(ValueError, match="temperature .* must be >= 0 and top_p"):
+    with pytest.raises(ValueError, match=r"temperature .* must be >= 0 and top_p"):
         Sampling(**bad)
 
 

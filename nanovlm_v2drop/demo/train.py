@@ -16,39 +16,21 @@ Both training steps write checkpoints into --work and go on from them.
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from random import Random
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..config import TextConfig, VisionConfig, VLMConfig
+from ..config import TextConfig, VLMConfig
 from ..decoder import DecoderLayer, Rotary, rotary_table
-from ..prompts import TEMPLATES
+from ..images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from ..vlm import LlavaModel
-from . import scenes
-
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-BACKGROUND = "background"  # the word that a patch without a thing answers
-PATCH_WORDS = (
-    (*scenes.COLORS, BACKGROUND),
-    (*scenes.SHAPES, BACKGROUND),
-    (*(str(digit) for digit in range(10)), BACKGROUND),
-)
-TURN_WEIGHTS = {"existence": 1.5, "color": 1.5, "shape": 1.5, "count": 0.7, "position": 2.5, "digit": 2.0}
-VISION = VisionConfig(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=144, patch_size=12
-)
+from .data import PATCH_WORDS, VISION, InstructBatches, TowerBatches, corpus, llama_tokenizer, normalised, word_tokens
 
 
 @dataclass(frozen=True)
@@ -58,45 +40,12 @@ class Recipe:
     tower_steps: int = 2500
     tower_batch: int = 64
     tower_rate: float = 1.5e-3
-    instruct_steps: int = 6000
+    instruct_steps: int = 3000
     instruct_batch: int = 32
     muon_rate: float = 4e-3
     adam_rate: float = 1.5e-3
     text_tokens: int = 136  # room for the questions of one picture
     seed: int = 0
-
-
-def build_tokenizer() -> Tokenizer:
-    """A byte-fallback BPE in the exact form of LLaMA's tokenizer.json, with one token for each word of the demo."""
-    specials = ["<unk>", "<s>", "</s>"]
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer = Tokenizer(BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # while training only: no merge may cross a space
-    trainer = BpeTrainer(vocab_size=2000, special_tokens=[*specials, *byte_tokens], show_progress=False)
-    tokenizer.train_from_iterator(corpus(), trainer)
-    learned = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(pair) for pair in learned["merges"]]
-    tokenizer = Tokenizer(BPE(learned["vocab"], merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*specials, "<image>", "<pad>")])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    return tokenizer
-
-
-def corpus() -> list[str]:
-    """Every word that a prompt or an answer can hold, often enough to become one token."""
-    rng = Random(0)
-    lines = [BACKGROUND, *(template("") for template in TEMPLATES.values())]
-    for _ in range(3000):
-        scene = scenes.sample_scene(rng, rng.randint(1, scenes.MAX_THINGS))
-        asked = [scenes.ask(scene, kind, rng) for kind in scenes.KINDS]
-        lines += [f"\n{question.text} {question.answer}" for question in (*asked, scenes.describe(scene)) if question]
-    return lines * 2
 
 
 def demo_config(tokenizer: Tokenizer) -> VLMConfig:
@@ -124,98 +73,9 @@ def initialise(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
-def normalised(pictures: Tensor) -> Tensor:
-    """(N, 144, 144, 3) uint8 -> (N, 3, 144, 144) float32, as the official preprocessing of a picture of this size."""
-    scaled = pictures.permute(0, 3, 1, 2).float() / 255
-    return (scaled - torch.tensor(IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(IMAGE_STD).view(3, 1, 1)
-
-
-def patch_labels(scene: scenes.Scene) -> np.ndarray:
-    """(P, 3) what each patch shows: indices into PATCH_WORDS; a patch counts as covered from a fifth of its area on."""
-    grid, patch = VISION.grid_size, VISION.patch_size
-    labels = np.tile([len(words) - 1 for words in PATCH_WORDS], (grid * grid, 1))
-    for thing in scene.things:
-        shape_map, digit_map = (Image.new("L", (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)) for _ in range(2))
-        scenes.draw_shape(ImageDraw.Draw(shape_map), thing, 1)
-        ImageDraw.Draw(digit_map).rectangle(thing.digit_box, fill=1)
-        body, digit = (
-            np.asarray(image).reshape(grid, patch, grid, patch).mean((1, 3)).ravel() for image in (shape_map, digit_map)
-        )
-        labels[body > 0.2, 0] = PATCH_WORDS[0].index(thing.color)
-        labels[body > 0.2, 1] = PATCH_WORDS[1].index(thing.shape)
-        labels[digit > 0.2, 2] = thing.digit
-    return labels
-
-
-class TowerBatches(torch.utils.data.IterableDataset):
-    """Batches of (pictures, patch labels), drawn in a second process."""
-
-    def __init__(self, batch: int, seed: int) -> None:
-        self.batch, self.seed = batch, seed
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rng = Random(self.seed)
-        while True:
-            drawn = [scenes.sample_scene(rng, rng.randint(1, scenes.MAX_THINGS)) for _ in range(self.batch)]
-            pictures = np.stack([np.asarray(scenes.draw_scene(scene)) for scene in drawn])
-            yield torch.from_numpy(pictures), torch.from_numpy(np.stack([patch_labels(scene) for scene in drawn]))
-
-
-class InstructBatches(torch.utils.data.IterableDataset):
-    """Batches of (pictures, token ids, turn numbers, position ids, labels), one row a picture with several questions.
-
-    Turn 0 is the system sentence and the picture; turn t > 0 is one question with its answer; -1 is padding.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, config: VLMConfig, recipe: Recipe, seed: int) -> None:
-        self.tokenizer, self.config, self.recipe, self.seed = tokenizer, config, recipe, seed
-        self.prefix = tokenizer.encode(TEMPLATES["vicuna_v1"]("<image>\n")).ids
-        self.prefix = self.prefix[: self.prefix.index(config.image_token_id)]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        rng = Random(self.seed)
-        while True:
-            drawn = [scenes.sample_scene(rng, rng.randint(1, scenes.MAX_THINGS)) for _ in range(self.recipe.instruct_batch)]
-            pictures = np.stack([np.asarray(scenes.draw_scene(scene)) for scene in drawn])
-            rows = np.stack([self.row(scene, rng) for scene in drawn])  # (N, 4, L)
-            yield torch.from_numpy(pictures), *torch.from_numpy(rows).unbind(1)
-
-    def row(self, scene: scenes.Scene, rng: Random) -> np.ndarray:
-        """(4, L): token ids, turn numbers, position ids, labels (-100 where nothing is asked)."""
-        image = [self.config.image_token_id] * VISION.num_patches
-        start = len(self.prefix) + len(image)
-        ids, turns, positions = [*self.prefix, *image], [0] * start, list(range(start))
-        labels = [-100] * start
-        length = start + self.recipe.text_tokens
-        for turn, question in enumerate(self.questions(scene, rng), 1):
-            prompt, answer = self.turn_ids(question)
-            if len(ids) + len(prompt) + len(answer) > length:
-                break
-            ids += prompt + answer
-            turns += [turn] * (len(prompt) + len(answer))
-            positions += range(start, start + len(prompt) + len(answer))
-            labels += [-100] * len(prompt) + answer
-        padding = length - len(ids)
-        return np.array([ids + [0] * padding, turns + [-1] * padding, positions + [0] * padding, labels + [-100] * padding])
-
-    def questions(self, scene: scenes.Scene, rng: Random) -> Iterator[scenes.Question]:
-        """A third of the pictures are described, the rest of the room is for questions in random order."""
-        if rng.random() < 1 / 3:
-            yield scenes.describe(scene)
-        while True:
-            kind = rng.choices(list(TURN_WEIGHTS), list(TURN_WEIGHTS.values()))[0]
-            question = scenes.ask(scene, kind, rng)
-            if question is not None:
-                yield question
-
-    def turn_ids(self, question: scenes.Question) -> tuple[list[int], list[int]]:
-        """The tokens behind the picture, and the answer with its end-of-sequence token."""
-        prompt = self.tokenizer.encode(TEMPLATES["vicuna_v1"](f"<image>\n{question.text}")).ids
-        answer = self.tokenizer.encode(question.answer, add_special_tokens=False).ids
-        return prompt[prompt.index(self.config.image_token_id) + 1 :], [*answer, self.config.eos_token_ids[0]]
-
-
-def patch_losses(model: LlavaModel, coordinates: nn.Linear, word_ids: list[Tensor], batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+def patch_losses(
+    model: LlavaModel, coordinates: nn.Linear, word_ids: list[Tensor], batch: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Cross entropy of the patch words plus where the patch is; and the accuracies on patches that show something (3,)."""
     pictures, labels = batch
     features = model.encode_images(normalised(pictures))  # (N, P, D)
@@ -250,14 +110,6 @@ def train_tower(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work: P
         optimizer.zero_grad()
         log.add(step, loss=loss.item(), color=accuracies[0].item(), shape=accuracies[1].item(), digit=accuracies[2].item())
     torch.save(model.state_dict(), work / "tower.pt")
-
-
-def word_tokens(tokenizer: Tokenizer, words: tuple[str, ...]) -> Tensor:
-    """The token of each word as it stands after a space; every word of the demo has one of its own."""
-    encoded = [tokenizer.encode(word, add_special_tokens=False).ids for word in words]
-    if any(len(ids) != 1 for ids in encoded):
-        raise ValueError(f"words that are not one token each: {dict(zip(words, encoded, strict=True))}")
-    return torch.tensor([ids[0] for ids in encoded])
 
 
 def answer_loss(model: LlavaModel, features: Tensor, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -317,7 +169,8 @@ def train_instruct(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work
         torch.optim.AdamW(others, recipe.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     start = resume(work / "instruct.pt", model, optimizers)
-    data = InstructBatches(tokenizer, model.config, recipe, recipe.seed + 1000 + start)
+    seed = recipe.seed + 1000 + start  # new pictures after an interruption
+    data = InstructBatches(tokenizer, model.config, recipe.instruct_batch, recipe.text_tokens, seed)
     batches = torch.utils.data.DataLoader(data, batch_size=None, num_workers=1)
     log = Log(work / "instruct.jsonl")
     for step, batch in enumerate(islice(batches, recipe.instruct_steps - start), start):
@@ -375,6 +228,89 @@ class Log:
             self.since, self.sums = now, {}
 
 
+def export(model: LlavaModel, tokenizer: Tokenizer, output: Path) -> None:
+    """Step 3: the files that llava-hf publishes, in float16 and under its names."""
+    output.mkdir(parents=True, exist_ok=True)
+    tensors = {official_name(name): value.half().contiguous() for name, value in model.state_dict().items()}
+    save_file({**unused_tensors(tensors), **tensors}, output / "model.safetensors", {"format": "pt"})
+    tokenizer.save(str(output / "tokenizer.json"))
+    for name, content in official_settings(model.config, tokenizer).items():
+        (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def official_name(name: str) -> str:
+    """Our parameter name as llava-hf stores it."""
+    if name.startswith("language_model."):
+        inner = name.removeprefix("language_model.")
+        return name if inner.startswith("lm_head") else f"language_model.model.{inner}"
+    return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+
+
+def unused_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the layout holds and LLaVA never reads: the tower's last block (zeros: it would change nothing) and its norm."""
+    tower, last = "vision_tower.vision_model.", VISION.num_hidden_layers - 1
+    first_block = f"{tower}encoder.layers.0."
+    block = {
+        name.replace(".layers.0.", f".layers.{last}."): torch.zeros_like(value)
+        for name, value in tensors.items()
+        if name.startswith(first_block)
+    }
+    norm, width = f"{tower}post_layernorm.", VISION.hidden_size
+    return {**block, f"{norm}weight": torch.ones(width).half(), f"{norm}bias": torch.zeros(width).half()}
+
+
+def official_settings(config: VLMConfig, tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
+    """config.json and its companions, as llava-hf/llava-1.5-7b-hf has them."""
+    size, pad = config.vision_config.image_size, tokenizer.token_to_id("<pad>")
+    text = {**asdict(config.text_config), "model_type": "llama", "torch_dtype": "float16"}
+    derived = ("qkv_bias", "mrope_section")  # ours, not Hugging Face's
+    return {
+        "config.json": {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": config.image_token_id,
+            "pad_token_id": pad,
+            "projector_hidden_act": "gelu",
+            "text_config": {name: value for name, value in text.items() if name not in derived},
+            "torch_dtype": "float16",
+            "vision_config": {**asdict(config.vision_config), "model_type": "clip_vision_model"},
+            "vision_feature_layer": config.vision_feature_layer,
+            "vision_feature_select_strategy": "default",
+        },
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": config.eos_token_ids[0], "pad_token_id": pad},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "pad_token": "<pad>",
+            "model_max_length": config.text_config.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size},
+            "image_mean": list(CLIP_IMAGE_MEAN),
+            "image_std": list(CLIP_IMAGE_STD),
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "do_center_crop": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "patch_size": VISION.patch_size,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+            "image_token": "<image>",
+        },
+    }
+
+
 def main() -> None:
     recipe = Recipe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -387,13 +323,15 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(**{**asdict(recipe), **arguments})
     torch.manual_seed(recipe.seed)
-    tokenizer = build_tokenizer()
+    tokenizer = llama_tokenizer(corpus())
     model = LlavaModel(demo_config(tokenizer))
     initialise(model)
-    if not (work / "tower.pt").is_file():
+    tower = work / "tower.pt"
+    if not tower.is_file():
         train_tower(model, tokenizer, recipe, work)
-    model.load_state_dict(torch.load(work / "tower.pt", weights_only=True))
+    model.load_state_dict(torch.load(tower, weights_only=True))
     train_instruct(model, tokenizer, recipe, work)
+    export(model, tokenizer, output)
 
 
 if __name__ == "__main__":
