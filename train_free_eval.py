@@ -120,6 +120,8 @@ def evaluate_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
     vlm = load_model(arguments)
     plans, output = plans_for(vlm, arguments), output_folder(arguments)
     console = Console(stderr=True)
+    about = run_summary(vlm, [])
+    print(", ".join(f"{name} {about[name]}" for name in ("model", "device", "dtype", "attention", "decode_attention")))
     rows = []
     for task in tasks:
         rows += run_task(vlm, task, plans, output, arguments, console)

@@ -1,0 +1,45 @@
+"""Vision-language models from scratch, with vision-token dropping inside the prefill loop.
+
+    from nanovlm_v2drop import DropSchedule, Request, V2Drop, generate, load
+
+    vlm = load("demo")
+    request = Request(text="What digit is on the red circle?", images=["scene.png"])
+    (answer,) = generate(vlm, [request], V2Drop(DropSchedule.for_mean_tokens(32, 144, 12)))
+"""
+
+from .config import TextConfig, VisionConfig, VLMConfig
+from .decoder import Decoder
+from .dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, PrefillState, Random, TokenDropper, V2Drop
+from .inference import Answer, KVCache, NothingDropped, Prefilled, Sampling, decode_one_token, generate, prefill, stream
+from .prompts import Request
+from .vlm import LlavaModel, PackedInputs
+from .zoo import MODELS, VisionLanguageModel, load
+
+__all__ = [
+    "DROPPERS",
+    "MODELS",
+    "PUBLISHED_SCHEDULES",
+    "Answer",
+    "Decoder",
+    "DropSchedule",
+    "KVCache",
+    "LlavaModel",
+    "NothingDropped",
+    "PackedInputs",
+    "PrefillState",
+    "Prefilled",
+    "Random",
+    "Request",
+    "Sampling",
+    "TextConfig",
+    "TokenDropper",
+    "V2Drop",
+    "VLMConfig",
+    "VisionConfig",
+    "VisionLanguageModel",
+    "decode_one_token",
+    "generate",
+    "load",
+    "prefill",
+    "stream",
+]

@@ -109,13 +109,15 @@ class VisionLanguageModel:
         return token_ids
 
     def check_prompt(self, token_ids: Sequence[int], num_vision_tokens: int) -> None:
-        """Raise ValueError for a prompt that is too long for the model, or that has a token it does not know."""
+        """Raise ValueError for a prompt that is too long, that ends with a picture, or that has an unknown token."""
         text, length = self.config.text_config, len(token_ids)
         if length > text.max_position_embeddings:
             raise ValueError(
                 f"the prompt has {length} tokens ({num_vision_tokens} of them from pictures), but the context of "
                 f"{self.name} holds {text.max_position_embeddings}; shorten the text or give fewer pictures"
             )
+        if token_ids[-1] == self.config.image_token_id:
+            raise ValueError("the prompt ends with a picture, whose last token could be dropped; end it with text")
         largest = max((token for token in token_ids if token != self.config.image_token_id), default=0)
         if largest >= text.vocab_size:
             raise ValueError(

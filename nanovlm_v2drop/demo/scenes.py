@@ -200,15 +200,19 @@ def ask_existence(scene: Scene, rng: Random) -> Question:
 def ask_color(scene: Scene, rng: Random) -> Question | None:
     shapes = [thing.shape for thing in scene.things]
     alone = [thing for thing in scene.things if shapes.count(thing.shape) == 1]
-    thing = rng.choice(alone) if alone else None
-    return thing and Question("color", f"What color is the {thing.shape}?", thing.color)
+    if not alone:
+        return None
+    thing = rng.choice(alone)
+    return Question("color", f"What color is the {thing.shape}?", thing.color)
 
 
 def ask_shape(scene: Scene, rng: Random) -> Question | None:
     colors = [thing.color for thing in scene.things]
     alone = [thing for thing in scene.things if colors.count(thing.color) == 1]
-    thing = rng.choice(alone) if alone else None
-    return thing and Question("shape", f"What shape is the {thing.color} object?", thing.shape)
+    if not alone:
+        return None
+    thing = rng.choice(alone)
+    return Question("shape", f"What shape is the {thing.color} object?", thing.shape)
 
 
 def ask_count(scene: Scene, rng: Random) -> Question:

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..config import TextConfig, VLMConfig
-from ..decoder import DecoderLayer, Rotary, rotary_table
+from ..decoder import Rotary, rotary_table
 from ..images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from ..vlm import LlavaModel
 from .data import PATCH_WORDS, VISION, InstructBatches, TowerBatches, corpus, llama_tokenizer, normalised, word_tokens
@@ -59,7 +59,7 @@ def demo_config(tokenizer: Tokenizer) -> VLMConfig:
         max_position_embeddings=1024,
         rms_norm_eps=1e-5,
     )
-    return VLMConfig(VISION, text, image_token_id=tokenizer.token_to_id("<image>"))
+    return VLMConfig(VISION, text, image_token_id=tokenizer.get_vocab()["<image>"])
 
 
 def initialise(model: nn.Module) -> None:
@@ -95,8 +95,8 @@ def train_tower(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work: P
     """Step 1; leaves `work`/tower.pt."""
     coordinates = nn.Linear(model.config.text_config.hidden_size, 2)
     word_ids = [word_tokens(tokenizer, words) for words in PATCH_WORDS]
-    trained = [*model.vision_tower.parameters(), *model.multi_modal_projector.parameters(), *coordinates.parameters()]
-    trained.append(model.language_model.embed_tokens.weight)
+    parts = (model.vision_tower, model.multi_modal_projector, coordinates, model.language_model.embed_tokens)
+    trained = [parameter for part in parts for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(trained, recipe.tower_rate, betas=(0.9, 0.98), weight_decay=0.01)
     batches = torch.utils.data.DataLoader(TowerBatches(recipe.tower_batch, recipe.seed), batch_size=None, num_workers=1)
     log = Log(work / "tower.jsonl")
@@ -141,7 +141,7 @@ def turn_bias(turns: Tensor) -> Tensor:
 
 
 @torch.compile
-def masked_layer(layer: DecoderLayer, hidden_states: Tensor, rotary: Rotary, bias: Tensor) -> Tensor:
+def masked_layer(layer: nn.Module, hidden_states: Tensor, rotary: Rotary, bias: Tensor) -> Tensor:
     """One decoder layer with an attention bias. hidden_states: (N * L, D), packed.
 
     Plain matrix products: on this CPU their backward pass is twice as fast as scaled_dot_product_attention's, and compiled
@@ -261,7 +261,7 @@ def unused_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def official_settings(config: VLMConfig, tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
     """config.json and its companions, as llava-hf/llava-1.5-7b-hf has them."""
-    size, pad = config.vision_config.image_size, tokenizer.token_to_id("<pad>")
+    size, pad = config.vision_config.image_size, tokenizer.get_vocab()["<pad>"]
     text = {**asdict(config.text_config), "model_type": "llama", "torch_dtype": "float16"}
     derived = ("qkv_bias", "mrope_section")  # ours, not Hugging Face's
     return {

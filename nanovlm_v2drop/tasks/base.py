@@ -115,9 +115,8 @@ def decode_picture(cell: dict[str, Any] | bytes | None, sample_id: str) -> Image
         raise ValueError(f"sample {sample_id}: the image cell has no bytes; use parquet files with embedded pictures")
     try:
         image = Image.open(io.BytesIO(data))
-        if image.getexif().get(ExifTags.Base.Orientation) is not None:
-            image = ImageOps.exif_transpose(image)
-        return image.convert("RGB")
+        turned = image.getexif().get(ExifTags.Base.Orientation) is not None
+        return (ImageOps.exif_transpose(image) if turned else image).convert("RGB")
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG
         raise ValueError(f"sample {sample_id}: no picture in {len(data)} bytes ({error}); fetch it again") from error
 

@@ -43,10 +43,12 @@ def held_out(number: int) -> Sample:
     """The sample of that number; kinds take turns, and so do the answers yes and no."""
     kind = scenes.KINDS[number % len(scenes.KINDS)]
     wanted = ("yes", "no")[number // len(scenes.KINDS) % 2]
-    for attempt in count():
-        rng = Random(f"held-out {number} {attempt}")
-        scene = scenes.sample_scene(rng, rng.randint(1, scenes.MAX_THINGS))
-        question = scenes.ask(scene, kind, rng)
-        if question is not None and (kind != "existence" or question.answer == wanted):
-            break
+    drawn = (draw_question(f"held-out {number} {attempt}", kind) for attempt in count())
+    scene, question = next((s, q) for s, q in drawn if q is not None and (kind != "existence" or q.answer == wanted))
     return Sample(f"{kind}-{number}", question.text, (scenes.draw_scene(scene),), question.answer, kind)
+
+
+def draw_question(seed: str, kind: str) -> tuple[scenes.Scene, scenes.Question | None]:
+    rng = Random(seed)
+    scene = scenes.sample_scene(rng, rng.randint(1, scenes.MAX_THINGS))
+    return scene, scenes.ask(scene, kind, rng)

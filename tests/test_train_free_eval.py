@@ -1,0 +1,132 @@
+"""The command line as users run it, on the shipped demo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_free_eval  # noqa: E402
+
+ROW_KEYS = {
+    "method", "task", "schedule", "vision_tokens", "mean_vision_tokens", "score", "relative_score", "samples",
+    "prefill_ms", "decode_ms_per_token", "prefill_tflops", "kv_cache_mb", "peak_memory_mb", "seed",
+}  # fmt: skip
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = train_free_eval.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_script_ends_with_one_json_line_and_leaves_answers_summary_and_pictures(tmp_path):
+    command = [sys.executable, ROOT / "train_free_eval.py", "--limit", "6", "--output", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert {"model", "device", "dtype", "attention", "results"} <= set(result)
+    assert [(row["method"], row["asked_tokens"]) for row in result["results"]] == [
+        ("dense", None), ("v2drop", 48.0), ("random", 48.0), ("v2drop", 32.0), ("random", 32.0), ("v2drop", 16.0), ("random", 16.0),
+    ]  # fmt: skip
+    for row in result["results"]:
+        assert set(row) >= ROW_KEYS
+        assert row["asked_tokens"] is None or abs(row["mean_vision_tokens"] - row["asked_tokens"]) <= 0.5
+    assert "mean tokens" in done.stdout
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 6 * 7
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == result
+    pictures = sorted((tmp_path / "run").glob("*.png"))
+    assert len(pictures) == 4
+    assert Image.open(pictures[0]).size[0] > 700  # three stages side by side
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, capsys):
+    options = ["--methods", "dense,v2drop", "--tokens", "32", "--limit", "4", "--output", tmp_path]
+    assert run(capsys, *options)[0] == 0
+    file = tmp_path / "samples.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:5]) + lines[5][:20])  # killed in the middle of the sixth line
+    code, _, error = run(capsys, *options)
+    assert code == 2
+    assert "already holds answers to demo; go on with --resume" in error
+    assert run(capsys, *options, "--resume")[0] == 0
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(r["plan"], r["sample_id"]) for r in again] == [
+        (r["plan"], r["sample_id"]) for r in map(json.loads, lines)
+    ]
+    assert [json.loads(line) for line in lines[:5]] == again[:5]
+
+
+def test_a_batch_gives_the_same_answers_as_one_by_one(tmp_path, capsys):
+    texts = []
+    for size in (1, 5):
+        run(capsys, "--limit", 10, "--batch-size", size, "--retain", "0.25", "--output", tmp_path / str(size))
+        lines = (tmp_path / str(size) / "samples.jsonl").read_text().splitlines()
+        texts.append({(r["plan"], r["sample_id"]): (r["text"], r["kept"]) for r in map(json.loads, lines)})
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 30
+
+
+def test_one_question_about_one_picture_is_answered_with_and_without_dropping(tmp_path, capsys):
+    Image.new("RGB", (300, 200), (90, 120, 100)).save(tmp_path / "grey.png")
+    code, out, _ = run(
+        capsys, "--image", tmp_path / "grey.png", "--prompt", "How many objects are in the image?", "--output", tmp_path
+    )
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
+    assert [row["method"] for row in result["results"]] == ["dense"] + ["v2drop", "random"] * 3
+    assert all(row["text"] for row in result["results"])
+    assert Image.open(tmp_path / "kept.png").size[0] > 700
+
+
+def test_missing_weights_end_in_two_lines_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    code, out, error = run(capsys, "--model", "llava-1.5-7b", "--output", tmp_path / "run")
+    assert code == 2
+    assert out == ""
+    assert len(error.strip().splitlines()) == 2
+    assert "llava-hf/llava-1.5-7b-hf" in error
+    assert "--weights" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "dense,fastest"], "unknown method 'fastest'; choose from: dense, "),
+        (["--tokens", "5"], "a mean of 5 vision tokens is out of reach"),
+        (["--tokens", "145"], "lies between 12.9 and 144"),
+        (["--tasks", "chess"], "unknown task 'chess'; choose one of: demo, mme, pope"),
+        (["--model", "gpt"], "gpt"),
+        (["--attention", "varlen"], "needs a CUDA device"),
+        (["--image", "nowhere.png", "--prompt", "What?"], "nowhere.png"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_error_with_exit_code_2(arguments, message, tmp_path, capsys):
+    code, _, error = run(capsys, *arguments, "--output", tmp_path / "run")
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [["--image", "a.png"], ["--resume"], ["--limit", "0"], ["--tokens", "many"]])
+def test_options_that_do_not_fit_are_refused_by_the_parser(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_free_eval.main(arguments)
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_its_accuracies_and_is_sensitive_to_random_dropping(tmp_path, capsys):
+    _, out, _ = run(capsys, "--batch-size", 8, "--output", tmp_path)
+    rows = {(row["method"], row["asked_tokens"]): row for row in json.loads(out.splitlines()[-1])["results"]}
+    dense = rows["dense", None]["metrics"]
+    assert dense["existence"] >= 95
+    assert dense["score"] >= 90
+    assert rows["random", 16.0]["relative_interval"][1] < 90
