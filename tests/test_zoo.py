@@ -195,6 +195,12 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(vlm: Visi
         vlm.prepare([longest, Request(prompt="<image>" + "<s>" * 512, images=[picture(0)])])
 
 
+def test_a_prompt_that_ends_with_a_picture_is_refused(vlm: VisionLanguageModel) -> None:
+    picture = Image.new("RGB", (42, 42))
+    with pytest.raises(ValueError, match="the prompt ends with a picture"):
+        vlm.prepare([Request(prompt="USER: <image>", images=[picture])])
+
+
 def test_a_token_without_embedding_is_refused(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vlm.tokenizer, "encode", lambda _: [1, 9000])
     with pytest.raises(ValueError, match=r"the tokenizer gives token 9000, but .* has embeddings for \d+; use the"):
