@@ -21,6 +21,7 @@ from torch import Tensor
 BACKENDS = ("flash-attn", "varlen", "sdpa")
 
 
+@cache
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The back end that `name` ("auto" or one of BACKENDS) stands for on this device.
 
@@ -49,7 +50,6 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     return None if varlen_accepts("enable_gqa") else f"torch {torch.__version__} has no varlen_attn with enable_gqa"
 
 
-@cache
 def varlen_accepts(argument: str) -> bool:
     """Whether this torch's varlen_attn takes `argument`: its signature grew between releases."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:

@@ -4,21 +4,19 @@
     python -m nanovlm_v2drop.benchmark --layers 32 --device cuda --repeats 21
     python -m nanovlm_v2drop.benchmark --model llava-1.5-13b --layers 2 --tokens 192 --json > speed.json
 
-Random weights at the official layer shapes; nothing is downloaded. Before anything is timed, the dense logits must equal
-those of transformers' LlamaForCausalLM on the very same tensors. A machine's speed drifts, so each round times everything
-once, in an order that rotates; times are medians over the rounds, speed-ups and shares medians of the ratios in a round.
+Random weights at the official layer shapes, no download. Before anything is timed, dense logits must equal those of
+transformers' LlamaForCausalLM on the very same tensors. A machine's speed drifts, so each round times everything once, in an
+order that rotates; times are medians over the rounds, speed-ups and shares medians of the ratios within a round.
 
-Prefill: `gemm_percent` is the time of the same matrix products alone (each layer's own weights and tokens, outputs allocated
-beforehand) as a share of the prefill. `flops_ratio` is the speed-up over dense that DropSchedule.prefill_flops promises,
-`achieved_percent` the share of it that the clock confirms. Drop points (score, select, gather) are timed alone, on tensors
-of the same shape.
-Decode: the bytes that a token touches (weights once, cache once) over its time; `bandwidth_percent` compares with a pass
-that reads the same weights once (a float32 sum, counting the bytes read).
+gemm_percent: time of the same matrix products alone (each layer's own weights and tokens, outputs allocated beforehand), as
+a share of the prefill. flops_ratio: the speed-up over dense that DropSchedule.prefill_flops promises; achieved_percent: the
+share of it that the clock confirms. drop_points: scoring, selecting and gathering alone, on tensors of the same shape.
+peak_memory: weights included; on a CPU the whole process's, its mark reset where Linux can. touched: what one token reads in
+decode, weights once and cache once; bandwidth_percent: beside one pass over the same weights (a float32 sum, bytes read).
 """
 
 import argparse
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,12 +24,12 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -39,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .attention import BACKENDS, resolve_backend
+from .attention import resolve_backend
 from .config import TextConfig
 from .decoder import Decoder
 from .dropping import PUBLISHED_SCHEDULES, DropSchedule, Random, TokenDropper, V2Drop
@@ -47,19 +45,16 @@ from .dropping.schedule import layers_at_depths
 from .evaluate import DENSE, LLAVA_7B_BUDGETS, peak_memory_mb, timestamp
 from .inference import Prefilled, decode_one_token, initial_state, prefill
 from .vlm import PackedInputs
-from .zoo import DTYPES, as_device, as_dtype
+from .zoo import as_device, as_dtype
 
-Run = Callable[[], object]
-Seconds = Mapping[str, Sequence[float]]  # name of a run -> one time a round
+Run = Callable[[], Any]
 
-LLAVA = TextConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
-TEXT_SHAPES = {  # text_config of llava-hf/llava-1.5-7b-hf and llava-1.5-13b-hf
-    "llava-1.5-7b": LLAVA,
-    "llava-1.5-13b": replace(
-        LLAVA, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40
-    ),
-}
-METHODS: tuple[type[TokenDropper], ...] = (V2Drop, Random)
+# text_config of llava-hf/llava-1.5-7b-hf and llava-1.5-13b-hf
+SHAPE_7B = TextConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
+SHAPE_13B = replace(
+    SHAPE_7B, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40
+)
+TEXT_SHAPES = {"llava-1.5-7b": SHAPE_7B, "llava-1.5-13b": SHAPE_13B}
 
 
 @dataclass(frozen=True)
@@ -71,14 +66,30 @@ class Workload:
     decode_steps: int
 
     @property
+    def device(self) -> torch.device:
+        return self.packed.inputs_embeds.device
+
+    @property
     def sizes(self) -> tuple[TextConfig, int, int]:
         """Config, text tokens and vision tokens, as DropSchedule counts costs from them."""
         vision_tokens = sum(self.packed.vision_counts)
         return self.decoder.config, sum(self.packed.seqlens) - vision_tokens, vision_tokens
 
-    def vision_tokens_per_layer(self, schedule: DropSchedule) -> list[int]:
-        config, _, vision_tokens = self.sizes
-        return schedule.vision_tokens_per_layer(vision_tokens, config.num_hidden_layers)
+    @property
+    def decode_weights(self) -> list[Tensor]:
+        """What a decoded token reads: everything but the embedding table, of which it reads one row."""
+        modules = (self.decoder.layers, self.decoder.norm, self.decoder.lm_head)
+        return [weight.data for module in modules for weight in module.parameters()]
+
+    def tokens_per_layer(self, schedule: DropSchedule) -> list[int]:
+        config, text_tokens, vision_tokens = self.sizes
+        counts = schedule.vision_tokens_per_layer(vision_tokens, config.num_hidden_layers)
+        return [text_tokens + count for count in counts]
+
+    def cache_bytes(self, schedule: DropSchedule, decoded: int = 0) -> int:
+        config, text_tokens, vision_tokens = self.sizes
+        value_bytes = self.packed.inputs_embeds.element_size()
+        return schedule.kv_cache_bytes(config, text_tokens + decoded, vision_tokens, value_bytes)
 
 
 @dataclass(frozen=True)
@@ -86,10 +97,13 @@ class Contender:
     """`decode` takes what `prefill` returned, decodes, and rewinds the cache, so that every round meets the same one."""
 
     name: str
-    schedule: DropSchedule
-    prefill: Callable[[], Any]
+    prefill: Run
     decode: Callable[[Any], None]
     dropper: TokenDropper | None = None
+
+    @property
+    def schedule(self) -> DropSchedule:
+        return DropSchedule({}) if self.dropper is None else self.dropper.schedule
 
 
 def make_workload(args: argparse.Namespace) -> Workload:
@@ -98,19 +112,12 @@ def make_workload(args: argparse.Namespace) -> Workload:
         raise ValueError(f"unknown model {args.model!r}; choose one of: {', '.join(TEXT_SHAPES)}")
     device, dtype = as_device(args.device), as_dtype(args.dtype)
     config = replace(TEXT_SHAPES[args.model], num_hidden_layers=args.layers)
-    decoder = random_decoder(config, device, dtype, resolve_backend(args.attention, device, dtype))
-    packed = random_prompt(args.text_tokens, args.vision_tokens, decoder.embed_tokens.weight)
-    return Workload(decoder, packed, args.decode_steps)
-
-
-def random_decoder(config: TextConfig, device: torch.device, dtype: torch.dtype, attention: str) -> Decoder:
-    """Weights that keep activations near one in size, so that wrong work shows in the logits."""
     with torch.device("meta"):
-        decoder = Decoder(config, attention)
+        decoder = Decoder(config, resolve_backend(args.attention, device, dtype))
     decoder = decoder.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    for name, weight in decoder.named_parameters():
+    for name, weight in decoder.named_parameters():  # activations stay near one in size, so wrong work shows in the logits
         weight.normal_(*((1.0, 0.1) if "norm" in name else (0.0, weight.shape[-1] ** -0.5)))
-    return decoder
+    return Workload(decoder, random_prompt(args.text_tokens, args.vision_tokens, decoder.lm_head.weight), args.decode_steps)
 
 
 def random_prompt(text_tokens: int, vision_tokens: int, like: Tensor) -> PackedInputs:
@@ -133,22 +140,15 @@ def mapped_schedule(budget: float, num_vision_tokens: int, num_layers: int) -> D
 
 
 def our_contenders(workload: Workload, budgets: Sequence[float]) -> list[Contender]:
-    """Dense, then every method at every budget."""
+    """Dense, then V2Drop and Random at every budget."""
     config, _, vision_tokens = workload.sizes
     droppers: dict[str, TokenDropper | None] = {DENSE: None}
     for budget in budgets:
         schedule = mapped_schedule(budget, vision_tokens, config.num_hidden_layers)
-        droppers.update({f"{method.name}@{budget:g}": method(schedule) for method in METHODS})
-    return [
-        Contender(
-            name,
-            DropSchedule({}) if dropper is None else dropper.schedule,
-            partial(prefill, workload.decoder, workload.packed, dropper, max_new_tokens=workload.decode_steps),
-            partial(decode_and_rewind, workload),
-            dropper,
-        )
-        for name, dropper in droppers.items()
-    ]
+        droppers |= {f"{method.name}@{budget:g}": method(schedule) for method in (V2Drop, Random)}
+    run = partial(prefill, workload.decoder, workload.packed, max_new_tokens=workload.decode_steps)
+    decode = partial(decode_and_rewind, workload)
+    return [Contender(name, partial(run, dropper), decode, dropper) for name, dropper in droppers.items()]
 
 
 def decode_and_rewind(workload: Workload, prefilled: Prefilled) -> None:
@@ -163,15 +163,15 @@ def transformers_contender(workload: Workload) -> Contender:
     """LlamaForCausalLM around the decoder's own tensors: nothing is copied."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-    sizes = {name: value for name, value in asdict(workload.decoder.config).items() if name != "mrope_section"}
-    config = LlamaConfig(**sizes, attn_implementation="sdpa")
+    settings: dict[str, Any] = {**asdict(workload.decoder.config), "attn_implementation": "sdpa"}
+    config = LlamaConfig(**settings)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).eval()
     ours = workload.decoder.state_dict()
     model.load_state_dict({name: ours[name.removeprefix("model.")] for name in model.state_dict()}, assign=True)
-    inputs_embeds = workload.packed.inputs_embeds[None]
     # The rotary frequencies are in no state dict, so they are still on the meta device.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=inputs_embeds.device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(workload.device)
+    inputs_embeds = workload.packed.inputs_embeds[None]
 
     def run() -> Any:
         return model(inputs_embeds=inputs_embeds, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
@@ -182,7 +182,7 @@ def transformers_contender(workload: Workload) -> Contender:
             model(input_ids=token_ids, past_key_values=output.past_key_values, use_cache=True)
         output.past_key_values.crop(-workload.decode_steps)
 
-    return Contender("transformers", DropSchedule({}), run, decode)
+    return Contender("transformers", run, decode)
 
 
 def compare_logits(ours: Tensor, reference: Tensor) -> dict[str, float]:
@@ -190,27 +190,21 @@ def compare_logits(ours: Tensor, reference: Tensor) -> dict[str, float]:
     difference, largest = (ours - reference).abs().max().item(), reference.abs().max().item()
     if not difference <= torch.finfo(ours.dtype).eps ** 0.5 * largest:
         raise RuntimeError(
-            f"dense logits and transformers' differ by {difference:.3g} where the largest is {largest:.3g}: "
-            "the two do not do the same work, so nothing was timed"
+            f"dense logits and transformers' differ by {difference:.3g} where the largest is {largest:.3g}: unequal work"
         )
     return {"max_difference": difference, "largest_logit": largest}
 
 
 def gemm_products(decoder: Decoder, tokens_per_layer: Sequence[int]) -> list[tuple[Tensor, int]]:
     """Every matrix of a prefill with the number of rows it meets; the head meets one."""
-    products = [
-        (module.weight, tokens)
-        for layer, tokens in zip(decoder.layers, tokens_per_layer, strict=True)
-        for module in layer.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    return [*products, (decoder.lm_head.weight, 1)]
+    pairs = zip(decoder.layers, tokens_per_layer, strict=True)
+    linears = [(module, rows) for layer, rows in pairs for module in layer.modules() if isinstance(module, nn.Linear)]
+    return [(module.weight, rows) for module, rows in [*linears, (decoder.lm_head, 1)]]
 
 
 def gemm_run(products: Sequence[tuple[Tensor, int]]) -> Run:
     """The products alone; inputs and outputs of the same shape are one tensor."""
-    like = products[0][0]
-    shapes = {(rows, size) for weight, rows in products for size in weight.shape}
+    like, shapes = products[0][0], {(rows, size) for weight, rows in products for size in weight.shape}
     inputs, outputs = ({shape: torch.randn(shape, dtype=like.dtype, device=like.device) for shape in shapes} for _ in range(2))
 
     def run() -> None:
@@ -222,21 +216,12 @@ def gemm_run(products: Sequence[tuple[Tensor, int]]) -> Run:
 
 def drop_points_run(workload: Workload, dropper: TokenDropper) -> Run:
     """The drop points alone, on noise of the shape that arrives at each."""
-    counts = workload.vision_tokens_per_layer(dropper.schedule)
-    states = []
+    tokens, states = workload.tokens_per_layer(dropper.schedule), []
+    _, text_tokens, _ = workload.sizes
     for layer_idx in dropper.schedule:
-        packed = random_prompt(workload.sizes[1], counts[layer_idx - 1], workload.packed.inputs_embeds)
+        packed = random_prompt(text_tokens, tokens[layer_idx - 1] - text_tokens, workload.packed.inputs_embeds)
         states.append(replace(initial_state(packed), layer_idx=layer_idx, previous=torch.randn_like(packed.inputs_embeds)))
     return lambda: [dropper(state) for state in states]
-
-
-def decode_weights(decoder: Decoder) -> list[Tensor]:
-    """What a decoded token reads: everything but the embedding table, of which it reads one row."""
-    return [weight.data for module in (decoder.layers, decoder.norm, decoder.lm_head) for weight in module.parameters()]
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def time_rounds(runs: Mapping[str, Run], repeats: int, device: torch.device) -> dict[str, list[float]]:
@@ -245,13 +230,13 @@ def time_rounds(runs: Mapping[str, Run], repeats: int, device: torch.device) -> 
     gc.collect()
     gc.disable()
     try:
-        for round_idx in (0, *range(repeats)):
+        for round_idx in range(-1, repeats):
             start = round_idx % len(names)
             for name in names[start:] + names[:start]:
                 started = timestamp(device)
                 result = runs[name]()
-                seconds[name][round_idx] = timestamp(device) - started
-                del result
+                seconds[name][max(round_idx, 0)] = timestamp(device) - started
+                del result  # frees a cache: not a part of what is timed
             print(f"round {round_idx + 1} of {repeats}", file=sys.stderr, flush=True)
     finally:
         gc.enable()
@@ -259,156 +244,131 @@ def time_rounds(runs: Mapping[str, Run], repeats: int, device: torch.device) -> 
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Median of the ratios within a round."""
     return median(one / other for one, other in zip(numerators, denominators, strict=True))
 
 
-def measure_memory(contender: Contender, device: torch.device) -> dict[str, float]:
-    """Cache and peak of one prefill, weights included. On a CPU the peak is the whole process's, reset where Linux can."""
+def peak_of(run: Run, device: torch.device) -> float:
+    """MB at the highest point of one run."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    prefilled = contender.prefill()
-    if isinstance(prefilled, Prefilled):
-        cache_bytes = prefilled.cache.nbytes
-    else:
-        cache_bytes = nbytes(part for layer in prefilled.past_key_values.layers for part in (layer.keys, layer.values))
-    return {"kv_cache_mb": cache_bytes / 1e6, "peak_memory_mb": peak_memory_mb(device)}
+    run()
+    return peak_memory_mb(device)
 
 
-def time_prefill(workload: Workload, contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
-    """The contenders, the matrix products of each schedule, the drop points of each method."""
+def prefill_rows(workload: Workload, contenders: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
+    """Time the contenders, the matrix products of each schedule and the drop points of each method."""
+    peaks = {contender.name: peak_of(contender.prefill, workload.device) for contender in contenders}
     runs: dict[str, Run] = {contender.name: contender.prefill for contender in contenders}
-    for contender in contenders:
-        tokens = [workload.sizes[1] + count for count in workload.vision_tokens_per_layer(contender.schedule)]
-        runs.setdefault(f"products {contender.schedule}", gemm_run(gemm_products(workload.decoder, tokens)))
-        if contender.dropper is not None:
-            runs[f"drop points {contender.name}"] = drop_points_run(workload, contender.dropper)
-    return time_rounds(runs, repeats, workload.packed.inputs_embeds.device)
+    for each in contenders:
+        products = gemm_products(workload.decoder, workload.tokens_per_layer(each.schedule))
+        runs.setdefault(f"products {each.schedule}", gemm_run(products))
+        runs[f"drop points {each.name}"] = drop_points_run(workload, each.dropper) if each.dropper else list
+    seconds = time_rounds(runs, repeats, workload.device)
+    return [{**prefill_row(workload, each, seconds), "peak_memory_mb": peaks[each.name]} for each in contenders]
 
 
-def prefill_row(workload: Workload, contender: Contender, seconds: Seconds) -> dict[str, Any]:
-    own, products = seconds[contender.name], seconds[f"products {contender.schedule}"]
-    drop_points = seconds.get(f"drop points {contender.name}")
-    flops = contender.schedule.prefill_flops(*workload.sizes)
-    speedup, flops_ratio = median_ratio(seconds[DENSE], own), DropSchedule({}).prefill_flops(*workload.sizes) / flops
+def prefill_row(workload: Workload, contender: Contender, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    names = contender.name, DENSE, f"drop points {contender.name}", f"products {contender.schedule}"
+    own, dense, drop_points, products = (seconds[name] for name in names)
+    flops, dense_flops = (each.prefill_flops(*workload.sizes) for each in (contender.schedule, DropSchedule({})))
+    config, _, vision_tokens = workload.sizes
     return {
-        "contender": contender.name,
+        "prefill": contender.name,
         "schedule": {str(layer): ratio for layer, ratio in contender.schedule.items()},
-        "mean_vision_tokens": mean(workload.vision_tokens_per_layer(contender.schedule)),
+        "mean_vision_tokens": contender.schedule.mean_tokens(vision_tokens, config.num_hidden_layers),
         "prefill_ms": 1e3 * median(own),
-        "prefill_tflops": flops / 1e12,
-        "tflop_per_s": flops / median(own) / 1e12,
         "gemm_ms": 1e3 * median(products),
         "gemm_percent": 100 * median_ratio(products, own),
-        "speedup": speedup,
-        "flops_ratio": flops_ratio,
-        "achieved_percent": 100 * speedup / flops_ratio,
-        "drop_points_ms": None if drop_points is None else 1e3 * median(drop_points),
-        "drop_points_percent": None if drop_points is None else 100 * median_ratio(drop_points, own),
+        "tflop_per_s": flops / median(own) / 1e12,
+        "speedup": median_ratio(dense, own),
+        "flops_ratio": dense_flops / flops,
+        "achieved_percent": 100 * median_ratio(dense, own) * flops / dense_flops,
+        "drop_points_ms": 1e3 * median(drop_points),
+        "drop_points_percent": 100 * median_ratio(drop_points, own),
+        "kv_cache_mb": workload.cache_bytes(contender.schedule) / 1e6,
         "rounds_ms": [1e3 * value for value in own],
     }
 
 
-def time_decode(workload: Workload, contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
-    runs: dict[str, Run] = {each.name: partial(each.decode, each.prefill()) for each in contenders}
-    weights = [weight.view(torch.float32) for weight in decode_weights(workload.decoder)]
+def decode_rows(workload: Workload, contenders: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
+    """Time the contenders' decoding, each from the cache of its own prefill, and one reading of the weights."""
+    runs: dict[str, Run] = {contender.name: partial(contender.decode, contender.prefill()) for contender in contenders}
+    weights = [weight.view(torch.float32) for weight in workload.decode_weights]
     runs["read"] = lambda: [weight.sum() for weight in weights]
-    return time_rounds(runs, repeats, workload.packed.inputs_embeds.device)
+    seconds = time_rounds(runs, repeats, workload.device)
+    return [decode_row(workload, contender, seconds) for contender in contenders]
 
 
-def decode_bytes(workload: Workload, schedule: DropSchedule) -> float:
-    """Bytes that one token touches, its own keys and values included, on average over the steps."""
-    config, text_tokens, vision_tokens = workload.sizes
-    value_bytes = workload.packed.inputs_embeds.element_size()
-    grown = [text_tokens + 1, text_tokens + workload.decode_steps]
-    cached = [schedule.kv_cache_bytes(config, tokens, vision_tokens, value_bytes) for tokens in grown]
-    return nbytes(decode_weights(workload.decoder)) + mean(cached)
-
-
-def decode_row(workload: Workload, contender: Contender, seconds: Seconds) -> dict[str, Any]:
-    touched = decode_bytes(workload, contender.schedule)
-    per_token = [value / workload.decode_steps for value in seconds[contender.name]]
-    reading = [value * touched / nbytes(decode_weights(workload.decoder)) for value in seconds["read"]]
+def decode_row(workload: Workload, contender: Contender, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    own = [value / workload.decode_steps for value in seconds[contender.name]]
+    weight_bytes = sum(weight.nbytes for weight in workload.decode_weights)
+    # The cache grows by one token a step: the mean over the steps is that of the first and the last.
+    touched = weight_bytes + fmean(workload.cache_bytes(contender.schedule, step) for step in (1, workload.decode_steps))
     return {
-        "contender": contender.name,
-        "decode_ms_per_token": 1e3 * median(per_token),
+        "decode": contender.name,
+        "decode_ms_per_token": 1e3 * median(own),
         "touched_mb": touched / 1e6,
-        "gb_per_s": touched / median(per_token) / 1e9,
-        "bandwidth_percent": 100 * median_ratio(reading, per_token),
+        "gb_per_s": touched / median(own) / 1e9,
+        "read_gb_per_s": weight_bytes / median(seconds["read"]) / 1e9,
+        "bandwidth_percent": 100 * median_ratio(seconds["read"], own) * touched / weight_bytes,
         "speedup": median_ratio(seconds[DENSE], seconds[contender.name]),
-        "bytes_ratio": decode_bytes(workload, DropSchedule({})) / touched,
-        "rounds_ms": [1e3 * value for value in per_token],
+        "rounds_ms": [1e3 * value for value in own],
     }
 
 
 @torch.inference_mode()
 def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Check, then measure everything; raises ValueError for what was asked wrongly, RuntimeError where logits differ."""
+    """Check, then measure; raises ValueError for options that cannot be, RuntimeError where the logits differ."""
+    if min(args.layers, args.repeats, args.decode_steps, args.text_tokens, args.vision_tokens) < 1:
+        raise ValueError("layers, repeats, decode steps and numbers of tokens must be at least 1")
     workload = make_workload(args)
-    contenders, check = our_contenders(workload, args.tokens), None
+    contenders, check = our_contenders(workload, [float(budget) for budget in args.tokens.split(",")]), None
     if args.transformers and importlib.util.find_spec("transformers"):
         contenders.append(transformers_contender(workload))
         check = compare_logits(contenders[0].prefill().logits[0], contenders[-1].prefill().logits[0, -1])
-    memory = [measure_memory(contender, torch.device(args.device)) for contender in contenders]
-    prefill_seconds = time_prefill(workload, contenders, args.repeats)
-    # Random leaves a cache of the same size as V2Drop's.
+    # Random leaves a cache of the same size as V2Drop's, so one of the two decodes.
     decoding = [contender for contender in contenders if not isinstance(contender.dropper, Random)]
-    decode_seconds = time_decode(workload, decoding, args.repeats)
-    report = {
+    return {
         **vars(args),
         "attention": workload.decoder.attention,
-        "check": check,
-        "read_gb_per_s": nbytes(decode_weights(workload.decoder)) / median(decode_seconds["read"]) / 1e9,
-        "prefill": [{**prefill_row(workload, c, prefill_seconds), **mb} for c, mb in zip(contenders, memory, strict=True)],
-        "decode": [decode_row(workload, contender, decode_seconds) for contender in decoding],
-        "machine": describe_machine(args.device),
+        "logits_check": check,
+        "prefill": prefill_rows(workload, contenders, args.repeats),
+        "decode": decode_rows(workload, decoding, args.repeats),
+        "machine": describe_machine(workload.device),
     }
-    return json.loads(json.dumps(report), parse_float=lambda digits: float(f"{float(digits):.6g}"))
 
 
-def describe_machine(device: str) -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
-    installed = importlib.util.find_spec("transformers") is not None
     return {
         "cpu": names[0] if names else platform.processor(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers") if installed else None,
+        "transformers": getattr(sys.modules.get("transformers"), "__version__", None),
     }
 
 
 def make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The numbers of the rows under the names that they have in the JSON."""
+    """The numbers of the rows, under the names that they have in the JSON."""
     names = [name for name, value in rows[0].items() if not isinstance(value, (list, dict))]
     table = Table(*(name.replace("_", " ") for name in names))
     for row in rows:
-        table.add_row(*(f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name] or "") for name in names))
+        table.add_row(*(f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in names))
     return table
 
 
-def positive(digits: str) -> int:
-    if int(digits) < 1:
-        raise argparse.ArgumentTypeError(f"{digits} must be at least 1")
-    return int(digits)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nanovlm_v2drop.benchmark", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", default="llava-1.5-7b", help=f"layer shapes of one of: {', '.join(TEXT_SHAPES)}")
-    for name, default in (("layers", 4), ("text-tokens", 64), ("vision-tokens", 576), ("repeats", 7), ("decode-steps", 16)):
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help="default: %(default)s")
-    parser.add_argument("--tokens", default="192,128,64", help="budgets: 192, 128, 64 are the paper's schedules")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--attention", default="auto", choices=("auto", *BACKENDS))
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), metavar="N")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m nanovlm_v2drop.benchmark", description=__doc__, formatter_class=raw)
+    sizes = {"layers": 4, "text-tokens": 64, "vision-tokens": 576, "repeats": 7, "decode-steps": 16}
+    names = {"model": "llava-1.5-7b", "tokens": "192,128,64", "dtype": "bfloat16", "device": "cpu", "attention": "auto"}
+    for name, default in {**names, **sizes, "threads": torch.get_num_threads()}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     parser.add_argument("--no-transformers", dest="transformers", action="store_false")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     return parser
@@ -417,17 +377,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     try:
-        args.tokens = [float(budget) for budget in args.tokens.split(",")]
+        torch.set_num_threads(args.threads)
         report = run_benchmark(args)
     except ValueError as error:
         parser.error(str(error))
-    report["command"] = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    report["command"] = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
     if not args.json:
-        console = Console(width=None if sys.stdout.isatty() else 140)
-        console.print(make_table(report["prefill"]), make_table(report["decode"]))
+        Console(width=None if sys.stdout.isatty() else 160).print(make_table(report["prefill"]), make_table(report["decode"]))
     print(json.dumps(report))
 
 

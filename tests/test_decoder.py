@@ -24,7 +24,11 @@ FAMILIES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {"rms_norm_eps": 1e-5}),
     "llama, tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
     "llama, wide heads": ("LlamaForCausalLM", "LlamaConfig", {"head_dim": 16}),
-    "llama, another base": ("LlamaForCausalLM", "LlamaConfig", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}),
+    "llama, another base": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+    ),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": False}),
     "qwen2, tied": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
 }

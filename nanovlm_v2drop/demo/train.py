@@ -40,10 +40,13 @@ class Recipe:
     tower_steps: int = 2500
     tower_batch: int = 64
     tower_rate: float = 1.5e-3
-    instruct_steps: int = 3000
+    instruct_steps: int = 2000
     instruct_batch: int = 32
     muon_rate: float = 4e-3
     adam_rate: float = 1.5e-3
+    weight_decay: float = 0.02
+    late_weight_decay: float = 1.5  # from late_step on: takes away what training left in the layers without a use
+    late_step: int = 1250
     text_tokens: int = 136  # room for the questions of one picture
     seed: int = 0
 
@@ -165,7 +168,7 @@ def train_instruct(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work
     taken = {id(parameter) for parameter in matrices}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, recipe.muon_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, recipe.muon_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, recipe.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     start = resume(work / "instruct.pt", model, optimizers)
@@ -175,6 +178,8 @@ def train_instruct(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work
     log = Log(work / "instruct.jsonl")
     for step, batch in enumerate(islice(batches, recipe.instruct_steps - start), start):
         set_rate(optimizers, step, recipe.instruct_steps)
+        for group in optimizers[0].param_groups:
+            group["weight_decay"] = recipe.weight_decay if step < recipe.late_step else recipe.late_weight_decay
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 seen = model.vision_tower(normalised(batch[0]))
@@ -202,8 +207,8 @@ def resume(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
 
 
 def set_rate(optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
-    """Linear warm-up over 100 steps, constant to the middle, then a line down to zero."""
-    factor = min((step + 1) / 100, 1.0, 2 * (steps - step) / steps)
+    """Linear warm-up over 100 steps, constant for four fifths, then a line down to zero."""
+    factor = min((step + 1) / 100, 1.0, 5 * (steps - step) / steps)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group.setdefault("peak", group["lr"])

@@ -1,0 +1,178 @@
+"""Requests to answers with a tiny LLaVA: the tokens of transformers' own processor and generate, in any batch."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_SIZE, PATCH_SIZE
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from nanovlm_v2drop import inference
+from nanovlm_v2drop.dropping import DROPPERS, DropSchedule, V2Drop
+from nanovlm_v2drop.inference import Answer, generate, stream
+from nanovlm_v2drop.prompts import Request
+from nanovlm_v2drop.zoo import VisionLanguageModel, load
+
+NEW_TOKENS = 12
+SCHEDULE = DropSchedule({1: 0.5, 3: 0.3, 4: 0.0})  # of 36 vision tokens: 18, 5, 1
+
+
+def picture(seed: int, width: int = 60, height: int = 40) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+REQUESTS = {
+    "one picture": Request(text="What colour is the digit?", images=[picture(0)]),
+    "two pictures": Request(text="Is <image> the same as <image> ?", images=[picture(1), picture(2, 40, 70)]),
+    "text only": Request(text="yes or no?"),
+}
+PROMPTS = {  # as the hub's template writes them
+    "one picture": "USER: <image>\nWhat colour is the digit? ASSISTANT:",
+    "two pictures": "USER: Is <image> the same as <image> ? ASSISTANT:",
+    "text only": "USER: yes or no? ASSISTANT:",
+}
+every_request = pytest.mark.parametrize("name", REQUESTS)
+
+
+@pytest.fixture(scope="module")
+def vlm(tiny_llava_folder: Path) -> VisionLanguageModel:
+    return load(tiny_llava_folder, template="hub")
+
+
+def official_inputs(folder: Path, name: str, image_aspect_ratio: str) -> Any:
+    """input_ids and pixel_values by transformers' processor; with do_pad off its pictures are CLIP's."""
+    transformers = pytest.importorskip("transformers")
+    module = pytest.importorskip("transformers.models.llava.image_processing_pil_llava")
+    pictures = module.LlavaImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        do_pad=image_aspect_ratio == "pad",
+    )
+    processor = transformers.LlavaProcessor(
+        pictures,
+        transformers.AutoTokenizer.from_pretrained(folder),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    return processor(text=PROMPTS[name], images=list(REQUESTS[name].images) or None, return_tensors="pt")
+
+
+def official_answer(reference: Any, inputs: Any, eos_token_id: int) -> list[int]:
+    """Greedy tokens of transformers' generate, without the prompt."""
+    sequences = reference.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos_token_id, pad_token_id=0
+    )
+    return sequences[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("image_aspect_ratio", ["pad", "crop"])
+@every_request
+def test_greedy_answers_equal_those_of_transformers(
+    name: str, image_aspect_ratio: str, tiny_llava_folder: Path, tiny_reference_model: Any
+) -> None:
+    vlm = load(tiny_llava_folder, template="hub", image_aspect_ratio=image_aspect_ratio)
+    inputs = official_inputs(tiny_llava_folder, name, image_aspect_ratio)
+    (answer,) = generate(vlm, [REQUESTS[name]], max_new_tokens=NEW_TOKENS)
+    assert answer.token_ids == official_answer(tiny_reference_model, inputs, eos_token_id=2)
+    assert len(answer.token_ids) == NEW_TOKENS
+    assert answer.text == vlm.tokenizer.decode(answer.token_ids).strip()
+
+
+def test_an_answer_ends_with_the_same_end_of_sequence_token_as_in_transformers(
+    vlm: VisionLanguageModel, tiny_llava_folder: Path, tiny_reference_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (free,) = generate(vlm, list(REQUESTS.values())[:1], max_new_tokens=NEW_TOKENS)
+    ending = free.token_ids[4]
+    monkeypatch.setattr(vlm.model, "config", dataclasses.replace(vlm.config, eos_token_ids=(1, ending)))
+    (answer,) = generate(vlm, list(REQUESTS.values())[:1], max_new_tokens=NEW_TOKENS)
+    inputs = official_inputs(tiny_llava_folder, "one picture", "pad")
+    assert answer.token_ids == official_answer(tiny_reference_model, inputs, eos_token_id=ending)
+    assert answer.token_ids[-1] == ending
+    assert len(answer.token_ids) <= 5
+
+
+def as_plain(answer: Answer) -> tuple[str, list[int], list[tuple[int, list[int]]]]:
+    return answer.text, answer.token_ids, [(layer, kept.tolist()) for layer, kept in answer.kept]
+
+
+@pytest.mark.parametrize("method", ["dense", *DROPPERS])
+def test_a_batch_of_different_lengths_gives_each_request_the_answer_that_it_gets_alone(
+    method: str, vlm: VisionLanguageModel
+) -> None:
+    requests = [*REQUESTS.values(), Request(text="colour?", images=[picture(3)])]
+    dropper = None if method == "dense" else DROPPERS[method](SCHEDULE)
+    alone = [as_plain(generate(vlm, [request], dropper, max_new_tokens=NEW_TOKENS)[0]) for request in requests]
+    for order in (slice(None), slice(None, None, -1)):
+        together = generate(vlm, requests[order], dropper, max_new_tokens=NEW_TOKENS)
+        assert [as_plain(answer) for answer in together] == alone[order]
+
+
+@pytest.mark.parametrize("method", DROPPERS)
+def test_every_answer_tells_the_vision_tokens_that_its_schedule_kept(method: str, vlm: VisionLanguageModel) -> None:
+    answers = generate(vlm, list(REQUESTS.values()), DROPPERS[method](SCHEDULE), max_new_tokens=1)
+    counts = [[(layer, len(kept)) for layer, kept in answer.kept] for answer in answers]
+    assert counts == [[(1, 18), (3, 5), (4, 1)], [(1, 36), (3, 10), (4, 1)], [(1, 0), (3, 0), (4, 0)]]
+    for (_, first), (_, second) in zip(answers[1].kept, answers[1].kept[1:], strict=False):
+        assert set(second.tolist()) < set(first.tolist()) < set(range(72))
+
+
+def test_an_answer_without_a_dropper_tells_of_no_drop_point(vlm: VisionLanguageModel) -> None:
+    (answer,) = generate(vlm, [REQUESTS["one picture"]], max_new_tokens=1)
+    assert answer.kept == []
+
+
+@pytest.fixture(scope="module")
+def wordy(tiny_llava_folder: Path) -> VisionLanguageModel:
+    """The same model without the byte tokens, which in random order are no text."""
+    vlm = load(tiny_llava_folder)
+    head = vlm.model.language_model.lm_head
+    head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+    head.weight[[vlm.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]] = 0
+    return vlm
+
+
+@pytest.mark.parametrize("dropper", [None, V2Drop(SCHEDULE)], ids=["dense", "v2drop"])
+@every_request
+def test_streamed_pieces_join_to_the_answer(name: str, dropper: V2Drop | None, wordy: VisionLanguageModel) -> None:
+    (answer,) = generate(wordy, [REQUESTS[name]], dropper, max_new_tokens=NEW_TOKENS)
+    pieces = list(stream(wordy, REQUESTS[name], dropper, max_new_tokens=NEW_TOKENS))
+    assert "".join(pieces) == answer.text
+    assert len(pieces) > 1
+
+
+characters = st.sampled_from(["é", "日", "🙂", "\n", "  ", "</s>", "digit"])
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(characters, min_size=1, max_size=6), cut=st.integers(0, 3))
+@example(parts=["no", "🙂"], cut=2)  # ends inside a character
+@example(parts=["é", "  ", "</s>"], cut=0)
+def test_a_stream_shows_characters_when_they_are_whole_and_in_the_end_all_that_there_is(
+    parts: list[str], cut: int, vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_ids = vlm.tokenizer.encode("no".join(parts))[1:]
+    token_ids = token_ids[: max(len(token_ids) - cut, 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "decode_tokens", lambda *_: iter([[token] for token in token_ids]))
+        patch.setattr(inference, "prefill", lambda *_, **__: inference.Prefilled(torch.empty(0), None))
+        request = REQUESTS["text only"]
+        (answer,) = generate(vlm, [request], max_new_tokens=len(token_ids))
+        pieces = list(stream(vlm, request, max_new_tokens=len(token_ids)))
+    assert "".join(pieces) == answer.text
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces[:-1])
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, -3])
+def test_fewer_than_one_new_token_is_refused(max_new_tokens: int, vlm: VisionLanguageModel) -> None:
+    with pytest.raises(ValueError, match=f"max_new_tokens {max_new_tokens} must be at least 1"):
+        generate(vlm, [REQUESTS["text only"]], max_new_tokens=max_new_tokens)
+    with pytest.raises(ValueError, match=f"max_new_tokens {max_new_tokens} must be at least 1"):
+        next(stream(vlm, REQUESTS["text only"], max_new_tokens=max_new_tokens))
