@@ -71,7 +71,9 @@ def test_auto_is_sdpa_on_a_cpu() -> None:
 @pytest.mark.parametrize("available", [("flash-attn", "varlen", "sdpa"), ("varlen", "sdpa"), ("sdpa",)])
 def test_auto_takes_the_first_back_end_that_can_run(available: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "obstacle", lambda backend, *_: None if backend in available else "it is not there")
+    resolve_backend.cache_clear()
     assert resolve_backend("auto", CUDA, torch.bfloat16) == available[0]
+    resolve_backend.cache_clear()
 
 
 @pytest.mark.parametrize("backend", ["flash-attn", "varlen"])
@@ -91,12 +93,10 @@ def test_a_back_end_that_cannot_run_is_refused_with_the_reason(
 
 def test_a_missing_package_and_an_old_torch_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    module.varlen_accepts.cache_clear()
     with pytest.raises(ValueError, match="the package flash-attn is not installed"):
         resolve_backend("flash-attn", CUDA, torch.bfloat16)
     with pytest.raises(ValueError, match=r"torch .* has no varlen_attn with enable_gqa"):
         resolve_backend("varlen", CUDA, torch.bfloat16)
-    module.varlen_accepts.cache_clear()
 
 
 def test_an_unknown_back_end_is_refused_with_the_known_ones() -> None:
