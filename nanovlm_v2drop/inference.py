@@ -258,7 +258,7 @@ def stream(
     decoder = vlm.model.language_model
     prefilled = prefill(decoder, vlm.prepare([request]), dropper, max_new_tokens=max_new_tokens)
     ids: list[int] = []
-    shown = ""
+    text = shown = ""
     for (token,) in islice(decode_tokens(decoder, prefilled, sampling), max_new_tokens):
         ids.append(token)
         text = vlm.tokenizer.decode(ids).strip()
@@ -266,7 +266,9 @@ def stream(
             yield text[len(shown) :]
             shown = text
         if token in vlm.config.eos_token_ids:
-            return
+            break
+    if text != shown:  # it ended inside a character
+        yield text[len(shown) :]
 
 
 def check_max_new_tokens(max_new_tokens: int) -> None:

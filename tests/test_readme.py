@@ -19,7 +19,7 @@ def test_the_python_examples_run_one_after_the_other(tmp_path, monkeypatch, caps
         exec(block, names)
     assert len(blocks) == 2
     assert isinstance(names["schedule"], DropSchedule)
-    assert capsys.readouterr().out.splitlines()[0].startswith("blue [(1, tensor(")
+    assert capsys.readouterr().out.splitlines()[0].startswith("8 [(1, tensor(")
 
 
 def test_every_file_that_the_tree_names_is_there():
