@@ -195,5 +195,5 @@ def test_the_end_of_sequence_comes_from_the_generation_config_where_that_names_i
 
 
 def test_a_null_entry_is_a_default() -> None:
-    text = VLMConfig.from_official(changed("text_config.num_key_value_heads", None)).text_config
-    assert text.num_key_value_heads == 32
+    text = VLMConfig.from_official(changed("text_config.max_position_embeddings", None)).text_config
+    assert text.max_position_embeddings == TextConfig.max_position_embeddings

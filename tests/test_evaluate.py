@@ -85,9 +85,9 @@ def lines_of(output: Path) -> list[str]:
     return (output / "samples.jsonl").read_text().splitlines()
 
 
-def answers(output: Path) -> dict[tuple[str, str], tuple[str, list[list[int]]]]:
-    """What does not depend on the clock, by plan and sample."""
-    return {(r.plan, r.sample_id): (r.text, r.kept) for r in read_records(output)}
+def answers(output: Path) -> dict[tuple[str, str], tuple[str, int, list[list[int]]]]:
+    """What depends neither on the clock nor on the batch, by plan and sample."""
+    return {(r.plan, r.sample_id): (r.text, r.kv_cache_bytes, r.kept) for r in read_records(output)}
 
 
 def scored(corrects: Sequence[float], groups: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -230,6 +230,12 @@ def test_the_interval_contains_the_score_and_is_a_point_where_all_answers_are_al
     assert low <= result["score"] <= high
     assert (low == high) == (len(set(corrects)) == 1)
     assert (result["relative_score"], result["relative_interval"]) == (None, None)
+
+
+def test_the_interval_holds_95_percent_of_the_binomial_distribution() -> None:
+    low, high = bootstrap(Loose(), scored([1.0, 0.0] * 50), None)["score_interval"]
+    assert low == pytest.approx(40, abs=1.5)  # the quantiles at 2.5 and 97.5 % of 100 throws of a fair coin
+    assert high == pytest.approx(60, abs=1.5)
 
 
 def test_the_relative_interval_is_a_paired_one() -> None:

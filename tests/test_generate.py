@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, PATCH_SIZE
+from conftest import IMAGE_SIZE, PATCH_SIZE, official_names, tiny_reference, tiny_tokenizer, write_processing_files
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from nanovlm_v2drop import inference
@@ -42,8 +43,27 @@ every_request = pytest.mark.parametrize("name", REQUESTS)
 
 
 @pytest.fixture(scope="module")
-def vlm(tiny_llava_folder: Path) -> VisionLanguageModel:
-    return load(tiny_llava_folder, template="hub")
+def reference() -> Any:
+    """transformers' tiny LLaVA with attention so sharp that every picture gets an answer of its own."""
+    model = tiny_reference(tiny_tokenizer())
+    for name, parameter in model.named_parameters():
+        parameter.mul_(3 if "q_proj" in name else 1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of `reference`."""
+    folder = tmp_path_factory.mktemp("sharp-llava")
+    reference.config.save_pretrained(folder)
+    write_processing_files(folder, tiny_tokenizer())
+    save_file(official_names(reference.state_dict()), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vlm(folder: Path) -> VisionLanguageModel:
+    return load(folder, template="hub")
 
 
 def official_inputs(folder: Path, name: str, image_aspect_ratio: str) -> Any:
@@ -75,26 +95,33 @@ def official_answer(reference: Any, inputs: Any, eos_token_id: int) -> list[int]
 
 @pytest.mark.parametrize("image_aspect_ratio", ["pad", "crop"])
 @every_request
-def test_greedy_answers_equal_those_of_transformers(
-    name: str, image_aspect_ratio: str, tiny_llava_folder: Path, tiny_reference_model: Any
-) -> None:
-    vlm = load(tiny_llava_folder, template="hub", image_aspect_ratio=image_aspect_ratio)
-    inputs = official_inputs(tiny_llava_folder, name, image_aspect_ratio)
+def test_greedy_answers_equal_those_of_transformers(name: str, image_aspect_ratio: str, folder: Path, reference: Any) -> None:
+    vlm = load(folder, template="hub", image_aspect_ratio=image_aspect_ratio)
+    inputs = official_inputs(folder, name, image_aspect_ratio)
     (answer,) = generate(vlm, [REQUESTS[name]], max_new_tokens=NEW_TOKENS)
-    assert answer.token_ids == official_answer(tiny_reference_model, inputs, eos_token_id=2)
+    assert answer.token_ids == official_answer(reference, inputs, eos_token_id=2)
     assert len(answer.token_ids) == NEW_TOKENS
     assert answer.text == vlm.tokenizer.decode(answer.token_ids).strip()
 
 
+def test_answers_depend_on_the_picture_on_how_it_became_square_and_on_what_is_dropped(folder: Path) -> None:
+    answers = []
+    for image_aspect_ratio in ("pad", "crop"):
+        vlm = load(folder, template="hub", image_aspect_ratio=image_aspect_ratio)
+        for request in (REQUESTS["one picture"], Request(text=REQUESTS["one picture"].text, images=[picture(7)])):
+            answers += [generate(vlm, [request], dropper, max_new_tokens=NEW_TOKENS)[0] for dropper in (None, V2Drop(SCHEDULE))]
+    assert len({tuple(answer.token_ids) for answer in answers}) == len(answers) == 8
+
+
 def test_an_answer_ends_with_the_same_end_of_sequence_token_as_in_transformers(
-    vlm: VisionLanguageModel, tiny_llava_folder: Path, tiny_reference_model: Any, monkeypatch: pytest.MonkeyPatch
+    vlm: VisionLanguageModel, folder: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (free,) = generate(vlm, list(REQUESTS.values())[:1], max_new_tokens=NEW_TOKENS)
     ending = free.token_ids[4]
     monkeypatch.setattr(vlm.model, "config", dataclasses.replace(vlm.config, eos_token_ids=(1, ending)))
     (answer,) = generate(vlm, list(REQUESTS.values())[:1], max_new_tokens=NEW_TOKENS)
-    inputs = official_inputs(tiny_llava_folder, "one picture", "pad")
-    assert answer.token_ids == official_answer(tiny_reference_model, inputs, eos_token_id=ending)
+    inputs = official_inputs(folder, "one picture", "pad")
+    assert answer.token_ids == official_answer(reference, inputs, eos_token_id=ending)
     assert answer.token_ids[-1] == ending
     assert len(answer.token_ids) <= 5
 
@@ -130,9 +157,9 @@ def test_an_answer_without_a_dropper_tells_of_no_drop_point(vlm: VisionLanguageM
 
 
 @pytest.fixture(scope="module")
-def wordy(tiny_llava_folder: Path) -> VisionLanguageModel:
+def wordy(folder: Path) -> VisionLanguageModel:
     """The same model without the byte tokens, which in random order are no text."""
-    vlm = load(tiny_llava_folder)
+    vlm = load(folder, template="hub")
     head = vlm.model.language_model.lm_head
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
     head.weight[[vlm.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]] = 0
@@ -152,14 +179,15 @@ characters = st.sampled_from(["é", "日", "🙂", "\n", "  ", "</s>", "digit"])
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(parts=st.lists(characters, min_size=1, max_size=6), cut=st.integers(0, 3))
-@example(parts=["no", "🙂"], cut=2)  # ends inside a character
-@example(parts=["é", "  ", "</s>"], cut=0)
+@given(parts=st.lists(characters, min_size=1, max_size=6), cut=st.integers(0, 3), ends=st.booleans())
+@example(parts=["no", "🙂"], cut=2, ends=False)  # the last character is not whole
+@example(parts=["no", "🙂"], cut=2, ends=True)
+@example(parts=["é", "  ", "</s>", "no"], cut=0, ends=False)
 def test_a_stream_shows_characters_when_they_are_whole_and_in_the_end_all_that_there_is(
-    parts: list[str], cut: int, vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+    parts: list[str], cut: int, ends: bool, vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token_ids = vlm.tokenizer.encode("no".join(parts))[1:]
-    token_ids = token_ids[: max(len(token_ids) - cut, 1)]
+    token_ids = token_ids[: max(len(token_ids) - cut, 1)] + [vlm.config.eos_token_ids[0]] * ends
     with monkeypatch.context() as patch:
         patch.setattr(inference, "decode_tokens", lambda *_: iter([[token] for token in token_ids]))
         patch.setattr(inference, "prefill", lambda *_, **__: inference.Prefilled(torch.empty(0), None))

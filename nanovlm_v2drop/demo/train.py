@@ -7,7 +7,9 @@ Three steps, in the order of LLaVA's own recipe:
    tower, projector and embeddings together and stands for CLIP's pre-training: without it, end-to-end training sits on a
    text-only plateau for very long.
 2. instruct: the tower is frozen, as in LLaVA-1.5; projector and decoder learn to answer. All questions about a picture share
-   one pass over it and cannot see each other, so that each is trained exactly as it will be asked: alone.
+   one pass over it and cannot see each other, so that each is trained exactly as it will be asked: alone. For the last
+   third weight decay is raised, as large models are trained with: without it the layers keep writing large updates into
+   background tokens that nobody reads, and how much a token changes says nothing about what it is worth.
 3. export: safetensors in the official LLaVA layout.
 
 Both training steps write checkpoints into --work and go on from them.
@@ -47,6 +49,7 @@ class Recipe:
     weight_decay: float = 0.02
     late_weight_decay: float = 1.5  # from late_step on: takes away what training left in the layers without a use
     late_step: int = 1250
+    stop_step: int = 2000  # an earlier one exports what has been learnt by then
     text_tokens: int = 136  # room for the questions of one picture
     seed: int = 0
 
@@ -176,7 +179,8 @@ def train_instruct(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work
     data = InstructBatches(tokenizer, model.config, recipe.instruct_batch, recipe.text_tokens, seed)
     batches = torch.utils.data.DataLoader(data, batch_size=None, num_workers=1)
     log = Log(work / "instruct.jsonl")
-    for step, batch in enumerate(islice(batches, recipe.instruct_steps - start), start):
+    stop = min(recipe.stop_step, recipe.instruct_steps)
+    for step, batch in enumerate(islice(batches, max(stop - start, 0)), start):
         set_rate(optimizers, step, recipe.instruct_steps)
         for group in optimizers[0].param_groups:
             group["weight_decay"] = recipe.weight_decay if step < recipe.late_step else recipe.late_weight_decay
@@ -190,7 +194,7 @@ def train_instruct(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work
             optimizer.step()
             optimizer.zero_grad()
         log.add(step, loss=loss.item(), accuracy=accuracy.item())
-        if (step + 1) % 250 == 0 or step + 1 == recipe.instruct_steps:
+        if (step + 1) % 250 == 0 or step + 1 == stop:
             states = [optimizer.state_dict() for optimizer in optimizers]
             torch.save({"step": step + 1, "model": model.state_dict(), "optimizers": states}, work / "instruct.pt")
 
@@ -321,7 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint in the official layout")
     parser.add_argument("--work", type=Path, required=True, help="folder for training checkpoints and logs")
-    for name in ("tower_steps", "instruct_steps", "seed"):
+    for name in ("tower_steps", "instruct_steps", "late_step", "stop_step", "seed"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(recipe, name))
     arguments = vars(parser.parse_args())
     output, work = arguments.pop("output"), arguments.pop("work")
