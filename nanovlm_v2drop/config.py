@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+# Decoders of this arithmetic; others share LLaMA's tensor names but multiply in between.
+TEXT_MODEL_TYPES = ("llama", "llava", "llava_llama", "qwen2", "qwen2_vl", "qwen2_vl_text")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class VLMConfig:
 
     def __post_init__(self) -> None:
         depth = self.vision_config.num_hidden_layers
+        if type(self.vision_feature_layer) is not int:
+            raise ValueError(f"vision_feature_layer {self.vision_feature_layer!r} is not supported; it must be one number")
         if not -depth - 1 <= self.vision_feature_layer <= depth:
             raise ValueError(f"vision_feature_layer {self.vision_feature_layer} is outside a tower of {depth} layers")
 
@@ -119,10 +123,10 @@ class VLMConfig:
         model_type = raw.get("model_type")
         if model_type not in ("llava", "llava_llama"):
             raise ValueError(f"model_type {model_type!r} is not supported; known: llava, llava_llama")
-        text = raw.get("text_config", raw if model_type == "llava_llama" else {})
+        text = raw.get("text_config", raw)
         vision = raw.get("vision_config", {})
         check_supported(raw, text, vision)
-        eos = eos_token_id if eos_token_id is not None else text.get("eos_token_id", 2)
+        eos = next(value for value in (eos_token_id, text.get("eos_token_id"), 2) if value is not None)
         return cls(
             vision_config=from_fields(VisionConfig, vision),
             text_config=from_fields(TextConfig, flatten_rope(text)),
@@ -164,11 +168,14 @@ def check_supported(raw: dict[str, Any], text: dict[str, Any], vision: dict[str,
     """Refuse settings that would silently change the numbers."""
     expected = [
         ("text_config.hidden_act", text.get("hidden_act", "silu"), ("silu",)),
+        ("text_config.model_type", text.get("model_type", "llama"), TEXT_MODEL_TYPES),
+        ("text_config.mlp_bias", text.get("mlp_bias", False), (False,)),
         ("text_config.attention_bias", text.get("attention_bias", False), (False,)),
         ("vision_config.model_type", vision.get("model_type", "clip_vision_model"), ("clip_vision_model",)),
         ("projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ("gelu",)),
         ("mm_projector_type", raw.get("mm_projector_type", "mlp2x_gelu"), ("mlp2x_gelu",)),
         ("multimodal_projector_bias", raw.get("multimodal_projector_bias", True), (True,)),
+        ("mm_vision_select_feature", raw.get("mm_vision_select_feature", "patch"), ("patch",)),
         ("vision_feature_select_strategy", raw.get("vision_feature_select_strategy", "default"), ("default",)),
     ]
     for name, value, known in expected:

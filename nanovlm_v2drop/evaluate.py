@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .attention import decode_backend
+from .config import read_json_object
 from .dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, Random, TokenDropper
 from .inference import decode_tokens, decode_until, prefill
 from .prompts import Request
@@ -56,8 +57,8 @@ def make_plans(
     Raises ValueError for an unknown method, or a budget that no schedule reaches.
     """
     plans = []
-    for budget in [None, *budgets]:
-        for method in methods:
+    for budget in dict.fromkeys([None, *budgets]):
+        for method in dict.fromkeys(methods):
             if (method == DENSE) == (budget is None):
                 plans.append(make_plan(method, budget, num_vision_tokens, num_layers, seed))
     unknown = [method for method in methods if method != DENSE and method not in DROPPERS]
@@ -123,6 +124,7 @@ def evaluate(
     done = {(record.plan, record.sample_id) for record in read_records(output) if record.task == task.name}
     if done and not resume:
         raise ValueError(f"{path} already holds answers to {task.name}; go on with --resume, or choose another --output")
+    check_same_settings(vlm, output)
     samples = task.samples(task.default_samples if limit is None else limit)
     warm = False
     while batch := list(islice(samples, batch_size)):
@@ -137,6 +139,21 @@ def evaluate(
             prepared[ids] = prepared.get(ids) or prepare_batch(vlm, missing)
             append_records(path, answer_batch(vlm, task, plan, prepared[ids]))
         yield from batch
+
+
+def check_same_settings(vlm: VisionLanguageModel, output: Path) -> None:
+    """Note in `output`/settings.json what answers; raises ValueError where other answers lie there already."""
+    settings = {
+        "model": vlm.name,
+        "dtype": str(vlm.dtype),
+        "template": vlm.template,
+        "image_aspect_ratio": vlm.image_processor.image_aspect_ratio,
+    }
+    path = output / "settings.json"
+    if path.is_file() and (before := read_json_object(path)) != settings:
+        raise ValueError(f"{output} holds answers made with {before}, not with {settings}; choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -197,7 +214,6 @@ def timestamp(device: torch.device) -> float:
 
 
 def append_records(path: Path, records: Sequence[Record]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
 
@@ -217,7 +233,7 @@ def read_records(output: Path) -> list[Record]:
 def summarise(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> list[dict[str, Any]]:
     """One row a plan: scores with 95 % bootstrap intervals, cost by the one accounting, and measured times.
 
-    `relative_score` is the share of dense's score in percent, on the samples that both answered; None without dense.
+    `relative_score` is the share of dense's score in percent; None unless dense answered the same samples.
     """
     own = {plan.key: [asdict(r) for r in records if r.task == task.name and r.plan == plan.key] for plan in plans}
     return [summary_row(vlm, task, plan, own[plan.key], own.get(DENSE)) for plan in plans if own[plan.key]]

@@ -253,7 +253,11 @@ def stream(
     max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling = GREEDY,
 ) -> Iterator[str]:
-    """The answer to one request piece by piece, as it is decoded; the pieces joined are the answer's text."""
+    """The answer to one request piece by piece, as it is decoded; the pieces joined are the answer's text.
+
+    A character is held back until all its bytes are there. (An answer that breaks off inside a character may differ from
+    generate's text around it: the tokenizer decodes a run of bytes as a whole.)
+    """
     check_max_new_tokens(max_new_tokens)
     decoder = vlm.model.language_model
     prefilled = prefill(decoder, vlm.prepare([request]), dropper, max_new_tokens=max_new_tokens)
@@ -262,7 +266,7 @@ def stream(
     for (token,) in islice(decode_tokens(decoder, prefilled, sampling), max_new_tokens):
         ids.append(token)
         text = vlm.tokenizer.decode(ids).strip()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose bytes are not all there yet
+        if text != shown and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else bytes of a character are missing
             yield text[len(shown) :]
             shown = text
         if token in vlm.config.eos_token_ids:

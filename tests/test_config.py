@@ -197,3 +197,26 @@ def test_the_end_of_sequence_comes_from_the_generation_config_where_that_names_i
 def test_a_null_entry_is_a_default() -> None:
     text = VLMConfig.from_official(changed("text_config.max_position_embeddings", None)).text_config
     assert text.max_position_embeddings == TextConfig.max_position_embeddings
+
+
+def test_a_flat_config_is_read_whatever_its_model_type_is_called() -> None:
+    raw = {"model_type": "llava", "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
+    assert VLMConfig.from_official(raw).text_config.hidden_size == 48
+
+
+def test_an_end_of_sequence_token_of_null_falls_back_to_llamas() -> None:
+    assert VLMConfig.from_official({"model_type": "llava", "text_config": {"eos_token_id": None}}).eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer \(-2, -5\)|vision_feature_layer \[-2, -5\]"),
+        ({"text_config": {"model_type": "granite"}}, "text_config.model_type = 'granite' is not supported"),
+        ({"text_config": {"mlp_bias": True}}, "text_config.mlp_bias = True is not supported"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature = 'cls_patch' is not supported"),
+    ],
+)
+def test_less_common_settings_that_would_change_the_numbers_are_refused_too(raw: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VLMConfig.from_official({"model_type": "llava", **raw})

@@ -255,3 +255,8 @@ def test_questions_about_one_picture_are_resampled_together() -> None:
     assert [[record["sample_id"] for record in unit] for unit in resampling_units(records)] == [["0", "2"], ["1"], ["3"], ["4"]]
     result = bootstrap(Twins(), scored([1, 0, 0, 1], ["a", "a", "b", "b"]), None)  # Twins refuses a picture cut in two
     assert result["score_interval"] == [50, 50]
+
+
+def test_a_budget_or_method_given_twice_is_planned_once() -> None:
+    plans = make_plans(["dense", "v2drop", "v2drop"], [18, 18], 36, 6, seed=0)
+    assert [plan.key for plan in plans] == ["dense", "v2drop 18"]

@@ -60,6 +60,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, capsys):
     assert [json.loads(line) for line in lines[:5]] == again[:5]
 
 
+def test_a_run_with_other_settings_does_not_go_on_with_these_answers(tmp_path, capsys):
+    options = ["--methods", "dense", "--limit", "1", "--output", tmp_path]
+    run(capsys, *options)
+    code, _, error = run(capsys, *options, "--resume", "--image-aspect-ratio", "crop")
+    assert code == 2
+    assert "'image_aspect_ratio': 'pad'" in error
+    assert "choose another --output" in error
+
+
 def test_a_batch_gives_the_same_answers_as_one_by_one(tmp_path, capsys):
     texts = []
     for size in (1, 5):
