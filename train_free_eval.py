@@ -154,7 +154,7 @@ def run_task(
             for plan in plans
         ]
         title = f"{sample.text.strip()} ({sample.answer})"
-        save_gallery(vlm, sample.images[0], title, rows, output / f"{sample.sample_id}.png")
+        save_gallery(vlm, sample.images[0], title, rows, output / f"{task.name}-{sample.sample_id.replace('/', '-')}.png")
     return summarise(vlm, task, plans, records)
 
 

@@ -27,7 +27,7 @@ from .vlm import PackedInputs
 from .zoo import VisionLanguageModel
 
 DENSE = "dense"
-BOOTSTRAP_DRAWS = 1000
+BOOTSTRAP_DRAWS = 500
 LLAVA_7B_BUDGETS = {192: "paper-192", 128: "paper-128", 64: "paper-64"}  # at 576 vision tokens and 32 layers
 
 
@@ -235,14 +235,18 @@ def summarise(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], recor
 
     `relative_score` is the share of dense's score in percent; None unless dense answered the same samples.
     """
-    own = {plan.key: [asdict(r) for r in records if r.task == task.name and r.plan == plan.key] for plan in plans}
-    return [summary_row(vlm, task, plan, own[plan.key], own.get(DENSE)) for plan in plans if own[plan.key]]
+    own = {plan.key: [vars(r) for r in records if r.task == task.name and r.plan == plan.key] for plan in plans}
+    resampled = {key: resample(task, answers) for key, answers in own.items() if answers}
+    return [
+        summary_row(vlm, task, plan, own[plan.key], score_fields(resampled[plan.key], resampled.get(DENSE)))
+        for plan in plans
+        if plan.key in resampled
+    ]
 
 
 def summary_row(
-    vlm: VisionLanguageModel, task: Task, plan: Plan, records: list[dict[str, Any]], dense: list[dict[str, Any]] | None
+    vlm: VisionLanguageModel, task: Task, plan: Plan, records: list[dict[str, Any]], scores: dict[str, Any]
 ) -> dict[str, Any]:
-    scores = bootstrap(task, records, dense)
     text_config = vlm.config.text_config
     num_layers = text_config.num_hidden_layers
     steps = sum(record["decode_steps"] for record in records)
@@ -269,31 +273,34 @@ def summary_row(
     }
 
 
-def bootstrap(task: Task, records: list[dict[str, Any]], dense: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """Score, score relative to dense, and their 95 % intervals over resampled pictures (samples where there are none).
+@dataclass(frozen=True)
+class Resampled:
+    """The headline score of one plan, and of BOOTSTRAP_DRAWS resamplings of its pictures (samples where there are none)."""
 
-    Both are resampled together, so that the interval of the ratio is a paired one.
-    """
+    sample_ids: list[str]
+    score: float
+    draws: list[float]
+
+
+def resample(task: Task, records: list[dict[str, Any]]) -> Resampled:
+    """The draws are the same for all plans that answered the same samples, so that their ratios are paired."""
+    records = sorted(records, key=lambda record: record["sample_id"])
     units = resampling_units(records)
-    base = {record["sample_id"]: record for record in dense or []}
-    paired = all(record["sample_id"] in base for record in records) and bool(base)
     draws = np.random.default_rng(0).integers(len(units), size=(BOOTSTRAP_DRAWS, len(units)))
-    scores, ratios = [], []
-    for draw in draws:
-        chosen = [(record, f"{record['group']}/{copy}") for copy, unit in enumerate(draw) for record in units[unit]]
-        score = task.summary([{**record, "group": group} for record, group in chosen])["score"]
-        scores.append(score)
-        if paired:
-            dense_score = task.summary([{**base[record["sample_id"]], "group": group} for record, group in chosen])["score"]
-            ratios.append(100 * score / dense_score if dense_score else float("nan"))
-    score = task.summary(records)["score"]
-    dense_score = task.summary([base[record["sample_id"]] for record in records])["score"] if paired else 0.0
-    return {
-        "score": round(score, 3),
-        "score_interval": interval(scores),
-        "relative_score": round(100 * score / dense_score, 3) if dense_score else None,
-        "relative_interval": interval(ratios) if dense_score else None,
-    }
+    scores = []
+    for draw in draws:  # a picture drawn twice is two pictures, for tasks that pair by picture
+        chosen = [{**record, "group": f"{record['group']}/{copy}"} for copy, unit in enumerate(draw) for record in units[unit]]
+        scores.append(task.summary(chosen)["score"])
+    return Resampled([record["sample_id"] for record in records], task.summary(records)["score"], scores)
+
+
+def score_fields(own: Resampled, dense: Resampled | None) -> dict[str, Any]:
+    """Score and share of dense's score in percent, with 95 % intervals."""
+    fields = {"score": round(own.score, 3), "score_interval": interval(own.draws)}
+    if dense is None or dense.sample_ids != own.sample_ids or not dense.score:
+        return {**fields, "relative_score": None, "relative_interval": None}
+    ratios = [100 * one / other if other else float("nan") for one, other in zip(own.draws, dense.draws, strict=True)]
+    return {**fields, "relative_score": round(100 * own.score / dense.score, 3), "relative_interval": interval(ratios)}
 
 
 def resampling_units(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -11,6 +11,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from test_tasks import mme_rows, pope_rows, write_shards  # noqa: E402
+
 import train_free_eval  # noqa: E402
 
 ROW_KEYS = {
@@ -58,6 +60,22 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, capsys):
         (r["plan"], r["sample_id"]) for r in map(json.loads, lines)
     ]
     assert [json.loads(line) for line in lines[:5]] == again[:5]
+
+
+def test_pope_and_mme_run_from_local_parquet_files(tmp_path, capsys):
+    write_shards(tmp_path / "data" / "POPE", pope_rows())
+    write_shards(tmp_path / "data" / "MME", mme_rows())
+    options = ["--tasks", "pope,mme", "--data", tmp_path / "data", "--methods", "dense,v2drop", "--tokens", "48"]
+    code, out, _ = run(capsys, *options, "--limit", 28, "--output", tmp_path / "run")
+    assert code == 0
+    rows = json.loads(out.splitlines()[-1])["results"]
+    assert [(row["task"], row["method"], row["samples"]) for row in rows] == [
+        (task, method, count) for task, count in (("pope", 24), ("mme", 28)) for method in ("dense", "v2drop")
+    ]
+    assert {"f1", "f1_mean_of_categories", "exact_accuracy"} <= set(rows[0]["metrics"])
+    assert {"perception", "cognition"} <= set(rows[2]["metrics"])
+    assert all(low <= row["score"] <= high for row in rows for low, high in [row["score_interval"]])
+    assert len(list((tmp_path / "run").glob("mme-*.png"))) == 4
 
 
 def test_a_run_with_other_settings_does_not_go_on_with_these_answers(tmp_path, capsys):
