@@ -95,7 +95,7 @@ class VisionLanguageModel:
         pictures = pixel_values.split([len(request.images) for request in requests])
         seeds = tuple(content_seed(*contents) for contents in zip(prompts, pictures, strict=True))
         on_device = pixel_values.to(self.device, self.dtype) if len(pixel_values) else None
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: the embeddings may be differentiated through later
             return self.model.pack(prompts, on_device, seeds)
 
     def token_ids(self, request: Request) -> list[int]:
