@@ -24,7 +24,7 @@ from nanovlm_v2drop.attention import BACKENDS
 from nanovlm_v2drop.checkpoint import CheckpointError
 from nanovlm_v2drop.dropping import DROPPERS
 from nanovlm_v2drop.evaluate import DENSE, Plan, evaluate, make_plans, read_records, run_summary, summarise
-from nanovlm_v2drop.images import ASPECT_RATIOS, open_image
+from nanovlm_v2drop.images import ASPECT_RATIOS, DEFAULT_ASPECT_RATIO, open_image
 from nanovlm_v2drop.inference import MAX_NEW_TOKENS, generate
 from nanovlm_v2drop.prompts import TEMPLATES, Request
 from nanovlm_v2drop.report import GalleryRow, draw_gallery, print_table, write_summary
@@ -52,7 +52,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
     add("--attention", choices=("auto", *BACKENDS), default="auto")
-    add("--image-aspect-ratio", choices=ASPECT_RATIOS, default=ASPECT_RATIOS[0], help="pad as the papers, crop as llava-hf")
+    add("--image-aspect-ratio", choices=ASPECT_RATIOS, default=DEFAULT_ASPECT_RATIO, help="pad as the papers, crop as llava-hf")
     add("--template", choices=TEMPLATES, help="prompt template; default the model's own")
     add("--output", type=Path, help="default results/<model>-<time>")
     add("--resume", action="store_true", help="go on with the answers that --output already holds")
@@ -146,7 +146,7 @@ def run_task(
     shown: list[Sample] = []
     for sample in track(samples, description=f"{vlm.name} on {task.name}", total=total, console=console):
         shown += [sample] if len(shown) < PICTURES else []
-    records = read_records(output)
+    records = [record for record in read_records(output) if record.task == task.name]
     for sample in shown:
         answers = {record.plan: record for record in records if record.sample_id == sample.sample_id}
         rows = [

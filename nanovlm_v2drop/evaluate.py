@@ -56,19 +56,19 @@ def make_plans(
 
     Raises ValueError for an unknown method, or a budget that no schedule reaches.
     """
+    unknown = [method for method in methods if method != DENSE and method not in DROPPERS]
+    if unknown:
+        raise ValueError(f"unknown method {unknown[0]!r}; choose from: {', '.join([DENSE, *DROPPERS])}")
     plans = []
     for budget in dict.fromkeys([None, *budgets]):
         for method in dict.fromkeys(methods):
             if (method == DENSE) == (budget is None):
                 plans.append(make_plan(method, budget, num_vision_tokens, num_layers, seed))
-    unknown = [method for method in methods if method != DENSE and method not in DROPPERS]
-    if unknown:
-        raise ValueError(f"unknown method {unknown[0]!r}; choose from: {', '.join([DENSE, *DROPPERS])}")
     return plans
 
 
 def make_plan(method: str, budget: float | None, num_vision_tokens: int, num_layers: int, seed: int) -> Plan:
-    if budget is None or method not in DROPPERS:
+    if budget is None:
         return Plan(method, DropSchedule({}), None, None, seed)
     schedule = budget_schedule(budget, num_vision_tokens, num_layers)
     dropper = Random(schedule, seed) if method == Random.name else DROPPERS[method](schedule)

@@ -24,6 +24,7 @@ ImageSource = str | Path | Image.Image
 CLIP_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 ASPECT_RATIOS = ("pad", "crop")
+DEFAULT_ASPECT_RATIO = "pad"
 # What this file does to every picture. A checkpoint whose settings say otherwise needs another processor.
 FIXED_SETTINGS = {
     "do_resize": True,
@@ -124,7 +125,7 @@ class ImageProcessor:
     image_size: int
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
-    image_aspect_ratio: str = "pad"
+    image_aspect_ratio: str = DEFAULT_ASPECT_RATIO
 
     def __post_init__(self) -> None:
         if type(self.image_size) is not int or self.image_size < 1:
@@ -138,7 +139,9 @@ class ImageProcessor:
             raise ValueError(f"unknown image_aspect_ratio {self.image_aspect_ratio!r}; choose one of: {known}")
 
     @classmethod
-    def from_folder(cls, folder: str | Path, image_size: int, image_aspect_ratio: str = "pad") -> "ImageProcessor":
+    def from_folder(
+        cls, folder: str | Path, image_size: int, image_aspect_ratio: str = DEFAULT_ASPECT_RATIO
+    ) -> "ImageProcessor":
         """Read mean and std from a checkpoint folder; CLIP's hold where it stores none, as the original LLaVA's.
 
         `image_size` is what the vision tower takes. Raises ValueError where the folder's settings disagree with it, or

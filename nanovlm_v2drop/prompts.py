@@ -61,6 +61,10 @@ def hub(text: str) -> str:
 
 
 DEFAULT_TEMPLATE = "vicuna_v1"
+# How LLaMA's tokenizer.json turns tokens back into text.
+LLAMA_DECODER = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
 TEMPLATES: dict[str, Callable[[str], str]] = {"vicuna_v1": vicuna_v1, "hub": hub}
 
 
@@ -147,9 +151,6 @@ class SentencePieceTokenizer:
         self.special_tokens = {processor.id_to_piece(token_id): token_id for token_id in special_ids} | added_tokens
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        self.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
 
     def encode(self, text: str) -> list[int]:
         token_ids = [] if self.bos_token_id is None else [self.bos_token_id]
@@ -163,7 +164,7 @@ class SentencePieceTokenizer:
         # Added tokens lie behind the model's own pieces, and padded rows behind those.
         own_ids = [token_id for token_id in token_ids if token_id < self.processor.get_piece_size()]
         tokens = [self.processor.id_to_piece(token_id) for token_id in own_ids]
-        return self.decoder.decode([token for token in tokens if token not in self.special_tokens])
+        return LLAMA_DECODER.decode([token for token in tokens if token not in self.special_tokens])
 
     def token_to_id(self, token: str) -> int | None:
         if token in self.special_tokens:

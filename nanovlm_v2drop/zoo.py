@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention import resolve_backend
 from .checkpoint import load_model
 from .config import VLMConfig
-from .images import ImageProcessor
+from .images import DEFAULT_ASPECT_RATIO, ImageProcessor
 from .prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
 from .vlm import LlavaModel, PackedInputs
 
@@ -136,7 +136,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.float32,
-    image_aspect_ratio: str = "pad",
+    image_aspect_ratio: str = DEFAULT_ASPECT_RATIO,
     template: str | None = None,
     attention: str = "auto",
     weights: str | Path | None = None,

@@ -65,10 +65,15 @@ def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         "model.multi_modal_projector.": "multi_modal_projector.",
         "lm_head.": "language_model.lm_head.",
     }
+    return {name: tensor.contiguous() for name, tensor in with_prefixes(state, prefixes).items()}
+
+
+def with_prefixes(tensors: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
+    """Every name with its prefix, the first that fits, replaced by another; one without a known prefix is an error."""
     renamed = {}
-    for name, tensor in state.items():
+    for name, tensor in tensors.items():
         prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
-        renamed[prefixes[prefix] + name.removeprefix(prefix)] = tensor.contiguous()
+        renamed[prefixes[prefix] + name.removeprefix(prefix)] = tensor
     return renamed
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import official_names, tiny_reference, tiny_tokenizer
+from conftest import official_names, tiny_reference, tiny_tokenizer, with_prefixes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,11 +79,7 @@ def original_names(tensors: Tensors) -> Tensors:
         "multi_modal_projector.linear_2.": "model.mm_projector.2.",
         "language_model.": "",
     }
-    renamed = {}
-    for name, tensor in tensors.items():
-        prefix = next(prefix for prefix in replacements if name.startswith(prefix))
-        renamed[replacements[prefix] + name.removeprefix(prefix)] = tensor
-    return renamed
+    return with_prefixes(tensors, replacements)
 
 
 def with_leftovers(tensors: Tensors) -> Tensors:

@@ -10,14 +10,14 @@ from random import Random
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
 from ..config import VisionConfig, VLMConfig
 from ..images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
-from ..prompts import DEFAULT_TEMPLATE, TEMPLATES
+from ..prompts import DEFAULT_TEMPLATE, LLAMA_DECODER, TEMPLATES
 from . import scenes
 
 BACKGROUND = "background"  # the word that a patch without a thing answers
@@ -45,9 +45,7 @@ def llama_tokenizer(lines: list[str]) -> Tokenizer:
     merges = [tuple(pair) for pair in learned["merges"]]
     tokenizer = Tokenizer(BPE(learned["vocab"], merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.decoder = LLAMA_DECODER
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*specials, "<image>", "<pad>")])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
@@ -60,7 +58,7 @@ def corpus() -> list[str]:
     rng = Random(0)
     lines = [BACKGROUND, *(template("") for template in TEMPLATES.values())]
     for _ in range(3000):
-        scene = scenes.sample_scene(rng, rng.randint(1, scenes.MAX_THINGS))
+        scene = scenes.any_scene(rng)
         asked = [scenes.ask(scene, kind, rng) for kind in scenes.KINDS]
         lines += [f"\n{question.text} {question.answer}" for question in (*asked, scenes.describe(scene)) if question]
     return lines * 2
@@ -89,6 +87,12 @@ def patch_labels(scene: scenes.Scene) -> np.ndarray:
     return labels
 
 
+def draw_batch(rng: Random, batch: int) -> tuple[list[scenes.Scene], Tensor]:
+    """Scenes and their pictures (N, 144, 144, 3) uint8."""
+    drawn = [scenes.any_scene(rng) for _ in range(batch)]
+    return drawn, torch.from_numpy(np.stack([np.asarray(scenes.draw_scene(scene)) for scene in drawn]))
+
+
 class TowerBatches(torch.utils.data.IterableDataset):
     """Batches of (pictures, patch labels), drawn in a second process."""
 
@@ -98,9 +102,8 @@ class TowerBatches(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         rng = Random(self.seed)
         while True:
-            drawn = [scenes.sample_scene(rng, rng.randint(1, scenes.MAX_THINGS)) for _ in range(self.batch)]
-            pictures = np.stack([np.asarray(scenes.draw_scene(scene)) for scene in drawn])
-            yield torch.from_numpy(pictures), torch.from_numpy(np.stack([patch_labels(scene) for scene in drawn]))
+            drawn, pictures = draw_batch(rng, self.batch)
+            yield pictures, torch.from_numpy(np.stack([patch_labels(scene) for scene in drawn]))
 
 
 class InstructBatches(torch.utils.data.IterableDataset):
@@ -117,10 +120,9 @@ class InstructBatches(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         rng = Random(self.seed)
         while True:
-            drawn = [scenes.sample_scene(rng, rng.randint(1, scenes.MAX_THINGS)) for _ in range(self.batch)]
-            pictures = np.stack([np.asarray(scenes.draw_scene(scene)) for scene in drawn])
+            drawn, pictures = draw_batch(rng, self.batch)
             rows = np.stack([self.row(scene, rng) for scene in drawn])  # (N, 4, L)
-            yield torch.from_numpy(pictures), *torch.from_numpy(rows).unbind(1)
+            yield pictures, *torch.from_numpy(rows).unbind(1)
 
     def row(self, scene: scenes.Scene, rng: Random) -> np.ndarray:
         """(4, L): token ids, turn numbers, position ids, labels (-100 where nothing is asked)."""

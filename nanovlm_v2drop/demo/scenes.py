@@ -96,6 +96,11 @@ def sample_scene(rng: Random, num_things: int) -> Scene:
     return Scene(tuple(things), rng.randrange(2**31))
 
 
+def any_scene(rng: Random) -> Scene:
+    """A scene with any number of things up to MAX_THINGS."""
+    return sample_scene(rng, rng.randint(1, MAX_THINGS))
+
+
 def sample_thing(rng: Random) -> Thing:
     size = rng.randint(SMALLEST, LARGEST)
     low, high = size // 2 + 2, IMAGE_SIZE - size // 2 - 2

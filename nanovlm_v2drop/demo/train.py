@@ -220,7 +220,7 @@ def set_rate(optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> 
 
 
 class Log:
-    """One JSON line every 25 steps: means since the last line, and steps a second."""
+    """One JSON line every 25 steps: means since the last line, and how many seconds they took."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.since, self.sums = path, time.perf_counter(), dict[str, float]()
