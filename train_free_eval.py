@@ -27,7 +27,8 @@ from nanovlm_v2drop.evaluate import DENSE, Plan, evaluate, make_plans, read_reco
 from nanovlm_v2drop.images import ASPECT_RATIOS, DEFAULT_ASPECT_RATIO, open_image
 from nanovlm_v2drop.inference import MAX_NEW_TOKENS, generate
 from nanovlm_v2drop.prompts import TEMPLATES, Request
-from nanovlm_v2drop.report import GalleryRow, draw_gallery, print_table, write_summary
+from nanovlm_v2drop.report.gallery import GalleryRow, draw_gallery
+from nanovlm_v2drop.report.tables import print_table
 from nanovlm_v2drop.tasks import TASKS, DatasetUnavailable, Sample, Task, load_task
 from nanovlm_v2drop.zoo import DTYPES, MODELS, VisionLanguageModel, WeightsUnavailable, load
 
@@ -127,7 +128,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
         rows += run_task(vlm, task, plans, output, arguments, console)
     print_table(rows, Console(width=None if sys.stdout.isatty() else 140))
     run = {**run_summary(vlm, rows), "command": " ".join(sys.argv), "output": str(output)}
-    write_summary(output, run)
+    (output / "summary.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     return run
 
 

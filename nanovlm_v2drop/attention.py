@@ -1,9 +1,10 @@
-"""Causal attention over packed tokens and over a key/value cache: three back ends behind one signature.
+"""Causal attention over packed tokens and over a key/value cache: four back ends behind one signature.
 
 Shapes: T tokens of all sequences packed, B sequences, H query heads, K key/value heads, S slots of a cache.
 
 `flash-attn` is the package, `varlen` is torch's own varlen_attn (CUDA), `sdpa` is the twin that runs everywhere and that the
-tests compare the others with. A back end is chosen once and by name; one that cannot run is an error, never a quiet
+tests compare the others with; `eager` writes out the whole attention matrix, as the released codes of FastV and SparseVLM
+do, for an honest comparison of memory. A back end is chosen once and by name; one that cannot run is an error, never a quiet
 replacement.
 """
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("flash-attn", "varlen", "sdpa")
+BACKENDS = ("flash-attn", "varlen", "sdpa", "eager")  # the last is never chosen by "auto"
 
 
 @cache
@@ -39,7 +40,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps a back end from running, or None."""
-    if backend == "sdpa":
+    if backend in ("sdpa", "eager"):
         return None
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
@@ -69,6 +70,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], backend: 
     """Causal attention inside each packed sequence: q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)."""
     if backend == "sdpa":
         return sdpa_attention(q, k, v, seqlens)
+    if backend == "eager":
+        return eager_attention(q, k, v, seqlens)
     cu_seqlens, longest = cumulative(seqlens, q.device), max(seqlens)
     if backend == "flash-attn":
         from flash_attn import flash_attn_varlen_func
@@ -94,6 +97,26 @@ def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, T, heads, head_dim) in and out; is_causal is safe here because queries and keys are equally many."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
+    """Every attention weight (H, T, T) of a sequence in memory at once, softmax in float32."""
+    parts = []
+    for q_part, k_part, v_part in zip(*(packed.split(tuple(seqlens)) for packed in (q, k, v)), strict=True):
+        rows = torch.arange(len(q_part), device=q.device)
+        weights = attention_weights(q_part, k_part, rows).to(v.dtype)
+        parts.append(torch.einsum("hqk,khd->qhd", weights, v_part.repeat_interleave(q.shape[1] // k.shape[1], 1)))
+    return torch.cat(parts)
+
+
+def attention_weights(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    """Causal softmax attention of the queries q (R, H, head_dim), which stand at `rows` (R,), to all keys k (T, K, head_dim).
+
+    (H, R, T) in float32. Methods that rank by attention ask for the few rows that they rank by.
+    """
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)).float() * q.shape[-1] ** -0.5
+    visible = torch.arange(len(k), device=k.device) <= rows[:, None]
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
 
 def attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Sequence[int], backend: str) -> Tensor:

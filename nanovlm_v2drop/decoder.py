@@ -72,10 +72,19 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        return self.o_proj(attend(apply_rotary(q, rotary), apply_rotary(k, rotary), v).flatten(-2))
+        v = self.heads(self.v_proj, hidden_states)
+        return self.o_proj(attend(self.query(hidden_states, rotary), self.key(hidden_states, rotary), v).flatten(-2))
+
+    def query(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
+        """(T, H, head_dim), rotated"""
+        return apply_rotary(self.heads(self.q_proj, hidden_states), rotary)
+
+    def key(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
+        """(T, K, head_dim), rotated"""
+        return apply_rotary(self.heads(self.k_proj, hidden_states), rotary)
+
+    def heads(self, projection: nn.Linear, hidden_states: Tensor) -> Tensor:
+        return projection(hidden_states).unflatten(-1, (-1, self.head_dim))
 
 
 class GatedMLP(nn.Module):
@@ -100,6 +109,11 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), rotary, attend)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def query_and_keys(self, hidden_states: Tensor, rotary: Rotary, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (R, H, head_dim) of `rows` (R,) and all keys (T, K, head_dim), as `forward` would compute them."""
+        normed, (cos, sin) = self.input_layernorm(hidden_states), rotary
+        return self.self_attn.query(normed[rows], (cos[rows], sin[rows])), self.self_attn.key(normed, rotary)
 
 
 class Decoder(nn.Module):

@@ -6,15 +6,17 @@ Shapes: T tokens of all sequences packed, B sequences, D hidden_size, K key/valu
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .attention import attention, attention_with_cache, resolve_backend
 from .decoder import Decoder, rotary_table
-from .dropping.base import PrefillState, TokenDropper
+from .dropping.base import DecodePruning, PrefillState, TokenDropper
 from .vlm import PackedInputs
 
 if TYPE_CHECKING:
@@ -32,13 +34,15 @@ class KVCache:
     """Keys and values of each layer, allocated at that layer's own length plus `max_new_tokens`.
 
     A layer behind a drop point has fewer rows than one before it, so dropping is real memory. `seqlens[layer_idx]` holds the
-    filled slots of each sequence as host integers; `position_ids` (B,) is the position of the next token, which goes on
-    from the undropped prompt.
+    filled slots of each sequence as host integers; `position_ids` (L, B) is the position of the next token in each layer: it
+    goes on from the undropped prompt, unless a method renumbers what it keeps. `pruning` is None, or what chooses the slots
+    that a new token sees.
     """
 
-    def __init__(self, position_ids: Tensor, max_new_tokens: int) -> None:
-        self.position_ids = position_ids
+    def __init__(self, max_new_tokens: int) -> None:
+        self.position_ids = torch.empty(0)
         self.max_new_tokens = max_new_tokens
+        self.pruning: DecodePruning | None = None
         self.keys: list[Tensor] = []  # (B, S, K, head_dim) each
         self.values: list[Tensor] = []
         self.seqlens: list[tuple[int, ...]] = []
@@ -46,7 +50,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the filled slots."""
-        return sum(self.nbytes_of(index) for index in range(len(self.position_ids)))
+        return sum(self.nbytes_of(index) for index in range(len(self.seqlens[0])))
 
     def nbytes_of(self, index: int) -> int:
         """Bytes that one sequence fills."""
@@ -73,6 +77,16 @@ class KVCache:
                 slots[length] = row
         self.seqlens[layer_idx] = tuple(length + 1 for length in lengths)
 
+    def visible(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Keys and values (B, S, K, head_dim) that the new token's queries q (B, H, head_dim) may see, and how many slots."""
+        keys, values, seqlens = self.keys[layer_idx], self.values[layer_idx], self.seqlens[layer_idx]
+        slots = None if self.pruning is None else self.pruning(layer_idx, q, keys, seqlens)
+        if slots is None:
+            return keys, values, seqlens
+        index = pad_sequence(list(slots), batch_first=True)
+        sequences = torch.arange(len(index), device=index.device)[:, None]
+        return keys[sequences, index], values[sequences, index], tuple(map(len, slots))
+
 
 @dataclass
 class Prefilled:
@@ -97,35 +111,48 @@ def prefill(
     Layers before a drop point keep the keys of dropped tokens, so the cache is longer in early layers than in late ones.
     Raises ValueError for a schedule that cannot act on this decoder; warns where nothing was dropped from a picture.
     """
-    config = decoder.config
+    config, layers_read = decoder.config, set()
     backend = resolve_backend(decoder.attention, packed.inputs_embeds.device, packed.inputs_embeds.dtype)
-    if dropper is not None:
-        dropper.schedule.check(config.num_hidden_layers, dropper.earliest_layer)
     state = initial_state(packed)
+    if dropper is not None:
+        dropper.schedule.check(config.num_hidden_layers, dropper.earliest_layer, dropper.latest_layer)
+        layers_read = {layer - 1 for layer in dropper.schedule} if dropper.reads_attention else layers_read
+        state = dropper.begin(state)
     rotary = rotary_table(config, state.position_ids, state.hidden_states.dtype)
-    cache = KVCache(next_positions(packed), max_new_tokens)
-    survivors = []
+    cache, next_position = KVCache(max_new_tokens), next_positions(state)
+    positions, survivors = [], []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.fill(k, v, state.seqlens)
+        state.queries, state.keys = (q, k) if state.layer_idx in layers_read else (None, None)
         return attention(q, k, v, state.seqlens, backend)
 
     for layer_idx, layer in enumerate(decoder.layers):
         state.layer_idx = layer_idx
         if dropper is not None and layer_idx in dropper.schedule:
-            state = dropper(state)
+            state.rotary, state.final_norm = rotary, decoder.norm
+            state.project_next = partial(layer.query_and_keys, state.hidden_states, rotary)
+            state = dropper(state).without_surroundings()
             rotary = rotary_table(config, state.position_ids, state.hidden_states.dtype)
+            next_position = next_positions(state) if dropper.renumbers else next_position
             survivors.append((layer_idx, state.vision_indices.split(state.seqlens)))
+        positions.append(next_position)
         state.previous, state.hidden_states = state.hidden_states, layer(state.hidden_states, rotary, attend)
-    if dropper is not None and any(packed.vision_counts) and state.vision_counts == packed.vision_counts:
+    cache.position_ids = torch.stack(positions)
+    if dropper is not None:
+        cache.pruning = dropper.decode_pruning(state)
+        warn_if_nothing_dropped(dropper, packed, state)
+    return Prefilled(decoder.lm_head(decoder.norm(state.hidden_states[state.last_rows()])), cache, survivors)
+
+
+def warn_if_nothing_dropped(dropper: TokenDropper, packed: PackedInputs, state: PrefillState) -> None:
+    if any(packed.vision_counts) and state.vision_counts == packed.vision_counts:
         warnings.warn(
             f"{dropper.name} dropped nothing: all {sum(packed.vision_counts)} vision tokens went through all "
-            f"{config.num_hidden_layers} layers with {dropper.schedule}",
+            f"{state.layer_idx + 1} layers with {dropper.schedule}",
             NothingDropped,
-            stacklevel=2,
+            stacklevel=3,
         )
-    last_rows = torch.tensor(list(accumulate(state.seqlens)), device=rotary[0].device) - 1
-    return Prefilled(decoder.lm_head(decoder.norm(state.hidden_states[last_rows])), cache, survivors)
 
 
 def initial_state(packed: PackedInputs) -> PrefillState:
@@ -141,13 +168,15 @@ def initial_state(packed: PackedInputs) -> PrefillState:
         seqlens=tuple(packed.seqlens),
         vision_counts=packed.vision_counts,
         prompt_vision_counts=packed.vision_counts,
+        vision_grids=packed.vision_grids,
         seeds=packed.seeds,
+        vision=packed.vision,
     )
 
 
-def next_positions(packed: PackedInputs) -> Tensor:
-    """(B,) one more than the largest position id of each prompt, on whichever axis."""
-    return torch.stack([part.amax() for part in packed.position_ids.split(tuple(packed.seqlens), dim=-1)]) + 1
+def next_positions(state: PrefillState) -> Tensor:
+    """(B,) one more than the largest position id of each sequence, on whichever axis."""
+    return torch.stack([part.amax() for part in state.position_ids.split(state.seqlens, dim=-1)]) + 1
 
 
 @torch.no_grad()
@@ -155,13 +184,13 @@ def decode_one_token(decoder: Decoder, token_ids: Tensor, cache: KVCache) -> Ten
     """Feed one token a sequence (B,) and return the logits of the next (B, V). The cache grows by one row a layer."""
     hidden_states = decoder.embed_tokens(token_ids)  # (B, D)
     backend = resolve_backend(decoder.attention, hidden_states.device, hidden_states.dtype)
-    rotary = rotary_table(decoder.config, cache.position_ids, hidden_states.dtype)
-    for layer_idx, layer in enumerate(decoder.layers):
+    cos, sin = rotary_table(decoder.config, cache.position_ids.flatten(), hidden_states.dtype)
+    tables = zip(cos.split(len(token_ids)), sin.split(len(token_ids)), strict=True)
+    for layer_idx, (layer, rotary) in enumerate(zip(decoder.layers, tables, strict=True)):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer_idx: int = layer_idx) -> Tensor:
             cache.append(layer_idx, k, v)
-            keys, values = cache.keys[layer_idx], cache.values[layer_idx]
-            return attention_with_cache(q, keys, values, cache.seqlens[layer_idx], backend)
+            return attention_with_cache(q, *cache.visible(layer_idx, q), backend)
 
         hidden_states = layer(hidden_states, rotary, attend)
     cache.position_ids = cache.position_ids + 1

@@ -45,12 +45,18 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        q, k, v = (
-            projection(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, 1 + P, head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (self.heads(projection(hidden_states)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+    def class_attention(self, hidden_states: Tensor) -> Tensor:
+        """Softmax attention of the class token to the patches, (N, heads, P); what it pays to itself is left out."""
+        q, k = self.heads(self.q_proj(hidden_states[:, :1])), self.heads(self.k_proj(hidden_states))
+        weights = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        return weights.softmax(-1)[:, :, 0, 1:]
+
+    def heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, 1 + P, head_dim)
 
 
 class VisionMLP(nn.Module):
@@ -82,10 +88,12 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(num_layers))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output of the last block."""
+        before = hidden_states
         for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        return hidden_states
+            before, hidden_states = hidden_states, layer(hidden_states)
+        return before, hidden_states
 
 
 class CLIPVisionTower(nn.Module):
@@ -102,7 +110,21 @@ class CLIPVisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, image_size, image_size) -> (N, P, D); the class token is dropped (LLaVA's "default" strategy)."""
+        return self.encode(pixel_values)[1][:, 1:]
+
+    def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, image_size, image_size) -> input and output of the last block, (N, 1 + P, D) each, class token first."""
         size = self.config.image_size
         if pixel_values.dim() != 4 or pixel_values.shape[-2:] != (size, size):
             raise ValueError(f"pixel_values {tuple(pixel_values.shape)} must be (N, 3, {size}, {size})")
-        return self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))[:, 1:]
+        return self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
+
+    def class_attention(self, block_input: Tensor) -> Tensor:
+        """(N, heads, P): attention of the class token to the patches in the last block, given its input (N, 1 + P, D)."""
+        block = self.encoder.layers[-1]
+        return block.self_attn.class_attention(block.layer_norm1(block_input))
+
+    def keys(self, block_input: Tensor) -> Tensor:
+        """(N, 1 + P, D): keys of the last block, all heads side by side."""
+        block = self.encoder.layers[-1]
+        return block.self_attn.k_proj(block.layer_norm1(block_input))

@@ -5,6 +5,7 @@ Shapes: T tokens of all sequences packed, B sequences, N pictures, P patches of 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import VLMConfig
 from .decoder import Decoder
+from .dropping.base import VisionTrace
 from .vision import CLIPVisionTower
 
 
@@ -20,8 +22,10 @@ class PackedInputs:
     """What prefill reads: B prompts one behind the other, without padding.
 
     inputs_embeds (T, D); position_ids (T,) or (3, T); vision_mask (T,) True for vision tokens; seqlens: B host integers
-    that sum to T. `vision_counts` (vision tokens of each prompt) and `seeds` (one number a prompt, the same in every
-    batch: what Random draws from) may be left out.
+    that sum to T. May be left out: `vision_counts` (vision tokens of each prompt), `vision_grids` (frames, rows and columns
+    of each picture of each prompt; without it a prompt's vision tokens are one row), `seeds` (one number a prompt, the same
+    in every batch: what Random draws from), and `vision` (one a picture), which methods that choose tokens before the
+    decoder read.
     """
 
     inputs_embeds: Tensor
@@ -30,6 +34,8 @@ class PackedInputs:
     seqlens: Sequence[int]
     vision_counts: tuple[int, ...] = ()
     seeds: tuple[int, ...] = ()
+    vision_grids: tuple[tuple[tuple[int, int, int], ...], ...] = ()
+    vision: tuple[VisionTrace, ...] = ()
 
     def __post_init__(self) -> None:
         self.seqlens = tuple(int(length) for length in self.seqlens)
@@ -37,6 +43,8 @@ class PackedInputs:
         if not self.vision_counts:  # counted here, once, so that no drop point has to ask the GPU
             self.vision_counts = tuple(int(part.sum()) for part in self.vision_mask.split(self.seqlens))
         self.seeds = self.seeds or (0,) * len(self.seqlens)
+        self.vision_grids = self.vision_grids or tuple(((1, 1, count),) if count else () for count in self.vision_counts)
+        self.check_grids()
 
     def check_lengths(self) -> None:
         """Raise ValueError unless every field speaks of the same T tokens."""
@@ -48,6 +56,13 @@ class PackedInputs:
         }
         if len(set(lengths.values())) > 1 or not self.seqlens or min(self.seqlens) < 1:
             raise ValueError(f"packed inputs disagree on the number of tokens: {lengths}, seqlens {self.seqlens}")
+
+
+    def check_grids(self) -> None:
+        """Raise ValueError unless the grids of each prompt hold its vision tokens."""
+        held = tuple(sum(prod(grid) for grid in grids) for grids in self.vision_grids)
+        if held != self.vision_counts:
+            raise ValueError(f"vision grids {self.vision_grids} hold {held} tokens, the prompts {self.vision_counts}")
 
 
 class Projector(nn.Module):
@@ -76,6 +91,16 @@ class LlavaModel(nn.Module):
         """(N, 3, image_size, image_size) -> (N, P, D)"""
         return self.multi_modal_projector(self.vision_tower(pixel_values))
 
+    def trace(self, block_input: Tensor, hidden_states: Tensor) -> VisionTrace:
+        """Of one picture, from the input and output (1 + P, V) of the tower's last block."""
+        tower, single = self.vision_tower, block_input[None]
+        return VisionTrace(
+            hidden_states,
+            lambda: tower.class_attention(single)[0],
+            lambda: tower.keys(single)[0],
+            self.multi_modal_projector,
+        )
+
     def pack(self, prompts: Sequence[Sequence[int]], pixel_values: Tensor | None, seeds: tuple[int, ...]) -> PackedInputs:
         """Embed the prompts' token ids and put the vision features where the image tokens stand, in reading order.
 
@@ -92,8 +117,11 @@ class LlavaModel(nn.Module):
         # The image token's own id may lie outside the embedding table (the original LLaVA vocabulary has no row for it).
         input_ids = torch.tensor([0 if vision else token for token, vision in zip(flat, is_vision, strict=True)])
         inputs_embeds = embed_tokens(input_ids.to(embed_tokens.weight.device))
+        traces: tuple[VisionTrace, ...] = ()
         if pixel_values is not None:
-            features = self.encode_images(pixel_values).flatten(0, 1)  # (N * P, D)
+            block_inputs, outputs = self.vision_tower.encode(pixel_values)
+            traces = tuple(map(self.trace, block_inputs, outputs))
+            features = self.multi_modal_projector(outputs[:, 1:]).flatten(0, 1)  # (N * P, D)
             check_counts(sum(vision_counts), len(features))
             rows = torch.tensor([row for row, vision in enumerate(is_vision) if vision], device=features.device)
             inputs_embeds = inputs_embeds.index_copy(0, rows, features.to(inputs_embeds.dtype))
@@ -101,9 +129,10 @@ class LlavaModel(nn.Module):
             check_counts(sum(vision_counts), 0)
         device = inputs_embeds.device
         position_ids = torch.cat([torch.arange(length) for length in seqlens]).to(device)
-        return PackedInputs(
-            inputs_embeds, position_ids, torch.tensor(is_vision, device=device), seqlens, vision_counts, seeds
-        )
+        grid = (1, self.config.vision_config.grid_size, self.config.vision_config.grid_size)
+        grids = tuple((grid,) * (count // prod(grid)) for count in vision_counts)
+        mask = torch.tensor(is_vision, device=device)
+        return PackedInputs(inputs_embeds, position_ids, mask, seqlens, vision_counts, seeds, grids, traces)
 
 
 def check_counts(num_placeholders: int, num_features: int) -> None:

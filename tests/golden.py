@@ -15,6 +15,8 @@ from torch import Tensor
 
 from nanovlm_v2drop.config import TextConfig, flatten_rope, from_fields
 from nanovlm_v2drop.decoder import Decoder
+from nanovlm_v2drop.dropping import TokenDropper
+from nanovlm_v2drop.inference import Prefilled, decode_one_token, prefill
 from nanovlm_v2drop.vlm import PackedInputs
 
 FOLDER = Path(__file__).parent / "goldens"
@@ -53,6 +55,19 @@ class Golden:
         rows = torch.arange(length)
         positions = self.tensors["position_ids"][:, 0] if "position_ids" in self.tensors else rows
         return PackedInputs(inputs_embeds, positions, (rows >= start) & (rows < start + count), [length])
+
+
+def check_run(golden: Golden, decoder: Decoder, packed: PackedInputs, dropper: TokenDropper) -> Prefilled:
+    """Prefill and decode as the authors' run did: cache lengths, and logits of the prompt and of every decoded token."""
+    out = prefill(decoder, packed, dropper)
+    assert [lengths[0] for lengths in out.cache.seqlens] == golden.tensors["kv_lengths"].tolist()
+    wanted = golden.tensors["logits"]  # (1 + steps, B, V)
+    wanted = wanted.reshape(len(wanted), -1, wanted.shape[-1])
+    torch.testing.assert_close(out.logits, wanted[0], atol=2e-4, rtol=0)
+    steps = golden.tensors["tokens"].reshape(len(wanted) - 1, -1)
+    for tokens, logits in zip(steps, wanted[1:], strict=True):
+        torch.testing.assert_close(decode_one_token(decoder, tokens, out.cache), logits, atol=2e-4, rtol=0)
+    return out
 
 
 def draw_weights(shapes: dict[str, list[int]], seed: int) -> dict[str, Tensor]:

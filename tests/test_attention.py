@@ -32,15 +32,18 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(rows).view(q.shape)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @settings(deadline=None, max_examples=40)
 @given(seqlens=lengths, heads=heads)
 @example(seqlens=[4, 4, 4], heads=(4, 2))  # equal lengths go through in one call
 @example(seqlens=[5, 1, 8], heads=(4, 2))
-def test_packed_attention_equals_a_naive_softmax_inside_each_sequence(seqlens: list[int], heads: tuple[int, int]) -> None:
+def test_packed_attention_equals_a_naive_softmax_inside_each_sequence(
+    backend: str, seqlens: list[int], heads: tuple[int, int]
+) -> None:
     q, k, v = (random_heads(sum(seqlens), h, HEAD_DIM, seed=i) for i, h in enumerate((heads[0], heads[1], heads[1])))
     parts = zip(q.split(seqlens), k.split(seqlens), v.split(seqlens), strict=True)
     wanted = torch.cat([naive_attention(*part) for part in parts])
-    torch.testing.assert_close(attention(q, k, v, seqlens, "sdpa").double(), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attention(q, k, v, seqlens, backend).double(), wanted, atol=1e-5, rtol=0)
 
 
 @settings(deadline=None, max_examples=40)
@@ -68,7 +71,7 @@ def test_auto_is_sdpa_on_a_cpu() -> None:
     assert resolve_backend("sdpa", CPU, torch.float32) == "sdpa"
 
 
-@pytest.mark.parametrize("available", [("flash-attn", "varlen", "sdpa"), ("varlen", "sdpa"), ("sdpa",)])
+@pytest.mark.parametrize("available", [BACKENDS, ("varlen", "sdpa", "eager"), ("sdpa", "eager")])
 def test_auto_takes_the_first_back_end_that_can_run(available: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "obstacle", lambda backend, *_: None if backend in available else "it is not there")
     resolve_backend.cache_clear()
@@ -100,8 +103,8 @@ def test_a_missing_package_and_an_old_torch_are_named(monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_back_end_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown attention back end 'eager'; choose one of: auto, flash-attn, varlen, sdpa"):
-        resolve_backend("eager", CPU, torch.float32)
+    with pytest.raises(ValueError, match=f"unknown attention back end 'fast'; choose one of: auto, {', '.join(BACKENDS)}"):
+        resolve_backend("fast", CPU, torch.float32)
 
 
 @pytest.mark.gpu

@@ -174,20 +174,29 @@ def test_every_method_is_found_by_its_name():
 
 @pytest.mark.parametrize("name", DROPPERS)
 def test_text_never_leaves_and_order_never_changes(name):
-    packed = pack_together(tiny_prompts())
-    state = with_previous(initial_state(packed))
-    state.layer_idx = 2
-    state.hidden_states[packed.vision_mask] *= 1e30  # huge scores must not push text out
-    after = DROPPERS[name](DropSchedule({2: 0.5}))(state)
+    packed, states = pack_together(tiny_prompts()), []
+
+    class Watched(DROPPERS[name]):
+        def __call__(self, state):
+            states.append(super().__call__(state))
+            return states[-1]
+
+    packed.inputs_embeds[packed.vision_mask] *= 1e15  # huge scores must not push text out
+    layer = 0 if DROPPERS[name].latest_layer == 0 else 2
+    prefill(tiny_decoder(), packed, Watched(DropSchedule({layer: 0.5})))
+    (after,) = states
     assert after.seqlens == (24, 13, 15)
     assert after.vision_counts == (12, 6, 0)
-    texts = [rows[rows < 0].numel() for rows in after.vision_indices.split(after.seqlens)]
-    assert texts == [12, 7, 15]
+    for rows, texts in zip(after.vision_indices.split(after.seqlens), (12, 7, 15), strict=True):
+        assert (rows == -1).sum() == texts
+        kept = rows[rows >= 0].tolist()
+        assert kept == sorted(set(kept))
     for positions in after.position_ids.split(after.seqlens):
-        assert positions.tolist() == sorted(positions.tolist())
+        assert positions.tolist() == sorted(set(positions.tolist()))
 
 
 @pytest.mark.parametrize("name", DROPPERS)
 def test_a_dropper_that_drops_nothing_from_a_picture_warns_loudly(name):
+    layer = 0 if DROPPERS[name].latest_layer == 0 else 2
     with pytest.warns(NothingDropped, match="dropped nothing: all 24 vision tokens went through all 6 layers"):
-        prefill(tiny_decoder(), one_prompt(5, 24, 7), DROPPERS[name](DropSchedule({2: 1.0})))
+        prefill(tiny_decoder(), one_prompt(5, 24, 7), DROPPERS[name](DropSchedule({layer: 1.0})))

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from nanovlm_v2drop.report import CELL, GalleryRow, draw_gallery, fade_dropped, print_table
+from nanovlm_v2drop.report.gallery import CELL, GalleryRow, draw_gallery, fade_dropped
+from nanovlm_v2drop.report.tables import print_table
 
 
 def test_kept_patches_stay_as_they_are_and_dropped_ones_fade():

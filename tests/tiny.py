@@ -1,10 +1,11 @@
 """Tiny random decoders and packed prompts, the same on every run."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovlm_v2drop.config import TextConfig
 from nanovlm_v2drop.decoder import Decoder
+from nanovlm_v2drop.dropping.base import VisionTrace
 from nanovlm_v2drop.vlm import PackedInputs
 
 PROMPTS = ((5, 24, 7), (3, 12, 4), (6, 0, 9))  # text before, vision tokens, text behind
@@ -26,10 +27,25 @@ def tiny_prompts(prompts=PROMPTS, hidden_size: int = 32) -> list[PackedInputs]:
 
 
 def one_prompt(before: int, vision: int, behind: int, seed: int = 1, hidden_size: int = 32) -> PackedInputs:
+    """One prompt whose vision tokens are a picture, of three rows where it can be, with what a tower would leave of it."""
     length = before + vision + behind
     embeds = torch.randn(length, hidden_size, generator=torch.Generator().manual_seed(seed))
     rows = torch.arange(length)
-    return PackedInputs(embeds, rows, (rows >= before) & (rows < before + vision), [length], seeds=(seed,))
+    mask = (rows >= before) & (rows < before + vision)
+    image_rows = 1 if vision % 3 else 3
+    grids, traces = ((1, image_rows, vision // image_rows),), (tiny_trace(embeds[mask], seed),)
+    pictures = {"vision_grids": (grids,), "vision": traces} if vision else {}
+    return PackedInputs(embeds, rows, mask, [length], seeds=(seed,), **pictures)
+
+
+def tiny_trace(features: Tensor, seed: int) -> VisionTrace:
+    """Of a tower and a projector that give `features` (P, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    count, width = features.shape
+    attention = torch.randn(2, count, generator=generator).softmax(-1)
+    keys = torch.randn(count + 1, width, generator=generator)
+    class_token = torch.randn(1, width, generator=generator)
+    return VisionTrace(torch.cat([class_token, features]) - 1, lambda: attention, lambda: keys, lambda hidden: hidden + 1)
 
 
 def pack_together(parts: list[PackedInputs]) -> PackedInputs:
@@ -39,4 +55,6 @@ def pack_together(parts: list[PackedInputs]) -> PackedInputs:
         torch.cat([part.vision_mask for part in parts]),
         [length for part in parts for length in part.seqlens],
         seeds=tuple(seed for part in parts for seed in part.seeds),
+        vision_grids=tuple(grids for part in parts for grids in part.vision_grids),
+        vision=tuple(trace for part in parts for trace in part.vision),
     )

@@ -1,17 +1,41 @@
 """The seam between prefill and a dropping method: what a method may see, and what every method has in common.
 
-Shapes: T tokens of all sequences packed, B sequences, D hidden_size.
+Shapes: T tokens of all sequences packed, B sequences, P patches of one picture, D hidden_size, H query heads, K key/value
+heads.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from itertools import accumulate, pairwise
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .schedule import DropSchedule
+from .schedule import LEANEST_RATIOS, PAPER_DEPTHS, DropSchedule, layers_at_depths
+
+MERGED = -2  # in `vision_indices`: a row that several vision tokens were averaged into
+
+# slots of the cache that a new token may see: (layer_idx, q (B, H, head_dim), keys (B, S, K, head_dim), filled slots of each
+# sequence) -> the visible slots of each sequence, or None for all
+DecodePruning = Callable[[int, Tensor, Tensor, Sequence[int]], Sequence[Tensor] | None]
+
+
+@dataclass(frozen=True)
+class VisionTrace:
+    """What the vision tower leaves of one picture to methods that choose tokens before the decoder; computed only when asked.
+
+    `hidden_states` (1 + P, V) is the tower's output, class token first, before the projector. `class_attention()` (heads, P)
+    is the attention of the class token to the patches in the last block that ran, `keys()` (1 + P, V) that block's keys,
+    `project` the projector (..., V) -> (..., D).
+    """
+
+    hidden_states: Tensor
+    class_attention: Callable[[], Tensor]
+    keys: Callable[[], Tensor]
+    project: Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -19,7 +43,7 @@ class PrefillState:
     """Everything at the entrance of layer `layer_idx`.
 
     `seqlens` and `vision_counts` are host integers: how many tokens stay is known beforehand, so a drop point never waits
-    for the GPU. Position ids are indexed, never renumbered.
+    for the GPU. Position ids are indexed, never renumbered, unless the method's own paper renumbers.
     """
 
     layer_idx: int
@@ -27,60 +51,172 @@ class PrefillState:
     previous: Tensor | None  # (T, D) input of the layer before; None at layer 0
     position_ids: Tensor  # (T,) or (3, T)
     vision_mask: Tensor  # (T,)
-    vision_indices: Tensor  # (T,) number of a vision token among those of its prompt, before any drop; -1 for text
+    vision_indices: Tensor  # (T,) number of a vision token among those of its prompt, before any drop; -1 text, -2 merged
     seqlens: tuple[int, ...]
     vision_counts: tuple[int, ...]  # vision tokens now, one number a sequence
     prompt_vision_counts: tuple[int, ...]  # vision tokens before any drop
+    vision_grids: tuple[tuple[tuple[int, int, int], ...], ...]  # frames, rows and columns of each picture of each sequence
     seeds: tuple[int, ...]  # one number a sequence, the same in every batch
+    vision: tuple[VisionTrace, ...] = ()  # one a picture, those of all sequences in order
+    marks: Tensor | None = None  # (T,) what the method's `begin` noted of each row; it stays beside its row
+    # Only at a drop point:
+    queries: Tensor | None = None  # (T, H, head_dim) of the layer before, rotated; None unless the method reads attention
+    keys: Tensor | None = None  # (T, K, head_dim)
+    rotary: tuple[Tensor, Tensor] | None = None  # cosines and sines (T, 1, head_dim)
+    project_next: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # rows (R,) -> this layer's queries (R, H,
+    # head_dim) of these rows and its keys (T, K, head_dim), rotated; costs these two projections
+    final_norm: Callable[[Tensor], Tensor] | None = None  # the norm before the head
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First row and end of each sequence."""
+        return list(pairwise((0, *accumulate(self.seqlens))))
+
+    def last_rows(self) -> Tensor:
+        """(B,) the row of each sequence's last token."""
+        return torch.tensor([end - 1 for _, end in self.spans], device=self.hidden_states.device)
+
+    def vision_rows(self) -> list[Tensor]:
+        """Rows of each sequence's vision tokens, in order."""
+        return [
+            start + (~self.vision_mask[start:end]).int().argsort(stable=True)[:count]
+            for (start, end), count in zip(self.spans, self.vision_counts, strict=True)
+        ]
+
+    def text_rows(self) -> list[Tensor]:
+        """Rows of each sequence's text tokens, in order."""
+        return [
+            start + self.vision_mask[start:end].int().argsort(stable=True)[: end - start - count]
+            for (start, end), count in zip(self.spans, self.vision_counts, strict=True)
+        ]
 
     def take(self, keep: Tensor, vision_counts: Sequence[int]) -> "PrefillState":
         """Only the rows `keep` (T',), which leave `vision_counts` vision tokens in each sequence."""
         changes = zip(self.seqlens, self.vision_counts, vision_counts, strict=True)
         return replace(
-            self,
+            self.without_surroundings(),
             hidden_states=self.hidden_states[keep],
             previous=None if self.previous is None else self.previous[keep],
             position_ids=self.position_ids[..., keep],
             vision_mask=self.vision_mask[keep],
             vision_indices=self.vision_indices[keep],
+            marks=None if self.marks is None else self.marks[keep],
             seqlens=tuple(length - before + after for length, before, after in changes),
             vision_counts=tuple(vision_counts),
         )
+
+    def append_merged(self, merged: Sequence[Tensor]) -> "PrefillState":
+        """With each sequence's averaged tokens (C, D) put behind its last vision token, of which it needs one."""
+        rows = torch.arange(len(self.hidden_states), device=self.hidden_states.device)
+        vision_only = torch.where(self.vision_mask, rows, -1)
+        last = [vision_only[start:end].amax().expand(len(new)) for (start, end), new in zip(self.spans, merged, strict=True)]
+        behind = torch.cat(last)
+        order = torch.cat([rows, behind]).argsort(stable=True)
+        new_rows = torch.cat(list(merged)).to(self.hidden_states.dtype)
+
+        def spliced(old: Tensor, new: Tensor) -> Tensor:
+            return torch.cat([old, new], dim=0)[order]
+
+        return replace(
+            self.without_surroundings(),
+            hidden_states=spliced(self.hidden_states, new_rows),
+            previous=None if self.previous is None else spliced(self.previous, new_rows),
+            position_ids=torch.cat([self.position_ids, self.position_ids[..., behind]], dim=-1)[..., order],
+            vision_mask=spliced(self.vision_mask, self.vision_mask.new_ones(len(behind))),
+            vision_indices=spliced(self.vision_indices, self.vision_indices.new_full((len(behind),), MERGED)),
+            marks=None if self.marks is None else spliced(self.marks, self.marks.new_zeros(len(behind))),
+            seqlens=tuple(length + len(new) for length, new in zip(self.seqlens, merged, strict=True)),
+            vision_counts=tuple(count + len(new) for count, new in zip(self.vision_counts, merged, strict=True)),
+        )
+
+    def renumbered(self) -> "PrefillState":
+        """With positions 0, 1, 2, ... in each sequence. Multimodal positions (3, T) stay: they are places in a grid."""
+        if self.position_ids.dim() > 1:
+            return self
+        device = self.position_ids.device
+        return replace(self, position_ids=torch.cat([torch.arange(length, device=device) for length in self.seqlens]))
+
+    def without_surroundings(self) -> "PrefillState":
+        """Without what belongs to the rows of one drop point only."""
+        return replace(self, queries=None, keys=None, rotary=None, project_next=None, final_norm=None)
+
+
+class Published(NamedTuple):
+    """A setting of the authors' released code, for the 32 layers and 576 vision tokens of LLaVA-1.5-7B."""
+
+    schedule: DropSchedule
+    options: Mapping[str, Any] = MappingProxyType({})  # further arguments of the method
 
 
 class TokenDropper(ABC):
     """A dropping method: the schedule, the per-sequence top-k, the return to reading order, and text never leaves.
 
-    A method overrides `score`; one that does not rank overrides `select`.
+    A method overrides `score`; one that does not rank overrides `select`, one that changes the rows it keeps `compress`.
     """
 
     name: ClassVar[str]
+    published: ClassVar[Mapping[str, Published]] = {}  # the first is what `official` takes
     earliest_layer: ClassVar[int] = 0
+    latest_layer: ClassVar[int | None] = None
+    reads_attention: ClassVar[bool] = False  # needs queries and keys of the layer before each drop point
+    renumbers: ClassVar[bool] = False  # closes the gaps in the position ids
+    merges: ClassVar[bool] = False  # averages tokens, so that what stays is not what was there
+    seeded: ClassVar[bool] = False  # draws at random: takes `seed`
+    depths: ClassVar[tuple[float, ...]] = PAPER_DEPTHS  # where it drops, as shares of the decoder's layers
+    leanest: ClassVar[tuple[float, ...]] = LEANEST_RATIOS  # the least that it keeps there; see DropSchedule.for_mean_tokens
+    minimum: ClassVar[int] = 1
 
     def __init__(self, schedule: DropSchedule) -> None:
         self.schedule = schedule
 
     @classmethod
-    def official(cls) -> "TokenDropper":
-        """The method with the settings of its authors' released code, where there is one."""
-        raise NotImplementedError(f"{cls.__name__} has no released code to follow; give it a DropSchedule")
+    def official(cls, setting: str | None = None) -> "TokenDropper":
+        """The method as its authors' released code runs it: a name in `published`, None for the first there."""
+        if not cls.published:
+            raise NotImplementedError(f"{cls.__name__} has no released code to follow; give it a DropSchedule")
+        if setting is not None and setting not in cls.published:
+            raise ValueError(f"{cls.name} has no published setting {setting!r}; it has: {', '.join(cls.published)}")
+        schedule, options = cls.published[setting or next(iter(cls.published))]
+        return cls(schedule, **options)
+
+    @classmethod
+    def schedule_for(cls, mean_tokens: float, num_vision_tokens: int, num_layers: int) -> DropSchedule:
+        """Where and how much to drop for a mean of vision tokens a layer; raises OutOfReach with the method's floor."""
+        layers = layers_at_depths(num_layers, cls.depths)
+        return DropSchedule.for_mean_tokens(
+            mean_tokens, num_vision_tokens, num_layers, layers=layers, leanest=cls.leanest, minimum=cls.minimum
+        )
 
     @abstractmethod
     def score(self, state: PrefillState) -> Tensor:
         """(T,) one number a token, higher = keep; the numbers of text tokens are not looked at."""
 
+    def begin(self, state: PrefillState) -> PrefillState:
+        """Look at the input of layer 0, before any drop; may set `marks`, one number a row that stays beside its row."""
+        return state
+
     def __call__(self, state: PrefillState) -> PrefillState:
         """The state after this drop point. Where nothing leaves, it is the very same object."""
         counts = tuple(self.schedule.kept_count(state.layer_idx, current) for current in state.vision_counts)
-        return state if counts == state.vision_counts else state.take(self.select(state, counts), counts)
+        if counts == state.vision_counts:
+            return state
+        after = self.compress(state, counts)
+        return after.renumbered() if self.renumbers else after
+
+    def compress(self, state: PrefillState, vision_counts: Sequence[int]) -> PrefillState:
+        """The state with `vision_counts` vision tokens in each sequence."""
+        return state.take(self.select(state, vision_counts), vision_counts)
 
     def select(self, state: PrefillState, vision_counts: Sequence[int]) -> Tensor:
         """(T',) rows that stay, in reading order: all text, and the `vision_counts` best vision tokens of each sequence."""
         # Vision scores stay finite, so that no vision token can push a text token out of the top k.
         scores = self.score(state).float().nan_to_num().masked_fill(~state.vision_mask, torch.inf)
-        kept, start = [], 0
-        for length, before, after in zip(state.seqlens, state.vision_counts, vision_counts, strict=True):
-            best = scores[start : start + length].topk(length - before + after, sorted=False).indices
+        kept = []
+        for (start, end), before, after in zip(state.spans, state.vision_counts, vision_counts, strict=True):
+            best = scores[start:end].topk(end - start - before + after, sorted=False).indices
             kept.append(best.sort().values + start)
-            start += length
         return torch.cat(kept)
+
+    def decode_pruning(self, state: PrefillState) -> DecodePruning | None:
+        """What chooses the cache slots that a decoded token sees, given the end of prefill; None where it sees them all."""
+        return None

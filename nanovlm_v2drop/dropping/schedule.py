@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ..config import TextConfig
 
+PAPER_LAYERS, PAPER_VISION_TOKENS = 32, 576  # LLaVA-1.5-7B
 PAPER_DEPTHS = (3 / 32, 17 / 32, 22 / 32)  # V2Drop drops at layers 3, 17 and 22 of LLaVA-1.5-7B's 32
 LEANEST_RATIOS = (0.0, 0.3, 0.0)  # shares kept at these depths, before the solver raises them: the paper's later stages
 
@@ -45,14 +46,29 @@ class DropSchedule(Mapping[int, float]):
         ratios = ", ".join(f"{layer}: {ratio:.4g}" for layer, ratio in self.items())
         return f"DropSchedule({{{ratios}}}{'' if self.minimum == 1 else f', minimum={self.minimum}'})"
 
-    def check(self, num_layers: int, earliest: int = 0) -> None:
-        """Raise ValueError for a drop point that cannot act in a decoder of `num_layers`, or before `earliest`."""
+    def check(self, num_layers: int, earliest: int = 0, latest: int | None = None) -> None:
+        """Raise ValueError for a drop point that cannot act in a decoder of `num_layers`, or outside `earliest` to `latest`."""
+        latest = num_layers - 1 if latest is None else latest
         for layer in self:
-            if not earliest <= layer < num_layers:
+            if not earliest <= layer <= latest:
                 raise ValueError(
-                    f"drop layer {layer} cannot act: this method works at layers {earliest} to {num_layers - 1} of this "
+                    f"drop layer {layer} cannot act: this method works at layers {earliest} to {latest} of this "
                     f"{num_layers}-layer decoder; DropSchedule.for_mean_tokens maps a schedule to any depth"
                 )
+
+    def mapped(self, num_layers: int, num_vision_tokens: int) -> "DropSchedule":
+        """This schedule of LLaVA-1.5-7B (32 layers, 576 vision tokens) at the same depths of another decoder.
+
+        Raises ValueError where two drop points would fall on one layer.
+        """
+        layers = [layers_at_depths(num_layers, [layer / PAPER_LAYERS])[0] for layer in self]
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"drop layers {list(self)} of {PAPER_LAYERS} fall on layers {layers} of {num_layers}: too shallow")
+        return self.with_values(dict(zip(layers, self.values(), strict=True)), num_vision_tokens / PAPER_VISION_TOKENS)
+
+    def with_values(self, keep_ratios: Mapping[int, float], scale: float) -> "DropSchedule":
+        """The same kind of schedule with other values, for pictures of `scale` times as many tokens."""
+        return DropSchedule(keep_ratios, self.minimum)
 
     def kept_count(self, layer_idx: int, current: int) -> int:
         """Vision tokens of one sequence that stay at a drop point where `current` arrive."""
@@ -108,23 +124,53 @@ class DropSchedule(Mapping[int, float]):
         """The schedule whose mean is within half a token of `target`, for a decoder of any depth.
 
         `layers` default to the paper's depths. Starting from the `leanest` shares, the first drop point keeps more and
-        more; once it keeps all, the second does, and so on. Raises ValueError where no such schedule exists, and names the
+        more; once it keeps all, the second does, and so on. Raises OutOfReach where no such schedule exists, and names the
         floor: the layers before the first drop point always see every token.
         """
         layers = layers_at_depths(num_layers) if layers is None else layers
         ratios = dict(zip(layers, (*leanest, *[leanest[-1]] * len(layers)), strict=False))
-        floor = cls(ratios, minimum).mean_tokens(num_vision_tokens, num_layers)
+        leanest_schedule = cls(ratios, minimum)
+        floor = leanest_schedule.mean_tokens(num_vision_tokens, num_layers)
         if not floor - 0.5 <= target <= num_vision_tokens:
-            raise ValueError(
+            raise OutOfReach(
                 f"a mean of {target:g} vision tokens is out of reach: with drop layers {list(layers)} of {num_layers} and "
-                f"{num_vision_tokens} vision tokens it lies between {floor:.1f} and {num_vision_tokens}"
+                f"{num_vision_tokens} vision tokens it lies between {floor:.1f} and {num_vision_tokens}",
+                leanest_schedule,
             )
         return cls(raise_ratios(cls, ratios, target, num_vision_tokens, num_layers, minimum), minimum)
 
 
+class CountSchedule(DropSchedule):
+    """Layer -> number of vision tokens that are kept, for methods whose settings are published as numbers."""
+
+    def __init__(self, counts: Mapping[int, float], minimum: int = 1) -> None:
+        """Raises ValueError as DropSchedule, and for a negative number."""
+        super().__init__(dict.fromkeys(counts, 0.0), minimum)
+        if any(count < 0 for count in counts.values()):
+            raise ValueError(f"kept counts {list(counts.values())} must not be negative")
+        self.keep_ratios = dict(counts)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.keep_ratios})"
+
+    def kept_count(self, layer_idx: int, current: int) -> int:
+        return min(current, max(self.minimum, int(self[layer_idx])))
+
+    def with_values(self, keep_ratios: Mapping[int, float], scale: float) -> "CountSchedule":
+        return type(self)({layer: round(count * scale) for layer, count in keep_ratios.items()}, self.minimum)
+
+
+class OutOfReach(ValueError):
+    """A mean that no schedule of a method has; `floor` is the schedule that comes nearest to it from above."""
+
+    def __init__(self, message: str, floor: DropSchedule) -> None:
+        super().__init__(message)
+        self.floor = floor
+
+
 def layers_at_depths(num_layers: int, depths: Sequence[float] = PAPER_DEPTHS) -> tuple[int, ...]:
-    """Layer numbers at fractions of the depth; never layer 0, which has no layer before it, and no layer twice."""
-    layers = {min(max(1, round(depth * num_layers)), num_layers - 1) for depth in depths}
+    """Layer numbers at fractions of the depth; layer 0 only for the depth 0, since it has no layer before it; none twice."""
+    layers = {min(max(int(depth > 0), round(depth * num_layers)), num_layers - 1) for depth in depths}
     return tuple(sorted(layers))
 
 
@@ -145,7 +191,8 @@ def raise_ratios(
         if mean({**ratios, layer: 1.0}) < target:
             ratios = {**ratios, layer: 1.0}
             continue
-        arriving = schedule(ratios, minimum).vision_tokens_per_layer(num_vision_tokens, num_layers)[layer - 1]
+        entering = schedule(ratios, minimum).vision_tokens_per_layer(num_vision_tokens, num_layers)
+        arriving = [num_vision_tokens, *entering][layer]
         # Half a token above the wanted count, so that truncation gives exactly that count.
         candidates = [{**ratios, layer: min(1.0, (count + 0.5) / arriving)} for count in range(arriving + 1)]
         above = bisect_left(candidates, target, key=mean)

@@ -1,0 +1,56 @@
+"""PyramidDrop: accelerating LVLMs via pyramid visual redundancy reduction (CVPR 2025, arXiv 2410.17247).
+
+At the input of each stage's first layer the vision tokens stay that the last instruction token attends to most, by that very
+layer's norm, queries and keys: softmax over all keys, mean over heads. The gaps in the position ids are closed after each drop,
+and decoding goes on from each layer's own length.
+Source: github.com/Cooperx521/PyramidDrop, llava/model/modeling_llama_pdrop.py.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from .base import PrefillState, Published, TokenDropper
+from .fastv import last_row_attention
+from .schedule import DropSchedule, OutOfReach, layers_at_depths
+
+
+class PDrop(TokenDropper):
+    """Drop, stage by stage, the vision tokens that the end of the instruction looks at least.
+
+    Deviations from the released code: batches are packed (there, a padded batch fails without FlashAttention); values of
+    multimodal position ids (Qwen2-VL) are kept, since they are places in a grid. As there, a drop point costs the next
+    layer's key projection once more.
+    """
+
+    name = "pdrop"
+    published: ClassVar[Mapping[str, Published]] = {
+        "8/16/24 lambda 0.5": Published(DropSchedule({8: 0.5, 16: 0.5, 24: 0.5})),
+        "2/8/16 lambda 0.56": Published(DropSchedule({2: 0.56, 8: 0.56, 16: 0.56})),  # its author, in issue 29, for 192
+        "2/8/16 lambda 0.42": Published(DropSchedule({2: 0.42, 8: 0.42, 16: 0.42})),  # 128
+        "2/8/16 lambda 0.19": Published(DropSchedule({2: 0.19, 8: 0.19, 16: 0.19})),  # 64
+    }
+    renumbers = True
+    depths = (8 / 32, 16 / 32, 24 / 32)
+    early_depths = (2 / 32, 8 / 32, 16 / 32)  # for budgets below the floor of `depths`, as its author advises
+
+    @classmethod
+    def schedule_for(cls, mean_tokens: float, num_vision_tokens: int, num_layers: int) -> DropSchedule:
+        """One share at all three stages; drop points move forward, as the author advises, where the default ones see too much."""
+        for depths in (cls.depths, cls.early_depths):
+            layers = layers_at_depths(num_layers, depths)
+            schedules = [DropSchedule(dict.fromkeys(layers, step / 1000)) for step in range(1001)]
+            means = [schedule.mean_tokens(num_vision_tokens, num_layers) for schedule in schedules]
+            if means[0] - 0.5 <= mean_tokens <= num_vision_tokens:
+                nearest = min(range(1001), key=lambda step: abs(means[step] - mean_tokens))
+                return schedules[nearest]
+        raise OutOfReach(
+            f"a mean of {mean_tokens:g} vision tokens is out of reach: with drop layers {list(layers)} of {num_layers} and "
+            f"{num_vision_tokens} vision tokens it lies between {means[0]:.1f} and {num_vision_tokens}",
+            schedules[0],
+        )
+
+    def score(self, state: PrefillState) -> Tensor:
+        assert state.project_next is not None
+        return last_row_attention(*state.project_next(state.last_rows()), state)
