@@ -72,6 +72,12 @@ class PrefillState:
         """First row and end of each sequence."""
         return list(pairwise((0, *accumulate(self.seqlens))))
 
+    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
+        """(T, H, head_dim) and (T, K, head_dim) of the layer before, rotated; for methods that declare `reads_attention`."""
+        if self.queries is None or self.keys is None:
+            raise RuntimeError("this method reads the attention of the layer before; it must set reads_attention = True")
+        return self.queries, self.keys
+
     def last_rows(self) -> Tensor:
         """(B,) the row of each sequence's last token."""
         return torch.tensor([end - 1 for _, end in self.spans], device=self.hidden_states.device)

@@ -36,8 +36,8 @@ class FastV(TokenDropper):
     leanest = (0.0,)
 
     def score(self, state: PrefillState) -> Tensor:
-        assert state.queries is not None and state.keys is not None
-        return last_row_attention(state.queries[state.last_rows()], state.keys, state)
+        queries, keys = state.queries_and_keys()
+        return last_row_attention(queries[state.last_rows()], keys, state)
 
 
 def last_row_attention(queries: Tensor, keys: Tensor, state: PrefillState) -> Tensor:

@@ -37,7 +37,7 @@ class PDrop(TokenDropper):
 
     @classmethod
     def schedule_for(cls, mean_tokens: float, num_vision_tokens: int, num_layers: int) -> DropSchedule:
-        """One share at all three stages; drop points move forward, as the author advises, where the default ones see too much."""
+        """One share at all three stages; where the default layers miss the budget, those that the author advises."""
         for depths in (cls.depths, cls.early_depths):
             layers = layers_at_depths(num_layers, depths)
             schedules = [DropSchedule(dict.fromkeys(layers, step / 1000)) for step in range(1001)]

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+
 def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """One line a method and budget, one table a task; intervals are 95 %."""
     for task in dict.fromkeys(row["task"] for row in rows):
