@@ -27,13 +27,13 @@ def tiny_prompts(prompts=PROMPTS, hidden_size: int = 32) -> list[PackedInputs]:
 
 
 def one_prompt(before: int, vision: int, behind: int, seed: int = 1, hidden_size: int = 32) -> PackedInputs:
-    """One prompt whose vision tokens are a picture, of three rows where it can be, with what a tower would leave of it."""
+    """One prompt whose vision tokens are a video of four frames where they can be, with what a tower would leave of it."""
     length = before + vision + behind
     embeds = torch.randn(length, hidden_size, generator=torch.Generator().manual_seed(seed))
     rows = torch.arange(length)
     mask = (rows >= before) & (rows < before + vision)
-    image_rows = 1 if vision % 3 else 3
-    grids, traces = ((1, image_rows, vision // image_rows),), (tiny_trace(embeds[mask], seed),)
+    frames = 1 if vision % 4 else 4
+    grids, traces = ((frames, 1, vision // frames),), (tiny_trace(embeds[mask], seed),)
     pictures = {"vision_grids": (grids,), "vision": traces} if vision else {}
     return PackedInputs(embeds, rows, mask, [length], seeds=(seed,), **pictures)
 
