@@ -25,7 +25,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,8 +41,9 @@ from .config import TextConfig
 from .decoder import Decoder
 from .dropping import PUBLISHED_SCHEDULES, DropSchedule, Random, TokenDropper, V2Drop
 from .dropping.schedule import layers_at_depths
-from .evaluate import DENSE, LLAVA_7B_BUDGETS, peak_memory_mb, timestamp
+from .evaluate import peak_memory_mb, reset_peak_memory, timestamp
 from .inference import Prefilled, decode_one_token, initial_state, prefill
+from .plans import DENSE
 from .vlm import PackedInputs
 from .zoo import as_device, as_dtype
 
@@ -134,9 +134,9 @@ def mapped_schedule(budget: float, num_vision_tokens: int, num_layers: int) -> D
 
     At another depth than 32 layers the paper's ratios leave another mean than the budget: the table shows it.
     """
-    if budget in LLAVA_7B_BUDGETS:
-        ratios = PUBLISHED_SCHEDULES[LLAVA_7B_BUDGETS[int(budget)]].values()
-        return DropSchedule(dict(zip(layers_at_depths(num_layers), ratios, strict=False)))
+    published = PUBLISHED_SCHEDULES.get(f"paper-{budget:g}")
+    if published is not None:
+        return DropSchedule(dict(zip(layers_at_depths(num_layers), published.values(), strict=False)))
     return DropSchedule.for_mean_tokens(budget, num_vision_tokens, num_layers)
 
 
@@ -253,10 +253,7 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
 def peak_of(run: Run, device: torch.device) -> float:
     """MB at the highest point of one run."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    reset_peak_memory(device)
     run()
     return peak_memory_mb(device)
 

@@ -5,81 +5,31 @@ them. Every answer is written as one JSON line as soon as it is there; a run tha
 """
 
 import json
+import platform
+import re
 import resource
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import numpy as np
 import torch
 
 from .attention import decode_backend
+from .bootstrap import resample, score_fields
 from .config import read_json_object
-from .dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, Random, TokenDropper
 from .inference import decode_tokens, decode_until, prefill
+from .plans import DENSE, Plan
+from .position_bias import position_bias
 from .prompts import Request
 from .tasks import Sample, Task
 from .vlm import PackedInputs
 from .zoo import VisionLanguageModel
-
-DENSE = "dense"
-BOOTSTRAP_DRAWS = 500
-LLAVA_7B_BUDGETS = {192: "paper-192", 128: "paper-128", 64: "paper-64"}  # at 576 vision tokens and 32 layers
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One row of the table: a method at a budget. `asked_tokens`: the mean that was asked for; None for dense."""
-
-    method: str
-    schedule: DropSchedule
-    asked_tokens: float | None
-    dropper: TokenDropper | None
-    seed: int
-
-    @property
-    def key(self) -> str:
-        """Names the row in results files: method, budget and, where it draws, the seed."""
-        if self.asked_tokens is None:
-            return self.method
-        return f"{self.method} {self.asked_tokens:g}" + (f" seed {self.seed}" if isinstance(self.dropper, Random) else "")
-
-
-def make_plans(
-    methods: Sequence[str], budgets: Sequence[float], num_vision_tokens: int, num_layers: int, seed: int
-) -> list[Plan]:
-    """Dense once, every other method at every budget (mean vision tokens a layer).
-
-    Raises ValueError for an unknown method, or a budget that no schedule reaches.
-    """
-    unknown = [method for method in methods if method != DENSE and method not in DROPPERS]
-    if unknown:
-        raise ValueError(f"unknown method {unknown[0]!r}; choose from: {', '.join([DENSE, *DROPPERS])}")
-    plans = []
-    for budget in dict.fromkeys([None, *budgets]):
-        for method in dict.fromkeys(methods):
-            if (method == DENSE) == (budget is None):
-                plans.append(make_plan(method, budget, num_vision_tokens, num_layers, seed))
-    return plans
-
-
-def make_plan(method: str, budget: float | None, num_vision_tokens: int, num_layers: int, seed: int) -> Plan:
-    if budget is None:
-        return Plan(method, DropSchedule({}), None, None, seed)
-    schedule = budget_schedule(budget, num_vision_tokens, num_layers)
-    dropper = Random(schedule, seed) if method == Random.name else DROPPERS[method](schedule)
-    return Plan(method, schedule, budget, dropper, seed)
-
-
-def budget_schedule(budget: float, num_vision_tokens: int, num_layers: int) -> DropSchedule:
-    """The paper's own schedule where it gives one for this model and budget, otherwise the solver's."""
-    if (num_vision_tokens, num_layers) == (576, 32) and budget in LLAVA_7B_BUDGETS:
-        return PUBLISHED_SCHEDULES[LLAVA_7B_BUDGETS[int(budget)]]
-    return DropSchedule.for_mean_tokens(budget, num_vision_tokens, num_layers)
 
 
 @dataclass
@@ -102,6 +52,7 @@ class Record:
     decode_ms: float
     decode_steps: int
     kv_cache_bytes: int
+    peak_memory_mb: float
     kept: list[list[int]] = field(default_factory=list)
 
 
@@ -174,12 +125,13 @@ def prepare_batch(vlm: VisionLanguageModel, samples: Sequence[Sample]) -> Prepar
 def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: Prepared) -> list[Record]:
     """Prefill and decode the samples as one packed batch, timing each step."""
     decoder, packed, count = vlm.model.language_model, prepared.packed, len(prepared.samples)
+    reset_peak_memory(vlm.device)
     started = timestamp(vlm.device)
     prefilled = prefill(decoder, packed, plan.dropper, max_new_tokens=task.max_new_tokens)
     filled = timestamp(vlm.device)
     cache_bytes = [prefilled.cache.nbytes_of(index) for index in range(count)]
     tokens = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, task.max_new_tokens)
-    finished = timestamp(vlm.device)
+    finished, peak = timestamp(vlm.device), peak_memory_mb(vlm.device)
     kept = prefilled.kept
     texts = [vlm.tokenizer.decode(ids).strip() for ids in tokens]
     return [
@@ -200,6 +152,7 @@ def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: Pre
             decode_ms=(finished - filled) * 1000 / count,
             decode_steps=max(map(len, tokens)) - 1,
             kv_cache_bytes=cache_bytes[index],
+            peak_memory_mb=peak,
             kept=[stages[index].tolist() for _, stages in kept],
         )
         for index, sample in enumerate(prepared.samples)
@@ -231,93 +184,109 @@ def read_records(output: Path) -> list[Record]:
 
 
 def summarise(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One row a plan: scores with 95 % bootstrap intervals, cost by the one accounting, and measured times.
+    """One row a method and budget: scores with 95 % bootstrap intervals, cost by the one accounting, and measured times.
 
-    `relative_score` is the share of dense's score in percent; None unless dense answered the same samples.
+    The seeds of a method share a row: its score is their mean. `relative_score` is the share of dense's score in percent;
+    None unless dense answered the same samples.
     """
-    own = {plan.key: [vars(r) for r in records if r.task == task.name and r.plan == plan.key] for plan in plans}
-    resampled = {key: resample(task, answers) for key, answers in own.items() if answers}
+    answers = defaultdict[str, list[dict[str, Any]]](list)
+    for record in records:
+        if record.task == task.name:
+            answers[record.plan].append(vars(record))
+    rows: dict[str, list[Plan]] = {}
+    for plan in plans:
+        if plan.key in answers:
+            rows.setdefault(plan.row, []).append(plan)
+    resampled = {row: resample(task, [answers[plan.key] for plan in own]) for row, own in rows.items()}
     return [
-        summary_row(vlm, task, plan, own[plan.key], score_fields(resampled[plan.key], resampled.get(DENSE)))
-        for plan in plans
-        if plan.key in resampled
+        summary_row(vlm, task, own, [answers[plan.key] for plan in own], score_fields(resampled[row], resampled.get(DENSE)))
+        for row, own in rows.items()
     ]
 
 
 def summary_row(
-    vlm: VisionLanguageModel, task: Task, plan: Plan, records: list[dict[str, Any]], scores: dict[str, Any]
+    vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], by_seed: list[list[dict[str, Any]]], scores: dict[str, Any]
 ) -> dict[str, Any]:
-    text_config = vlm.config.text_config
-    num_layers = text_config.num_hidden_layers
-    steps = sum(record["decode_steps"] for record in records)
-    flops = [plan.schedule.prefill_flops(text_config, r["text_tokens"], r["vision_tokens"]) for r in records]
-    entering = [plan.schedule.vision_tokens_per_layer(record["vision_tokens"], num_layers) for record in records]
+    plan, records = plans[0], [record for records in by_seed for record in records]
+    metrics = [task.summary(answers) for answers in by_seed]
     return {
         "method": plan.method,
+        "label": plan.label,
         "task": task.name,
-        "schedule": {str(layer): ratio for layer, ratio in plan.schedule.items()},
+        "schedule": {str(layer): value for layer, value in plan.schedule.items()},
         "asked_tokens": plan.asked_tokens,
-        "vision_tokens": round(mean(record["vision_tokens"] for record in records), 2),
-        "mean_vision_tokens": round(mean(mean(counts) for counts in entering), 2),
-        "final_vision_tokens": round(mean(counts[-1] for counts in entering), 2),
+        "note": plan.note,
         **scores,
-        "metrics": {name: round(value, 4) for name, value in task.summary(records).items()},
-        "samples": len(records),
-        "vision_ms": round(median(record["vision_ms"] for record in records), 3),
-        "prefill_ms": round(median(record["prefill_ms"] for record in records), 3),
-        "decode_ms_per_token": round(sum(record["decode_ms"] for record in records) / steps, 3) if steps else None,
-        "prefill_tflops": round(mean(flops) / 1e12, 6),
-        "kv_cache_mb": round(mean(record["kv_cache_bytes"] for record in records) / 1e6, 4),
-        "peak_memory_mb": round(peak_memory_mb(vlm.device), 1),
+        "metrics": {name: round(mean(values[name] for values in metrics), 4) for name in metrics[0]},
+        "samples": len(by_seed[0]),
         "seed": plan.seed,
+        "seeds": [plan.seed for plan in plans],
+        "scores_by_seed": [round(values["score"], 3) for values in metrics],
+        **cost_fields(vlm, plan, records),
+        **time_fields(records),
+        "paper": dict(plan.paper),
     }
 
 
-@dataclass(frozen=True)
-class Resampled:
-    """The headline score of one plan, and of BOOTSTRAP_DRAWS resamplings of its pictures (samples where there are none)."""
-
-    sample_ids: list[str]
-    score: float
-    draws: list[float]
-
-
-def resample(task: Task, records: list[dict[str, Any]]) -> Resampled:
-    """The draws are the same for all plans that answered the same samples, so that their ratios are paired."""
-    records = sorted(records, key=lambda record: record["sample_id"])
-    units = resampling_units(records)
-    draws = np.random.default_rng(0).integers(len(units), size=(BOOTSTRAP_DRAWS, len(units)))
-    scores = []
-    for draw in draws:  # a picture drawn twice is two pictures, for tasks that pair by picture
-        chosen = [{**record, "group": f"{record['group']}/{copy}"} for copy, unit in enumerate(draw) for record in units[unit]]
-        scores.append(task.summary(chosen)["score"])
-    return Resampled([record["sample_id"] for record in records], task.summary(records)["score"], scores)
+def cost_fields(vlm: VisionLanguageModel, plan: Plan, records: list[dict[str, Any]]) -> dict[str, float]:
+    """What the schedule says that a prompt costs, by the one accounting, and the cache that was really filled."""
+    config = vlm.config.text_config
+    flops = [plan.schedule.prefill_flops(config, r["text_tokens"], r["vision_tokens"]) for r in records]
+    entering = [plan.schedule.vision_tokens_per_layer(r["vision_tokens"], config.num_hidden_layers) for r in records]
+    return {
+        "vision_tokens": round(mean(record["vision_tokens"] for record in records), 2),
+        "mean_vision_tokens": round(mean(mean(counts) for counts in entering), 2),
+        "final_vision_tokens": round(mean(counts[-1] for counts in entering), 2),
+        "prefill_tflops": round(mean(flops) / 1e12, 6),
+        "kv_cache_mb": round(mean(record["kv_cache_bytes"] for record in records) / 1e6, 4),
+    }
 
 
-def score_fields(own: Resampled, dense: Resampled | None) -> dict[str, Any]:
-    """Score and share of dense's score in percent, with 95 % intervals."""
-    fields = {"score": round(own.score, 3), "score_interval": interval(own.draws)}
-    if dense is None or dense.sample_ids != own.sample_ids or not dense.score:
-        return {**fields, "relative_score": None, "relative_interval": None}
-    ratios = [100 * one / other if other else float("nan") for one, other in zip(own.draws, dense.draws, strict=True)]
-    return {**fields, "relative_score": round(100 * own.score / dense.score, 3), "relative_interval": interval(ratios)}
+def time_fields(records: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Medians a sample, and sums over all: what a sample takes includes its share of reading and of the vision tower."""
+    steps, decode_ms = (sum(record[name] for record in records) for name in ("decode_steps", "decode_ms"))
+    total_ms = sum(record["vision_ms"] + record["prefill_ms"] + record["decode_ms"] for record in records)
+    return {
+        **{name: round(median(record[name] for record in records), 3) for name in ("vision_ms", "prefill_ms", "decode_ms")},
+        "decode_ms_per_token": round(decode_ms / steps, 3) if steps else None,
+        "total_ms": round(total_ms / len(records), 3),
+        "items_per_s": round(1000 * len(records) / total_ms, 3),
+        "peak_memory_mb": round(max(record["peak_memory_mb"] for record in records), 1),
+    }
 
 
-def resampling_units(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Records that must stay together: those of one picture where the task pairs by picture."""
-    units: dict[str, list[dict[str, Any]]] = {}
+def summarise_bias(
+    vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], records: Sequence[Record]
+) -> list[dict[str, Any]]:
+    """What `position_bias` says of every method that drops, all its seeds together."""
+    row_of, first_stages = {plan.key: plan.row for plan in plans}, defaultdict[str, list[tuple[int, list[int]]]](list)
     for record in records:
-        units.setdefault(record["group"] or record["sample_id"], []).append(record)
-    return list(units.values())
+        if record.task == task.name and record.kept and record.plan in row_of:
+            first_stages[row_of[record.plan]].append((record.vision_tokens, record.kept[0]))
+    return [
+        {
+            "task": task.name,
+            "method": plan.method,
+            "label": plan.label,
+            "asked_tokens": plan.asked_tokens,
+            "layer": next(iter(plan.schedule)),
+            **bias,
+        }
+        for plan in {plan.row: plan for plan in plans}.values()
+        if (bias := position_bias(first_stages[plan.row], vlm.config.vision_config.grid_size))
+    ]
 
 
-def interval(values: Sequence[float]) -> list[float]:
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return [round(float(low), 3), round(float(high), 3)]
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new high-water mark of memory; on a CPU only Linux can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory allocated so far: by torch on a GPU, by the whole process elsewhere (so one number for all methods)."""
+    """Most memory held since `reset_peak_memory`: by torch on a GPU, by the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
@@ -335,5 +304,14 @@ def run_summary(vlm: VisionLanguageModel, rows: list[dict[str, Any]]) -> dict[st
         "torch": torch.__version__,
         "results": rows,
     }
+
+
+def describe_machine(device: torch.device) -> str:
+    """The processor that runs, and how many threads or which GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .attention import attention, attention_with_cache, resolve_backend
-from .decoder import Decoder, rotary_table
+from .decoder import Decoder, DecoderLayer, rotary_table
 from .dropping.base import DecodePruning, PrefillState, TokenDropper
 from .vlm import PackedInputs
 
@@ -111,7 +111,7 @@ def prefill(
     Layers before a drop point keep the keys of dropped tokens, so the cache is longer in early layers than in late ones.
     Raises ValueError for a schedule that cannot act on this decoder; warns where nothing was dropped from a picture.
     """
-    config, layers_read = decoder.config, set()
+    config, layers_read = decoder.config, set[int]()
     backend = resolve_backend(decoder.attention, packed.inputs_embeds.device, packed.inputs_embeds.dtype)
     state = initial_state(packed)
     if dropper is not None:
@@ -131,7 +131,7 @@ def prefill(
         state.layer_idx = layer_idx
         if dropper is not None and layer_idx in dropper.schedule:
             state.rotary, state.final_norm = rotary, decoder.norm
-            state.project_next = partial(layer.query_and_keys, state.hidden_states, rotary)
+            state.project_next = partial(cast(DecoderLayer, layer).query_and_keys, state.hidden_states, rotary)
             state = dropper(state).without_surroundings()
             rotary = rotary_table(config, state.position_ids, state.hidden_states.dtype)
             next_position = next_positions(state) if dropper.renumbers else next_position

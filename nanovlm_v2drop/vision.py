@@ -7,6 +7,8 @@ hidden state before the last block, so that block and the norm behind it never r
 Source: transformers models/clip/modeling_clip.py.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,6 +90,10 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(num_layers))
 
+    @property
+    def last_block(self) -> VisionLayer:
+        return cast(VisionLayer, self.layers[-1])
+
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Input and output of the last block."""
         before = hidden_states
@@ -121,10 +127,10 @@ class CLIPVisionTower(nn.Module):
 
     def class_attention(self, block_input: Tensor) -> Tensor:
         """(N, heads, P): attention of the class token to the patches in the last block, given its input (N, 1 + P, D)."""
-        block = self.encoder.layers[-1]
+        block = self.encoder.last_block
         return block.self_attn.class_attention(block.layer_norm1(block_input))
 
     def keys(self, block_input: Tensor) -> Tensor:
-        """(N, 1 + P, D): keys of the last block, all heads side by side."""
-        block = self.encoder.layers[-1]
-        return block.self_attn.k_proj(block.layer_norm1(block_input))
+        """(N, heads, 1 + P, head_dim): keys of the last block."""
+        block = self.encoder.last_block
+        return block.self_attn.heads(block.self_attn.k_proj(block.layer_norm1(block_input)))

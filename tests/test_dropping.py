@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import one_prompt, pack_together, tiny_decoder, tiny_prompts
 
 from nanovlm_v2drop.config import TextConfig
-from nanovlm_v2drop.dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, PrefillState, Random, V2Drop
+from nanovlm_v2drop.dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, PrefillState, V2Drop
 from nanovlm_v2drop.dropping.schedule import LEANEST_RATIOS, layers_at_depths
 from nanovlm_v2drop.inference import NothingDropped, decode_one_token, initial_state, prefill
 
@@ -150,21 +150,6 @@ def test_a_token_that_turned_is_kept_by_the_cosine_metric():
 def with_previous(state: PrefillState) -> PrefillState:
     state.previous = torch.randn(state.hidden_states.shape, generator=torch.Generator().manual_seed(9))
     return state
-
-
-def test_random_subsets_are_nested_and_depend_on_the_seed():
-    decoder, packed = tiny_decoder(), one_prompt(5, 24, 7)
-    schedule = DropSchedule({1: 0.75, 3: 0.5, 4: 0.5})
-    first, second, third = (set(kept[0].tolist()) for _, kept in prefill(decoder, packed, Random(schedule)).kept)
-    assert third < second < first
-    other = prefill(decoder, packed, Random(schedule, seed=1)).kept[0][1][0]
-    assert set(other.tolist()) != first
-
-
-def test_random_draws_differ_between_samples():
-    decoder, schedule = tiny_decoder(), DropSchedule({1: 0.5})
-    one, two = (prefill(decoder, one_prompt(5, 24, 7, seed=seed), Random(schedule)).kept[0][1][0] for seed in (1, 2))
-    assert one.tolist() != two.tolist()
 
 
 def test_every_method_is_found_by_its_name():

@@ -14,23 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanovlm_v2drop import evaluate as module
-from nanovlm_v2drop.dropping import PUBLISHED_SCHEDULES, Random
-from nanovlm_v2drop.evaluate import (
-    Plan,
-    evaluate,
-    make_plans,
-    read_records,
-    resample,
-    resampling_units,
-    run_summary,
-    score_fields,
-    summarise,
-)
+from nanovlm_v2drop.evaluate import evaluate, read_records, run_summary, summarise, summarise_bias
+from nanovlm_v2drop.plans import Plan, Shape, equal_budget_plans
 from nanovlm_v2drop.tasks import Sample, Task
 from nanovlm_v2drop.zoo import VisionLanguageModel, load
 
 METHODS = ["dense", "v2drop", "random"]
 NUM_VISION_TOKENS, NUM_LAYERS = 36, 6
+SEEDS = (3, 4)
 
 
 class Twins(Task):
@@ -71,7 +62,7 @@ def vlm(tiny_llava_folder: Path) -> VisionLanguageModel:
 
 @pytest.fixture(scope="module")
 def plans() -> list[Plan]:
-    return make_plans(METHODS, [18, 10], NUM_VISION_TOKENS, NUM_LAYERS, seed=3)
+    return equal_budget_plans(METHODS, [18, 10], Shape(NUM_VISION_TOKENS, NUM_LAYERS), SEEDS)
 
 
 @pytest.fixture(scope="module")
@@ -89,49 +80,6 @@ def lines_of(output: Path) -> list[str]:
 def answers(output: Path) -> dict[tuple[str, str], tuple[str, int, list[list[int]]]]:
     """What depends neither on the clock nor on the batch, by plan and sample."""
     return {(r.plan, r.sample_id): (r.text, r.kv_cache_bytes, r.kept) for r in read_records(output)}
-
-
-def scored(corrects: Sequence[float], groups: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    groups = groups or [""] * len(corrects)
-    pairs = enumerate(zip(corrects, groups, strict=True))
-    return [{"sample_id": str(number), "group": group, "correct": correct} for number, (correct, group) in pairs]
-
-
-# Plans
-
-
-def test_dense_is_planned_once_and_every_other_method_at_every_budget(plans: list[Plan]) -> None:
-    rows = [(plan.method, plan.asked_tokens, plan.key) for plan in plans]
-    assert rows == [
-        ("dense", None, "dense"),
-        ("v2drop", 18, "v2drop 18"),
-        ("random", 18, "random 18 seed 3"),
-        ("v2drop", 10, "v2drop 10"),
-        ("random", 10, "random 10 seed 3"),
-    ]
-    assert plans[0].dropper is None
-    assert plans[0].schedule.mean_tokens(NUM_VISION_TOKENS, NUM_LAYERS) == NUM_VISION_TOKENS
-    for plan in plans[1:]:
-        assert plan.dropper is not None
-        assert plan.dropper.name == plan.method
-        assert plan.dropper.schedule is plan.schedule
-        assert plan.schedule.mean_tokens(NUM_VISION_TOKENS, NUM_LAYERS) == pytest.approx(plan.asked_tokens, abs=0.5)
-        assert not isinstance(plan.dropper, Random) or plan.dropper.seed == 3
-
-
-def test_the_papers_own_schedules_are_taken_at_its_budgets_and_model_size() -> None:
-    paper = {plan.asked_tokens: plan.schedule for plan in make_plans(["v2drop"], [192, 128, 64, 100], 576, 32, seed=0)}
-    assert [paper[budget] for budget in (192, 128, 64)] == [PUBLISHED_SCHEDULES[f"paper-{b}"] for b in (192, 128, 64)]
-    assert paper[100].mean_tokens(576, 32) == pytest.approx(100, abs=0.5)
-    (other,) = make_plans(["v2drop"], [192], 576, 40, seed=0)  # LLaVA-1.5-13B
-    assert other.schedule.mean_tokens(576, 40) == pytest.approx(192, abs=0.5)
-
-
-def test_an_unknown_method_and_an_unreachable_budget_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown method 'fastest'; choose from: dense, "):
-        make_plans(["dense", "fastest"], [18], NUM_VISION_TOKENS, NUM_LAYERS, seed=0)
-    with pytest.raises(ValueError, match="a mean of 2 vision tokens is out of reach"):
-        make_plans(["v2drop"], [2], NUM_VISION_TOKENS, NUM_LAYERS, seed=0)
 
 
 # Answers on disk
@@ -166,7 +114,7 @@ def test_resuming_repairs_a_cut_line_and_asks_only_what_is_missing(
     finished: Path, plans: list[Plan], vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = lines_of(finished)
-    (tmp_path / "samples.jsonl").write_text("\n".join([*lines[:7], lines[7][:25]]))  # 5 plans a sample
+    (tmp_path / "samples.jsonl").write_text("\n".join([*lines[:7], lines[7][:25]]))  # 7 plans a sample
     asked = []
     answer_batch = module.answer_batch
 
@@ -178,10 +126,10 @@ def test_resuming_repairs_a_cut_line_and_asks_only_what_is_missing(
     given = list(evaluate(vlm, Twins(), plans, tmp_path, limit=3, batch_size=2, resume=True))
     assert len(given) == 3
     assert lines_of(tmp_path)[:7] == lines[:7]
-    missing = [(record["plan"], record["sample_id"]) for record in map(json.loads, lines[7:15])]
+    missing = [(record["plan"], record["sample_id"]) for record in map(json.loads, lines[7:21])]
     assert Counter(asked) == Counter([*missing, asked[0]])  # the first one also as the uncounted warm-up
     assert answers(tmp_path) == {key: answers(finished)[key] for key in answers(tmp_path)}
-    assert len(lines_of(tmp_path)) == 15
+    assert len(lines_of(tmp_path)) == 21
     asked.clear()
     list(evaluate(vlm, Twins(), plans, tmp_path, limit=3, resume=True))
     assert not asked
@@ -204,64 +152,43 @@ def test_a_finished_file_is_neither_overwritten_nor_added_to(
 def test_rows_follow_from_the_answers_in_the_file(finished: Path, plans: list[Plan], vlm: VisionLanguageModel) -> None:
     records = read_records(finished)
     rows = summarise(vlm, Twins(), plans, records)
-    assert [(row["method"], row["asked_tokens"]) for row in rows] == [(plan.method, plan.asked_tokens) for plan in plans]
-    for row, plan in zip(rows, plans, strict=True):
-        own = [record for record in records if record.plan == plan.key]
-        stages = dict(zip(plan.schedule, own[0].kept, strict=True))
+    assert [(row["method"], row["asked_tokens"], row["seeds"]) for row in rows] == [
+        ("dense", None, [0]),
+        ("v2drop", 18, [0]),
+        ("random", 18, [3, 4]),
+        ("v2drop", 10, [0]),
+        ("random", 10, [3, 4]),
+    ]
+    for row in rows:
+        own = {plan.key: plan for plan in plans if (plan.method, plan.asked_tokens) == (row["method"], row["asked_tokens"])}
+        answered = [record for record in records if record.plan in own]
+        schedule = next(iter(own.values())).schedule
+        stages = dict(zip(schedule, answered[0].kept, strict=True))
         entering = [NUM_VISION_TOKENS]
         for layer in range(NUM_LAYERS):
             entering.append(len(stages[layer]) if layer in stages else entering[-1])
         assert row["mean_vision_tokens"] == round(mean(entering[1:]), 2)
         assert row["final_vision_tokens"] == entering[-1]
-        assert row["score"] == round(100 * mean((len(record.text) + len(record.question)) % 2 for record in own), 3)
-        assert row["samples"] == len(own) == 6
+        assert row["score"] == round(100 * mean((len(record.text) + len(record.question)) % 2 for record in answered), 3)
+        assert row["score"] == pytest.approx(mean(row["scores_by_seed"]), abs=1e-3)
+        assert row["samples"] * len(own) == len(answered) == 6 * len(own)
+        total = sum(record.vision_ms + record.prefill_ms + record.decode_ms for record in answered)
+        assert row["total_ms"] == pytest.approx(total / len(answered), abs=1e-3)
+        assert row["peak_memory_mb"] == pytest.approx(max(record.peak_memory_mb for record in answered), abs=0.1)
     assert rows[0]["relative_score"] == 100
     assert rows[0]["relative_interval"] == [100, 100]
-    assert len({row["prefill_tflops"] for row in rows}) > 1
+    assert len({row["prefill_tflops"] for row in rows}) == 3
     result = run_summary(vlm, rows)
     assert json.loads(json.dumps(result)) == result
     assert (result["model"], result["attention"], result["results"]) == (vlm.name, "sdpa", rows)
 
 
-def bootstrap(task: Task, records: list[dict], dense: list[dict] | None) -> dict:
-    return score_fields(resample(task, records), None if dense is None else resample(task, dense))
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=12))
-def test_the_interval_contains_the_score_and_is_a_point_where_all_answers_are_alike(corrects: list[float]) -> None:
-    result = bootstrap(Loose(), scored(corrects), None)
-    low, high = result["score_interval"]
-    assert low <= result["score"] <= high
-    assert (low == high) == (len(set(corrects)) == 1)
-    assert (result["relative_score"], result["relative_interval"]) == (None, None)
-
-
-def test_the_interval_holds_95_percent_of_the_binomial_distribution() -> None:
-    low, high = bootstrap(Loose(), scored([1.0, 0.0] * 50), None)["score_interval"]
-    assert low == pytest.approx(40, abs=2)  # the quantiles at 2.5 and 97.5 % of 100 throws of a fair coin
-    assert high == pytest.approx(60, abs=2)
-
-
-def test_the_relative_interval_is_a_paired_one() -> None:
-    corrects = [1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 1.0, 1.0]
-    result = bootstrap(Loose(), scored([correct / 2 for correct in corrects]), scored(corrects))
-    assert result["score_interval"][0] < result["score_interval"][1]
-    assert (result["relative_score"], result["relative_interval"]) == (50, [50, 50])
-
-
-def test_a_dense_model_without_a_right_answer_has_no_relative_score() -> None:
-    result = bootstrap(Loose(), scored([1.0, 0.0]), scored([0.0, 0.0]))
-    assert (result["relative_score"], result["relative_interval"]) == (None, None)
-
-
-def test_questions_about_one_picture_are_resampled_together() -> None:
-    records = scored([1, 1, 0, 0, 1], ["a", "b", "a", "", ""])
-    assert [[record["sample_id"] for record in unit] for unit in resampling_units(records)] == [["0", "2"], ["1"], ["3"], ["4"]]
-    result = bootstrap(Twins(), scored([1, 0, 0, 1], ["a", "a", "b", "b"]), None)  # Twins refuses a picture cut in two
-    assert result["score_interval"] == [50, 50]
-
-
-def test_a_budget_or_method_given_twice_is_planned_once() -> None:
-    plans = make_plans(["dense", "v2drop", "v2drop"], [18, 18], 36, 6, seed=0)
-    assert [plan.key for plan in plans] == ["dense", "v2drop 18"]
+def test_position_bias_is_counted_over_all_seeds_of_a_method(
+    finished: Path, plans: list[Plan], vlm: VisionLanguageModel
+) -> None:
+    records = read_records(finished)
+    entries = {(e["method"], e["asked_tokens"]): e for e in summarise_bias(vlm, Twins(), plans, records)}
+    assert list(entries) == [("v2drop", 18), ("random", 18), ("v2drop", 10), ("random", 10)]
+    own = [record.kept[0] for record in records if record.plan.startswith("random 18 seed")]
+    assert entries["random", 18]["map"][0][0] == pytest.approx(mean(0 in kept for kept in own), abs=1e-5)
+    assert entries["random", 18]["layer"] == next(iter(plans[1].schedule))

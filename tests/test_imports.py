@@ -21,6 +21,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("zoo",),
     ("demo.scenes",),
     ("tasks",),
+    ("plans", "ablations", "bootstrap", "position_bias"),
     ("evaluate", "benchmark", "report", "theory", "lmms_adapter", "demo.data", "demo.train"),
 )
 MODULES = {

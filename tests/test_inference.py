@@ -102,6 +102,17 @@ def test_a_packed_batch_equals_its_samples_one_by_one(name):
     assert together.cache.seqlens[-1] == (12 + left[0] + 2, 7 + left[1] + 2, 15 + 2)
 
 
+@every_method
+def test_an_attention_matrix_written_out_gives_the_same_answers(name):
+    decoder, packed = tiny_decoder(), pack_together(tiny_prompts())
+    fast = prefill(decoder, packed, make(name))
+    decoder.attention = "eager"
+    written_out = prefill(decoder, packed, make(name))
+    torch.testing.assert_close(written_out.logits, fast.logits, atol=1e-4, rtol=0)
+    for (_, kept), (_, wanted) in zip(written_out.kept, fast.kept, strict=True):
+        assert [rows.tolist() for rows in kept] == [rows.tolist() for rows in wanted]
+
+
 def test_equally_long_prompts_take_the_batched_path_and_agree_with_it():
     decoder = tiny_decoder()
     parts = tiny_prompts([(5, 24, 7), (2, 24, 10)])

@@ -43,7 +43,7 @@ def tiny_trace(features: Tensor, seed: int) -> VisionTrace:
     generator = torch.Generator().manual_seed(seed)
     count, width = features.shape
     attention = torch.randn(2, count, generator=generator).softmax(-1)
-    keys = torch.randn(count + 1, width, generator=generator)
+    keys = torch.randn(2, count + 1, width // 2, generator=generator)
     class_token = torch.randn(1, width, generator=generator)
     return VisionTrace(torch.cat([class_token, features]) - 1, lambda: attention, lambda: keys, lambda hidden: hidden + 1)
 

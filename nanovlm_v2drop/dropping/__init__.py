@@ -11,12 +11,10 @@ from .v2drop import PUBLISHED_SCHEDULES, V2Drop
 
 
 def find_droppers() -> dict[str, type[TokenDropper]]:
-    """Every concrete TokenDropper in the files of this folder, by name."""
+    """Every TokenDropper with a name in the files of this folder."""
     modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
     classes = [item for module in modules for item in vars(module).values() if inspect.isclass(item)]
-    return {
-        item.name: item for item in classes if issubclass(item, TokenDropper) and not inspect.isabstract(item)
-    }
+    return {item.name: item for item in classes if issubclass(item, TokenDropper) and hasattr(item, "name")}
 
 
 DROPPERS = find_droppers()

@@ -4,7 +4,6 @@ Shapes: T tokens of all sequences packed, B sequences, P patches of one picture,
 heads.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -28,7 +27,7 @@ class VisionTrace:
     """What the vision tower leaves of one picture to methods that choose tokens before the decoder; computed only when asked.
 
     `hidden_states` (1 + P, V) is the tower's output, class token first, before the projector. `class_attention()` (heads, P)
-    is the attention of the class token to the patches in the last block that ran, `keys()` (1 + P, V) that block's keys,
+    is the attention of the class token to the patches in the last block that ran, `keys()` (heads, 1 + P, head_dim) that block's keys,
     `project` the projector (..., V) -> (..., D).
     """
 
@@ -154,7 +153,7 @@ class Published(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})  # further arguments of the method
 
 
-class TokenDropper(ABC):
+class TokenDropper:
     """A dropping method: the schedule, the per-sequence top-k, the return to reading order, and text never leaves.
 
     A method overrides `score`; one that does not rank overrides `select`, one that changes the rows it keeps `compress`.
@@ -193,9 +192,9 @@ class TokenDropper(ABC):
             mean_tokens, num_vision_tokens, num_layers, layers=layers, leanest=cls.leanest, minimum=cls.minimum
         )
 
-    @abstractmethod
     def score(self, state: PrefillState) -> Tensor:
         """(T,) one number a token, higher = keep; the numbers of text tokens are not looked at."""
+        raise NotImplementedError(f"{type(self).__name__} must have a score, or a select or compress of its own")
 
     def begin(self, state: PrefillState) -> PrefillState:
         """Look at the input of layer 0, before any drop; may set `marks`, one number a row that stays beside its row."""

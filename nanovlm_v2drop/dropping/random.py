@@ -5,7 +5,7 @@ what an earlier one kept, and from `seed` and the prompt's own number, so that a
 and on every device.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -28,40 +28,45 @@ class Random(TokenDropper):
         self.seed = seed
 
     def score(self, state: PrefillState) -> Tensor:
-        prompts = zip(state.vision_grids, state.seeds, state.vision_indices.split(state.seqlens), strict=True)
-        return torch.cat([self.draw(grids, seed).to(indices.device)[indices] for grids, seed, indices in prompts])
+        numbers = [self.draw(count, seed) for count, seed in zip(state.prompt_vision_counts, state.seeds, strict=True)]
+        indices = state.vision_indices.clamp(min=0).split(state.seqlens)
+        return torch.cat([drawn.to(rows.device)[rows] for drawn, rows in zip(numbers, indices, strict=True)])
 
-    def draw(self, grids: tuple[tuple[int, int, int], ...], prompt_seed: int) -> Tensor:
-        """(count + 1,) one number for each vision token of a prompt; the last is for text, whose index is -1."""
+    def draw(self, count: int, prompt_seed: int) -> Tensor:
+        """(count,) numbers of a prompt; one unused number for a prompt without vision tokens."""
         generator = torch.Generator().manual_seed(prompt_seed * 1_000_003 + self.seed)
-        numbers = [self.draw_picture(*grid, generator) for grid in grids]
-        return torch.cat([*numbers, torch.zeros(1)])
-
-    def draw_picture(self, frames: int, rows: int, columns: int, generator: torch.Generator) -> Tensor:
-        """(frames * rows * columns,)"""
-        return torch.rand(frames * rows * columns, generator=generator)
+        return torch.rand(max(count, 1), generator=generator)
 
 
 class RandomGrid(Random):
-    """Keep a random subset that is spread evenly over the picture: whatever its size, each quadrant, each quadrant of a
-    quadrant and so on holds its share, give or take one token.
+    """Keep a random subset that is spread evenly over each picture, every token as likely as any other.
 
-    Tokens are numbered by taking turns between the four quadrants of the picture, within each between its four, and so on,
-    in an order that is drawn for every one of them; the first numbers are kept.
+    Tokens are walked through along a curve that fills the picture quadrant by quadrant (Z-order), frame by frame, and one is
+    taken at every n/m-th step from a random start: systematic sampling.
     """
 
     name = "random-grid"
 
-    def draw_picture(self, frames: int, rows: int, columns: int, generator: torch.Generator) -> Tensor:
-        levels = (max(rows, columns) - 1).bit_length()
-        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        row, column = row * 2**levels // rows, column * 2**levels // columns  # places in a square of 2 ** levels
-        turns = torch.zeros(frames, rows, columns)
-        for level in range(levels):
-            size = 2 ** (levels - level)  # of the squares whose quadrants take turns here
-            order = torch.rand(frames, 4**level, 4, generator=generator).argsort(-1)
-            parent = row // size * 2**level + column // size
-            quadrant = row % size // (size // 2) * 2 + column % size // (size // 2)
-            turns += order[:, parent, quadrant] * 4**level
-        frame_turns = torch.rand(frames, generator=generator)[:, None, None]  # frames of a video take turns too
-        return -(turns + frame_turns).flatten()
+    def select(self, state: PrefillState, vision_counts: Sequence[int]) -> Tensor:
+        kept = []
+        for index, (vision, text, count) in enumerate(zip(state.vision_rows(), state.text_rows(), vision_counts, strict=True)):
+            places = z_order(state.vision_grids[index]).to(vision.device)
+            walk = vision[places[state.vision_indices[vision]].argsort()]
+            start = float(self.draw(1, state.seeds[index] + state.layer_idx))
+            steps = (torch.arange(count, dtype=torch.float64) + start) * len(vision) / max(count, 1)
+            kept.append(torch.cat([walk[steps.long().to(vision.device)], text]).sort().values)
+        return torch.cat(kept)
+
+
+def z_order(grids: Sequence[tuple[int, int, int]]) -> Tensor:
+    """(n,) place of each vision token of a prompt on the curve: bits of its row and column interleaved, pictures in order."""
+    places, before = [torch.empty(0, dtype=torch.long)], 0
+    for frames, rows, columns in grids:
+        frame, row, column = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, (frames, rows, columns)), indexing="ij"))
+        bits = (max(rows, columns) - 1).bit_length()
+        place = frame * 4**bits
+        for bit in range(bits):
+            place = place + (column // 2**bit % 2) * 4**bit + (row // 2**bit % 2) * 2 * 4**bit
+        places.append(place + before)
+        before += frames * 4**bits
+    return torch.cat(places)

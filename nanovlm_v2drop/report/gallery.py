@@ -1,10 +1,17 @@
-"""A picture of the vision tokens that each method kept, stage by stage."""
+"""Pictures of the vision tokens that each method kept, stage by stage: drawn, or described for the page."""
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from ..evaluate import Record
+from ..plans import Plan
+from ..tasks import Sample
 
 CELL = 240  # pixels on a side of one picture in a gallery
 MARGIN, LINE = 12, 20
@@ -18,6 +25,38 @@ class GalleryRow:
     method: str
     answer: str
     stages: Sequence[tuple[int, Sequence[int]]]
+
+
+def describe_gallery(
+    task: str, sample: Sample, picture: Image.Image, grid_size: int, answered: Sequence[tuple[Plan, Record]], num_layers: int
+) -> dict[str, Any]:
+    """One entry of galleries.json: the picture as the tower sees it, and what each plan kept and answered."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return {
+        "task": task,
+        "sample_id": sample.sample_id,
+        "question": sample.text.strip(),
+        "answer": sample.answer,
+        "picture": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"),
+        "grid": [grid_size, grid_size],
+        "rows": [describe_answer(plan, record, num_layers) for plan, record in answered],
+    }
+
+
+def describe_answer(plan: Plan, record: Record, num_layers: int) -> dict[str, Any]:
+    entering = plan.schedule.vision_tokens_per_layer(record.vision_tokens, num_layers)
+    return {
+        "method": plan.method,
+        "label": plan.label,
+        "asked_tokens": plan.asked_tokens,
+        "answer": record.text,
+        "correct": record.correct,
+        "stages": [
+            {"layer": layer, "tokens": entering[layer], "kept": kept}
+            for layer, kept in zip(plan.schedule, record.kept, strict=True)
+        ],
+    }
 
 
 def draw_gallery(picture: Image.Image, question: str, rows: Sequence[GalleryRow], grid_size: int) -> Image.Image:

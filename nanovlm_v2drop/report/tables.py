@@ -1,51 +1,110 @@
 """The tables of a run on screen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+Row = dict[str, Any]
+Cell = Callable[[Row], str]
+Columns = Mapping[str, Cell]
 
-def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """One line a method and budget, one table a task; intervals are 95 %."""
+
+def print_run(rows: Sequence[Row], bias: Sequence[Row], console: Console) -> None:
+    """Every table of a run, task by task; intervals are 95 %."""
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task]
-        table = Table(title=f"{task}: {own[0]['samples']} samples, {own[0]['vision_tokens']:g} vision tokens a prompt")
-        for title in ("method", "asked", "mean tokens", "score", "relative to dense", "prefill ms", "TFLOPs", "KV MB"):
-            table.add_column(title, justify="left" if title == "method" else "right")
-        for row in own:
-            table.add_row(*table_cells(row))
-        console.print(table)
-        print_kinds(own, console)
+        print_scores(own, console)
+        print_table(f"{task}: by kind", own, kind_columns(own), console)
+        print_table(f"{task}: time and memory", own, efficiency_columns(own), console)
+        biased = [entry for entry in bias if entry["task"] == task]
+        print_table(f"{task}: kept at the first drop point, by tenth of the vision tokens, %", biased, BIAS, console)
 
 
-def table_cells(row: dict[str, Any]) -> list[str]:
-    asked = "-" if row["asked_tokens"] is None else f"{row['asked_tokens']:g}"
-    relative = "-" if row["relative_score"] is None else with_interval(row["relative_score"], row["relative_interval"], " %")
-    return [
-        row["method"],
-        asked,
-        f"{row['mean_vision_tokens']:.1f}",
-        with_interval(row["score"], row["score_interval"]),
-        relative,
-        f"{row['prefill_ms']:.1f}",
-        f"{row['prefill_tflops']:.4g}",
-        f"{row['kv_cache_mb']:.2f}",
-    ]
-
-
-def with_interval(value: float, bounds: Sequence[float], unit: str = "") -> str:
-    return f"{value:.1f}{unit} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
-
-
-def print_kinds(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """The task's own numbers beside the headline: question kinds, sub-metrics."""
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"] if name != "score"))
-    table = Table(title=f"{rows[0]['task']}: by kind")
-    for title in ("method", "asked", *names):
-        table.add_column(title, justify="left" if title == "method" else "right")
+def print_scores(rows: Sequence[Row], console: Console) -> None:
+    """The headline table, and under it what must be known of some rows."""
+    title = f"{rows[0]['task']}: {rows[0]['samples']} samples, {rows[0]['vision_tokens']:g} vision tokens a prompt"
+    paper = {"paper, LLaVA-1.5-7B": lambda row: ", ".join(f"{name} {value:g}" for name, value in row["paper"].items())}
+    print_table(title, rows, {**SCORES, **(paper if any(row["paper"] for row in rows) else {})}, console)
     for row in rows:
-        values = [f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "-" for name in names]
-        table.add_row(*table_cells(row)[:2], *values)
+        if row["note"]:
+            console.print(f"{label(row)} {asked(row)}: {row['note']}")
+
+
+def print_table(title: str, rows: Sequence[Row], columns: Columns, console: Console) -> None:
+    """One line a row behind its method and budget; nothing where there are no rows."""
+    if not rows:
+        return
+    table = Table(title=title)
+    for name in (shown := {"method": label, "asked": asked, **columns}):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        table.add_row(*(cell(row) for cell in shown.values()))
     console.print(table)
+
+
+def label(row: Row) -> str:
+    seeds = f" x{len(row['seeds'])}" if len(row.get("seeds", ())) > 1 else ""
+    return row["label"] + seeds
+
+
+def asked(row: Row) -> str:
+    return "-" if row["asked_tokens"] is None else f"{row['asked_tokens']:g}"
+
+
+def number(name: str, form: str) -> Cell:
+    """A cell that shows the row's field of that name."""
+    return lambda row: format(row[name], form)
+
+
+def with_interval(value: float | None, bounds: Sequence[float] | None) -> str:
+    return "-" if value is None or bounds is None else f"{value:.1f} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
+
+
+def percent_of_bin(index: int) -> Cell:
+    """Probability of being kept in one tenth of the sequence; prompts of fewer than ten vision tokens leave some empty."""
+    return lambda entry: "-" if entry["bins"][index] is None else f"{100 * entry['bins'][index]:.0f}"
+
+
+SCORES: Columns = {
+    "mean tokens": number("mean_vision_tokens", ".1f"),
+    "final": number("final_vision_tokens", "g"),
+    "score": lambda row: with_interval(row["score"], row["score_interval"]),
+    "% of dense": lambda row: with_interval(row["relative_score"], row["relative_interval"]),
+    "GFLOPs": lambda row: f"{1000 * row['prefill_tflops']:.4g}",
+    "KV MB": number("kv_cache_mb", ".2f"),
+}
+TIMES: Columns = {
+    "vision ms": number("vision_ms", ".1f"),
+    "prefill ms": number("prefill_ms", ".1f"),
+    "decode ms": number("decode_ms", ".1f"),
+    "total ms": number("total_ms", ".1f"),
+    "items/s": number("items_per_s", ".1f"),
+    "peak MB": number("peak_memory_mb", ".0f"),
+}
+BIAS: Columns = {
+    "layer": number("layer", "d"),
+    "kept": lambda entry: f"{100 * entry['kept_share']:.0f}",
+    **{str(index + 1): percent_of_bin(index) for index in range(10)},
+    "KL bits": number("kl_bits", ".4f"),
+    "chi-square": number("chi_square", ".0f"),
+}
+
+
+def kind_columns(rows: Sequence[Row]) -> Columns:
+    """The task's own numbers beside the headline: question kinds, sub-metrics."""
+    names = dict.fromkeys(name for row in rows for name in row["metrics"] if name != "score")
+    return {name: metric(name) for name in names}
+
+
+def metric(name: str) -> Cell:
+    return lambda row: f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "-"
+
+
+def efficiency_columns(rows: Sequence[Row]) -> Columns:
+    """As the paper's efficiency table: times a sample, throughput, and memory; beside dense where it ran."""
+    dense = next((row for row in rows if row["method"] == "dense"), None)
+    if dense is None:
+        return TIMES
+    return {**TIMES, "items/s beside dense": lambda row: f"{row['items_per_s'] / dense['items_per_s']:.2f}x"}

@@ -1,0 +1,74 @@
+"""VisionZip: longer is better but not necessary in vision language models (CVPR 2025, arXiv 2412.04467).
+
+Before the decoder, the patches stay that the class token attends to most in the vision tower, and the class token with them.
+Of the other patches a few evenly spaced ones become contextual tokens: each takes up the mean of those whose keys are most
+similar to its own. This happens on the tower's output, before the projector.
+Source: github.com/dvlab-research/VisionZip, visionzip/main.py, visionzip/clip_encoder.py and visionzip/utils.py.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import MERGED, Published, VisionTrace
+from .before_decoder import BeforeDecoder, mean_keys
+from .schedule import CountSchedule, DropSchedule
+
+
+class VisionZip(BeforeDecoder):
+    """Keep the patches that the class token looks at most, and summarise the others in a few contextual tokens.
+
+    A picture becomes: the class token, the kept patches in reading order, the contextual tokens. `contextual_share` is the
+    share of the last; the authors' 10 of 64, 20 of 128 and 30 of 192 are all 5 / 32.
+    Deviations from the released code: keys, similarities and means are in float32 (there, in half precision); only the class
+    token's row of attention is computed (there, every block writes its whole matrix); the count is of a sequence (there, of
+    every picture). A picture that has one token left keeps its best patch (there, the class token).
+    """
+
+    name = "visionzip"
+    published: ClassVar[Mapping[str, Published]] = {
+        "64": Published(CountSchedule({0: 64})),  # main.py's example: the class token, 53 patches, 10 contextual tokens
+        "128": Published(CountSchedule({0: 128})),  # 1 + 107 + 20
+        "192": Published(CountSchedule({0: 192})),  # 1 + 161 + 30
+    }
+
+    def __init__(self, schedule: DropSchedule, contextual_share: float = 5 / 32) -> None:
+        super().__init__(schedule)
+        if not 0.0 <= contextual_share < 1.0:
+            raise ValueError(f"contextual_share {contextual_share} must be in [0, 1)")
+        self.contextual_share = contextual_share
+
+    def compress_picture(
+        self, trace: VisionTrace, features: Tensor, indices: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        num_class, num_patches, num_contextual = self.split(count)
+        attention, patches = trace.class_attention(), trace.hidden_states[1:]
+        ranked = attention.sum(0).argsort(descending=True, stable=True)
+        kept, others = ranked[:num_patches].sort().values, ranked[num_patches:].sort().values
+        contextual = contextual_tokens(patches[others].float(), mean_keys(trace)[others], num_contextual)
+        made = trace.project(torch.cat([trace.hidden_states[:num_class], contextual.to(patches.dtype)])).to(features.dtype)
+        tokens = [made[:num_class], features[kept], made[num_class:]]
+        return torch.cat(tokens), F.pad(indices[kept], (num_class, num_contextual), value=MERGED)
+
+    def split(self, count: int) -> tuple[int, int, int]:
+        """How many of `count` tokens are the class token, patches and contextual; at least one is a patch."""
+        num_class = min(1, count - 1)
+        num_contextual = min(int(count * self.contextual_share), count - 1 - num_class)
+        return num_class, count - num_class - num_contextual, num_contextual
+
+
+def contextual_tokens(hidden_states: Tensor, keys: Tensor, count: int) -> Tensor:
+    """(count, V): evenly spaced ones of hidden_states (R, V), each plus the mean of those whose keys (R, C) are nearest."""
+    if count == 0:
+        return hidden_states[:0]
+    step = len(keys) // count
+    targets = slice(0, step * count, step)
+    directions = F.normalize(keys, dim=-1)
+    nearest = (directions @ directions[targets].T).argmax(-1, keepdim=True)
+    joins = (nearest == torch.arange(count, device=keys.device)).float()  # (R, count)
+    joins[targets] = 0  # a target is no part of a mean
+    means = joins.T @ hidden_states / joins.sum(0).clamp(min=1)[:, None]
+    return hidden_states[targets] + means

@@ -1,0 +1,171 @@
+"""Which rows a table has: methods at equal budgets, or with their published settings."""
+
+import importlib.util
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .dropping import DROPPERS, DropSchedule, TokenDropper
+from .dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS, OutOfReach
+
+DENSE, ALL = "dense", "all"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One method with one schedule; `dropper` is None for dense.
+
+    `label` names the method with its setting. `asked_tokens` is the mean that was asked for, None for dense and for
+    published settings; `note` what a reader of the table must know; `paper` the paper's own numbers for this row.
+    """
+
+    label: str
+    dropper: TokenDropper | None = None
+    asked_tokens: float | None = None
+    note: str = ""
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        return DENSE if self.dropper is None else self.dropper.name
+
+    @property
+    def schedule(self) -> DropSchedule:
+        return DropSchedule({}) if self.dropper is None else self.dropper.schedule
+
+    @property
+    def seed(self) -> int:
+        return getattr(self.dropper, "seed", 0)
+
+    @property
+    def row(self) -> str:
+        """Names the row of the table, which the seeds of a method share."""
+        return self.label if self.asked_tokens is None else f"{self.label} {self.asked_tokens:g}"
+
+    @property
+    def key(self) -> str:
+        """Names the plan in results files: its row and, where the method draws at random, the seed."""
+        return self.row + (f" seed {self.seed}" if self.dropper is not None and self.dropper.seeded else "")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a schedule must know of a model: vision tokens of a picture, and layers of the decoder."""
+
+    num_vision_tokens: int
+    num_layers: int
+
+
+def first_seeds(plans: Sequence[Plan]) -> list[Plan]:
+    """One plan of each row."""
+    return list({plan.row: plan for plan in reversed(plans)}.values())[::-1]
+
+
+def find_methods(names: Sequence[str]) -> list[type[TokenDropper] | None]:
+    """The classes that the names stand for, None for dense; "all" is dense and every entry of DROPPERS.
+
+    "path/to/file.py:Class" is a user's own. Raises ValueError for a name that is nothing of these.
+    """
+    expanded = [name for given in names for name in ([DENSE, *DROPPERS] if given == ALL else [given])]
+    return [None if name == DENSE else find_method(name) for name in dict.fromkeys(expanded)]
+
+
+def find_method(name: str) -> type[TokenDropper]:
+    path, colon, class_name = name.rpartition(":")
+    if colon and path.endswith(".py"):
+        return load_method(Path(path), class_name)
+    if name not in DROPPERS:
+        known = ", ".join([DENSE, *DROPPERS])
+        raise ValueError(f"unknown method {name!r}; choose from: {known}; or all; or give your own as FILE.py:CLASS")
+    return DROPPERS[name]
+
+
+def load_method(path: Path, class_name: str) -> type[TokenDropper]:
+    """The class from a user's file; raises ValueError where the file or a complete TokenDropper in it is missing."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"--methods {path}:{class_name}: there is no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, class_name, None)
+    if not inspect.isclass(found) or not issubclass(found, TokenDropper):
+        raise ValueError(f"{path} has no class {class_name} that is a TokenDropper")
+    if not isinstance(getattr(found, "name", None), str):
+        raise ValueError(f'{class_name} in {path} needs a name: a class attribute name = "..."')
+    if all(vars(TokenDropper)[step] is getattr(found, step) for step in ("score", "select", "compress")):
+        raise ValueError(f"{class_name} in {path} chooses nothing: it must have a score, a select or a compress method")
+    return found
+
+
+def equal_budget_plans(names: Sequence[str], budgets: Sequence[float], shape: Shape, seeds: Sequence[int]) -> list[Plan]:
+    """Dense once, every other method at every budget (mean vision tokens a layer).
+
+    A method that cannot go down to a budget runs once at its floor, with a note. Raises ValueError for an unknown method,
+    and for a budget that none of the methods reaches.
+    """
+    methods, plans, at_floor = find_methods(names), [], set[str]()
+    droppers = [method for method in methods if method is not None]
+    if None in methods:
+        plans.append(Plan(DENSE))
+    for budget in dict.fromkeys(budgets):
+        reached, unreached = solve(droppers, budget, shape)
+        if droppers and not reached:
+            raise next(iter(unreached.values()))
+        for method in droppers:
+            if method in reached:
+                schedule, note = reached[method], ""
+            elif method.name in at_floor:
+                continue
+            else:
+                at_floor.add(method.name)
+                schedule, note = unreached[method].floor, floor_note(unreached[method].floor, shape)
+            plans += [Plan(method.name, dropper, budget, note) for dropper in make_droppers(method, schedule, seeds)]
+    return plans
+
+
+def solve(
+    methods: Sequence[type[TokenDropper]], budget: float, shape: Shape
+) -> tuple[dict[type[TokenDropper], DropSchedule], dict[type[TokenDropper], OutOfReach]]:
+    """The schedules that meet the budget, and for the other methods why there is none."""
+    reached, unreached = {}, {}
+    for method in methods:
+        try:
+            reached[method] = method.schedule_for(budget, shape.num_vision_tokens, shape.num_layers)
+        except OutOfReach as error:
+            unreached[method] = error
+    return reached, unreached
+
+
+def floor_note(floor: DropSchedule, shape: Shape) -> str:
+    mean = floor.mean_tokens(shape.num_vision_tokens, shape.num_layers)
+    return f"cannot go below {mean:.1f} mean tokens: shown at its floor, once"
+
+
+def make_droppers(
+    method: type[TokenDropper], schedule: DropSchedule, seeds: Sequence[int], options: Mapping[str, Any] | None = None
+) -> list[TokenDropper]:
+    """One dropper, or for a method that draws at random one for each seed."""
+    draws: list[dict[str, Any]] = [{"seed": seed} for seed in seeds] if method.seeded else [{}]
+    return [method(schedule, **draw, **(options or {})) for draw in draws]
+
+
+def official_plans(names: Sequence[str], shape: Shape, seeds: Sequence[int]) -> list[Plan]:
+    """Every published setting of every method, at the same depths and shares on a model of another size.
+
+    Raises ValueError for an unknown method, and for one without a published setting that was asked for by name.
+    """
+    plans = []
+    note = "" if shape == Shape(PAPER_VISION_TOKENS, PAPER_LAYERS) else "mapped from 32 layers and 576 tokens"
+    for method in find_methods(names):
+        if method is None:
+            plans.append(Plan(DENSE))
+        elif not method.published and ALL not in names:
+            raise ValueError(f"{method.name} has no published setting; compare it with --accounting equal")
+        else:
+            for setting, (schedule, options) in method.published.items():
+                mapped, label = schedule.mapped(shape.num_layers, shape.num_vision_tokens), f"{method.name} {setting}"
+                droppers = make_droppers(method, mapped, seeds, options)
+                plans += [Plan(label, dropper, note=note) for dropper in droppers]
+    return plans
