@@ -1,37 +1,48 @@
 """Measure what dropping vision tokens costs and saves, without any training.
 
     python train_free_eval.py                                             the shipped demo model
+    python train_free_eval.py --methods all                               every method at equal budgets
+    python train_free_eval.py --methods all --accounting official         every method with its published settings
+    python train_free_eval.py --ablation metric,layers,steps,schedules    the paper's ablations
     python train_free_eval.py --model llava-1.5-7b --tasks pope,mme       official weights, from the Hugging Face Hub
     python train_free_eval.py --model llava-1.5-7b --weights DIR --data DIR   the same from local folders
     python train_free_eval.py --image photo.jpg --prompt "What is this?" --tokens 48
 
-The last line of stdout is one JSON object; results/<run>/ gets one JSON line an answer, a summary and pictures.
+The last line of stdout is one JSON object; results/<run>/ gets report.html, a summary, and one JSON line an answer.
 """
 
 import argparse
 import json
+import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from nanovlm_v2drop.report.page import write_page
 from rich.console import Console
 from rich.progress import track
 
+from nanovlm_v2drop.ablations import ABLATIONS, ablation_plans
 from nanovlm_v2drop.attention import BACKENDS
 from nanovlm_v2drop.checkpoint import CheckpointError
 from nanovlm_v2drop.dropping import DROPPERS
-from nanovlm_v2drop.evaluate import DENSE, Plan, evaluate, make_plans, read_records, run_summary, summarise
+from nanovlm_v2drop.evaluate import describe_machine, evaluate, read_records, run_summary, summarise, summarise_bias
 from nanovlm_v2drop.images import ASPECT_RATIOS, DEFAULT_ASPECT_RATIO, open_image
 from nanovlm_v2drop.inference import MAX_NEW_TOKENS, generate
+from nanovlm_v2drop.plans import ALL, DENSE, Plan, Shape, equal_budget_plans, first_seeds, official_plans
 from nanovlm_v2drop.prompts import TEMPLATES, Request
-from nanovlm_v2drop.report.gallery import GalleryRow, draw_gallery
-from nanovlm_v2drop.report.tables import print_table
+from nanovlm_v2drop.report.gallery import GalleryRow, describe_gallery, draw_gallery
+from nanovlm_v2drop.report.tables import print_run
 from nanovlm_v2drop.tasks import TASKS, DatasetUnavailable, Sample, Task, load_task
 from nanovlm_v2drop.zoo import DTYPES, MODELS, VisionLanguageModel, WeightsUnavailable, load
 
+ACCOUNTINGS = ("equal", "official")
 RETAIN = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of 576 tokens, the paper's three budgets
 PICTURES = 4  # samples whose kept tokens are drawn
 
@@ -42,14 +53,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default="demo", help=f"one of {', '.join(MODELS)}, or a folder with an official checkpoint")
     add("--weights", type=Path, help="folder with the official checkpoint of --model, instead of the Hub")
     add("--data", type=Path, help="folder with the benchmarks' parquet files, instead of the Hub")
-    add("--methods", type=names, default=[DENSE, "v2drop", "random"], help=f"from {', '.join([DENSE, *DROPPERS])}")
+    methods = f"from {', '.join([DENSE, *DROPPERS])}; {ALL}; or your own as FILE.py:CLASS"
+    add("--methods", type=names, default=[DENSE, "v2drop", "random"], help=methods)
+    add("--accounting", choices=ACCOUNTINGS, default=ACCOUNTINGS[0], help="equal budgets, or each method's published settings")
+    add("--ablation", type=names, help=f"the paper's ablations instead of methods, from {', '.join(ABLATIONS)}")
     add("--tasks", type=names, help=f"from {', '.join(TASKS)}; default demo for the demo model, else pope,mme")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--tokens", type=numbers, help="budgets: mean vision tokens a layer, e.g. 192,128,64")
     budget.add_argument("--retain", type=numbers, help="budgets as shares of the picture's tokens; default 1/3, 2/9, 1/9")
     add("--limit", type=int, help="samples of each task")
     add("--batch-size", type=int, default=1, help="samples that go through one packed prefill")
-    add("--seed", type=int, default=0, help="of random dropping")
+    add("--seed", type=int, default=0, help="the first seed of methods that draw at random")
+    add("--seeds", type=int, default=3, help="how many seeds, whose answers share a row")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
     add("--attention", choices=("auto", *BACKENDS), default="auto")
@@ -64,7 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--image and --prompt belong together")
     if arguments.resume and arguments.output is None:
         parser.error("--resume needs the --output of the run to go on with")
-    for name in ("limit", "batch_size"):
+    for name in ("limit", "batch_size", "seeds"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
     return arguments
@@ -103,11 +118,15 @@ def load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
 
 
 def plans_for(vlm: VisionLanguageModel, arguments: argparse.Namespace) -> list[Plan]:
-    per_picture = vlm.config.vision_config.num_patches
-    budgets = arguments.tokens or [round(share * per_picture, 2) for share in arguments.retain or RETAIN]
-    return make_plans(
-        arguments.methods, budgets, per_picture, vlm.config.text_config.num_hidden_layers, arguments.seed
-    )
+    shape = Shape(vlm.config.vision_config.num_patches, vlm.config.text_config.num_hidden_layers)
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    if arguments.ablation:
+        return ablation_plans(arguments.ablation, shape)
+    if arguments.accounting == "official":
+        return official_plans(arguments.methods, shape, seeds)
+    shares = arguments.retain or RETAIN
+    budgets = arguments.tokens or [round(share * shape.num_vision_tokens, 2) for share in shares]
+    return equal_budget_plans(arguments.methods, budgets, shape, seeds)
 
 
 def output_folder(arguments: argparse.Namespace) -> Path:
@@ -120,16 +139,32 @@ def evaluate_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
     tasks = [load_task(name, arguments.data) for name in arguments.tasks or default_tasks(arguments.model)]
     vlm = load_model(arguments)
     plans, output = plans_for(vlm, arguments), output_folder(arguments)
-    console = Console(stderr=True)
     about = run_summary(vlm, [])
     print(", ".join(f"{name} {about[name]}" for name in ("model", "device", "dtype", "attention", "decode_attention")))
-    rows = []
+    galleries: list[dict[str, Any]] = []
     for task in tasks:
-        rows += run_task(vlm, task, plans, output, arguments, console)
-    print_table(rows, Console(width=None if sys.stdout.isatty() else 140))
-    run = {**run_summary(vlm, rows), "command": " ".join(sys.argv), "output": str(output)}
-    (output / "summary.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        galleries += run_task(vlm, task, plans, output, arguments)
+    records = read_records(output)
+    rows = [row for task in tasks for row in summarise(vlm, task, plans, records)]
+    bias = [entry for task in tasks for entry in summarise_bias(vlm, task, plans, records)]
+    print_run(rows, bias, Console(width=None if sys.stdout.isatty() else 140))
+    run = {**run_summary(vlm, rows), **provenance(vlm, arguments), "position_bias": bias, "output": str(output)}
+    for name, content in (("summary.json", run), ("galleries.json", galleries)):
+        (output / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"report: {write_page(output)}")
     return run
+
+
+def provenance(vlm: VisionLanguageModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is needed to make these numbers again."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "accounting": arguments.accounting,
+        "ablation": arguments.ablation,
+        "machine": describe_machine(vlm.device),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("nanovlm-v2drop", "torch")}},
+    }
 
 
 def default_tasks(model: str) -> list[str]:
@@ -137,26 +172,29 @@ def default_tasks(model: str) -> list[str]:
 
 
 def run_task(
-    vlm: VisionLanguageModel, task: Task, plans: list[Plan], output: Path, arguments: argparse.Namespace, console: Console
+    vlm: VisionLanguageModel, task: Task, plans: list[Plan], output: Path, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Answer one task with a progress bar on stderr, draw the first samples, and return the table's rows."""
+    """Answer one task with a progress bar on stderr, and describe what was kept of the first samples."""
     samples = evaluate(
         vlm, task, plans, output, limit=arguments.limit, batch_size=arguments.batch_size, resume=arguments.resume
     )
     total = arguments.limit or task.default_samples
     shown: list[Sample] = []
-    for sample in track(samples, description=f"{vlm.name} on {task.name}", total=total, console=console):
+    for sample in track(samples, description=f"{vlm.name} on {task.name}", total=total, console=Console(stderr=True)):
         shown += [sample] if len(shown) < PICTURES else []
-    records = [record for record in read_records(output) if record.task == task.name]
-    for sample in shown:
-        answers = {record.plan: record for record in records if record.sample_id == sample.sample_id}
-        rows = [
-            GalleryRow(plan.key, answers[plan.key].text, list(zip(plan.schedule, answers[plan.key].kept, strict=True)))
-            for plan in plans
-        ]
-        title = f"{sample.text.strip()} ({sample.answer})"
-        save_gallery(vlm, sample.images[0], title, rows, output / f"{task.name}-{sample.sample_id.replace('/', '-')}.png")
-    return summarise(vlm, task, plans, records)
+    records = {(record.plan, record.sample_id): record for record in read_records(output) if record.task == task.name}
+    grid_size, num_layers = vlm.config.vision_config.grid_size, vlm.config.text_config.num_hidden_layers
+    return [
+        describe_gallery(
+            task.name,
+            sample,
+            vlm.image_processor.to_square(open_image(sample.images[0])),
+            grid_size,
+            [(plan, records[plan.key, sample.sample_id]) for plan in first_seeds(plans)],
+            num_layers,
+        )
+        for sample in shown
+    ]
 
 
 def save_gallery(vlm: VisionLanguageModel, image: Any, question: str, rows: list[GalleryRow], path: Path) -> None:
@@ -170,10 +208,10 @@ def answer_one(arguments: argparse.Namespace) -> dict[str, Any]:
     vlm = load_model(arguments)
     request = Request(text=arguments.prompt, images=[arguments.image])
     drawn, results = [], []
-    for plan in plans_for(vlm, arguments):
+    for plan in first_seeds(plans_for(vlm, arguments)):
         (answer,) = generate(vlm, [request], plan.dropper, max_new_tokens=MAX_NEW_TOKENS)
-        print(f"{plan.key:>16}  {answer.text}")
-        drawn.append(GalleryRow(plan.key, answer.text, [(layer, kept.tolist()) for layer, kept in answer.kept]))
+        print(f"{plan.row:>20}  {answer.text}")
+        drawn.append(GalleryRow(plan.row, answer.text, [(layer, kept.tolist()) for layer, kept in answer.kept]))
         results.append({"method": plan.method, "asked_tokens": plan.asked_tokens, "text": answer.text})
     path = output_folder(arguments) / "kept.png"
     save_gallery(vlm, arguments.image, arguments.prompt, drawn, path)

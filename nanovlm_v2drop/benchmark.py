@@ -25,6 +25,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,11 +40,11 @@ from torch import Tensor, nn
 from .attention import resolve_backend
 from .config import TextConfig
 from .decoder import Decoder
-from .dropping import PUBLISHED_SCHEDULES, DropSchedule, Random, TokenDropper, V2Drop
-from .dropping.schedule import layers_at_depths
+from .dropping import PUBLISHED_SCHEDULES, DropSchedule, PrefillState, TokenDropper
+from .dropping.schedule import PAPER_DEPTHS, layers_at_depths
 from .evaluate import peak_memory_mb, reset_peak_memory, timestamp
-from .inference import Prefilled, decode_one_token, initial_state, prefill
-from .plans import DENSE
+from .inference import Prefilled, decode_one_token, prefill
+from .plans import DENSE, find_methods
 from .vlm import PackedInputs
 from .zoo import as_device, as_dtype
 
@@ -140,13 +141,14 @@ def mapped_schedule(budget: float, num_vision_tokens: int, num_layers: int) -> D
     return DropSchedule.for_mean_tokens(budget, num_vision_tokens, num_layers)
 
 
-def our_contenders(workload: Workload, budgets: Sequence[float]) -> list[Contender]:
-    """Dense, then V2Drop and Random at every budget."""
+def our_contenders(workload: Workload, methods: Sequence[str], budgets: Sequence[float]) -> list[Contender]:
+    """Dense, then every method at every budget; raises ValueError for an unknown method, or a budget that it cannot reach."""
     config, _, vision_tokens = workload.sizes
     droppers: dict[str, TokenDropper | None] = {DENSE: None}
     for budget in budgets:
-        schedule = mapped_schedule(budget, vision_tokens, config.num_hidden_layers)
-        droppers |= {f"{method.name}@{budget:g}": method(schedule) for method in (V2Drop, Random)}
+        for method in filter(None, find_methods(methods)):
+            schedule_for = mapped_schedule if method.depths == PAPER_DEPTHS else method.schedule_for
+            droppers[f"{method.name}@{budget:g}"] = method(schedule_for(budget, vision_tokens, config.num_hidden_layers))
     run = partial(prefill, workload.decoder, workload.packed, max_new_tokens=workload.decode_steps)
     decode = partial(decode_and_rewind, workload)
     return [Contender(name, partial(run, dropper), decode, dropper) for name, dropper in droppers.items()]
@@ -219,12 +221,17 @@ def gemm_run(products: Sequence[tuple[Tensor, int]]) -> Run:
 
 
 def drop_points_run(workload: Workload, dropper: TokenDropper) -> Run:
-    """The drop points alone, on noise of the shape that arrives at each."""
-    tokens, states = workload.tokens_per_layer(dropper.schedule), []
-    _, text_tokens, _ = workload.sizes
-    for layer_idx in dropper.schedule:
-        packed = random_prompt(text_tokens, tokens[layer_idx - 1] - text_tokens, workload.packed.inputs_embeds)
-        states.append(replace(initial_state(packed), layer_idx=layer_idx, previous=torch.randn_like(packed.inputs_embeds)))
+    """The drop points alone, on what arrives at each in a prefill."""
+    states = []
+
+    class Recording(type(dropper)):  # type: ignore[misc]
+        def __call__(self, state: PrefillState) -> PrefillState:
+            states.append(replace(state))
+            return super().__call__(state)
+
+    recording = copy(dropper)
+    recording.__class__ = Recording
+    prefill(workload.decoder, workload.packed, recording)
     return lambda: [dropper(state) for state in states]
 
 
@@ -325,12 +332,14 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     if min(args.layers, args.repeats, args.decode_steps, args.text_tokens, args.vision_tokens) < 1:
         raise ValueError("layers, repeats, decode steps and numbers of tokens must be at least 1")
     workload = make_workload(args)
-    contenders, check = our_contenders(workload, [float(budget) for budget in args.tokens.split(",")]), None
+    budgets = [float(budget) for budget in args.tokens.split(",")]
+    contenders, check = our_contenders(workload, args.methods.split(","), budgets), None
     if args.transformers and importlib.util.find_spec("transformers"):
         contenders.append(transformers_contender(workload))
         check = compare_logits(contenders[0].prefill().logits[0], contenders[-1].prefill().logits[0])
-    # Random leaves a cache of the same size as V2Drop's, so one of the two decodes.
-    decoding = [contender for contender in contenders if not isinstance(contender.dropper, Random)]
+    # Caches of one schedule are alike, so one method of each decodes.
+    alike = {str(each.schedule) if each.dropper else each.name: each for each in reversed(contenders)}
+    decoding = [contender for contender in contenders if contender in alike.values()]
     return {
         **vars(args),
         "attention": workload.decoder.attention,
@@ -367,7 +376,7 @@ def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m nanovlm_v2drop.benchmark", description=__doc__, formatter_class=raw)
     sizes = {"layers": 4, "text-tokens": 64, "vision-tokens": 576, "repeats": 7, "decode-steps": 16}
-    names = {"model": "llava-1.5-7b", "tokens": "192,128,64", "dtype": "bfloat16", "device": "cpu", "attention": "auto"}
+    names = {"model": "llava-1.5-7b", "methods": "v2drop,random", "tokens": "192,128,64", "dtype": "bfloat16", "device": "cpu", "attention": "auto"}
     for name, default in {**names, **sizes, "threads": torch.get_num_threads()}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     parser.add_argument("--no-transformers", dest="transformers", action="store_false")

@@ -7,7 +7,7 @@ import torch
 
 from nanovlm_v2drop import benchmark
 from nanovlm_v2drop.config import TextConfig
-from nanovlm_v2drop.dropping import PUBLISHED_SCHEDULES, DropSchedule, V2Drop
+from nanovlm_v2drop.dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, V2Drop
 from nanovlm_v2drop.inference import prefill
 
 SIZES = {"layers": 6, "text-tokens": 9, "vision-tokens": 24, "repeats": 2, "decode-steps": 3}
@@ -83,7 +83,7 @@ def test_gemm_products_are_every_matrix_of_the_decoder_once():
 def test_transformers_gives_the_same_logits_from_the_same_tensors(dtype):
     pytest.importorskip("transformers")
     workload = tiny_workload("--dtype", dtype)
-    (dense,), reference = benchmark.our_contenders(workload, []), benchmark.transformers_contender(workload)
+    (dense,), reference = benchmark.our_contenders(workload, ["v2drop"], []), benchmark.transformers_contender(workload)
     with torch.inference_mode():
         before = benchmark.compare_logits(dense.prefill().logits[0], reference.prefill().logits[0])
         workload.decoder.norm.weight.mul_(2)  # seen by both only if nothing was copied
@@ -100,7 +100,7 @@ def test_logits_that_differ_stop_the_run():
 
 def test_decoding_leaves_the_cache_as_it_was():
     workload = tiny_workload()
-    contenders = benchmark.our_contenders(workload, [192])
+    contenders = benchmark.our_contenders(workload, ["v2drop", "random", "fastv"], [12])
     for contender in contenders:
         cache = (prefilled := contender.prefill()).cache
         seqlens, positions = list(cache.seqlens), cache.position_ids.clone()
@@ -118,10 +118,11 @@ def test_transformers_decoding_leaves_the_cache_as_it_was():
     assert output.past_key_values.get_seq_length() == 33
 
 
-def test_drop_points_alone_keep_as_many_tokens_as_in_prefill():
+@pytest.mark.parametrize("method", ["v2drop", "fastv", "pdrop", "sparsevlm-plus"])
+def test_drop_points_alone_keep_as_many_tokens_as_in_prefill(method):
     workload = tiny_workload()
     schedule = DropSchedule({1: 0.5, 3: 0.3, 4: 0.0})
-    states = benchmark.drop_points_run(workload, V2Drop(schedule))()
+    states = benchmark.drop_points_run(workload, DROPPERS[method](schedule))()
     tokens = workload.tokens_per_layer(schedule)
     assert [state.seqlens for state in states] == [(tokens[layer],) for layer in schedule]
 

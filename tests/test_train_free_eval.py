@@ -11,9 +11,11 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from test_plans import OWN_METHOD  # noqa: E402
 from test_tasks import mme_rows, pope_rows, write_shards  # noqa: E402
 
 import train_free_eval  # noqa: E402
+from nanovlm_v2drop.dropping import DROPPERS  # noqa: E402
 
 ROW_KEYS = {
     "method", "task", "schedule", "vision_tokens", "mean_vision_tokens", "score", "relative_score", "samples",
@@ -27,7 +29,7 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def test_the_script_ends_with_one_json_line_and_leaves_answers_summary_and_pictures(tmp_path):
+def test_the_script_ends_with_one_json_line_and_leaves_answers_summary_and_report(tmp_path):
     command = [sys.executable, ROOT / "train_free_eval.py", "--limit", "6", "--output", tmp_path / "run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
@@ -38,11 +40,14 @@ def test_the_script_ends_with_one_json_line_and_leaves_answers_summary_and_pictu
         assert set(row) >= ROW_KEYS
         assert row["asked_tokens"] is None or abs(row["mean_vision_tokens"] - row["asked_tokens"]) <= 0.5
     assert "mean tokens" in done.stdout
-    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 6 * 7
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 6 * (1 + 3 + 3 * 3)  # three seeds of Random
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == result
-    pictures = sorted((tmp_path / "run").glob("*.png"))
-    assert len(pictures) == 4
-    assert Image.open(pictures[0]).size[0] > 700  # three stages side by side
+    assert [(entry["method"], entry["asked_tokens"]) for entry in result["position_bias"]] == budgets
+    galleries = json.loads((tmp_path / "run" / "galleries.json").read_text())
+    assert len(galleries) == 4
+    assert [(row["method"], len(row["stages"])) for row in galleries[0]["rows"]] == [("dense", 0), *[("v2drop", 3), ("random", 3)] * 3]
+    assert all(stage["tokens"] == len(stage["kept"]) for row in galleries[0]["rows"] for stage in row["stages"])
+    assert "What" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, capsys):
@@ -75,7 +80,8 @@ def test_pope_and_mme_run_from_local_parquet_files(tmp_path, capsys):
     assert {"f1", "f1_mean_of_categories", "exact_accuracy"} <= set(rows[0]["metrics"])
     assert {"perception", "cognition"} <= set(rows[2]["metrics"])
     assert all(low <= row["score"] <= high for row in rows for low, high in [row["score_interval"]])
-    assert len(list((tmp_path / "run").glob("mme-*.png"))) == 4
+    galleries = json.loads((tmp_path / "run" / "galleries.json").read_text())
+    assert [gallery["task"] for gallery in galleries] == ["pope"] * 4 + ["mme"] * 4
 
 
 def test_a_run_with_other_settings_does_not_go_on_with_these_answers(tmp_path, capsys):
@@ -90,11 +96,49 @@ def test_a_run_with_other_settings_does_not_go_on_with_these_answers(tmp_path, c
 def test_a_batch_gives_the_same_answers_as_one_by_one(tmp_path, capsys):
     texts = []
     for size in (1, 5):
-        run(capsys, "--limit", 10, "--batch-size", size, "--retain", "0.25", "--output", tmp_path / str(size))
+        options = ("--retain", "0.25", "--seeds", 1, "--methods", "dense,v2drop,random")
+        run(capsys, "--limit", 10, "--batch-size", size, *options, "--output", tmp_path / str(size))
         lines = (tmp_path / str(size) / "samples.jsonl").read_text().splitlines()
         texts.append({(r["plan"], r["sample_id"]): (r["text"], r["kept"]) for r in map(json.loads, lines)})
     assert texts[0] == texts[1]
     assert len(texts[0]) == 30
+
+
+def test_all_methods_run_at_equal_budgets_or_say_their_floor(tmp_path, capsys):
+    code, out, _ = run(capsys, "--methods", "all", "--limit", 2, "--seeds", 1, "--output", tmp_path)
+    assert code == 0
+    rows = json.loads(out.splitlines()[-1])["results"]
+    assert {row["method"] for row in rows} == {"dense", *DROPPERS}
+    for row in rows[1:]:
+        assert abs(row["mean_vision_tokens"] - row["asked_tokens"]) <= 1 or row["note"].startswith("cannot go below")
+    assert "dycoke 48: cannot go below 144.0 mean tokens" in out
+
+
+def test_published_settings_run_with_what_they_really_cost(tmp_path, capsys):
+    options = ["--methods", "fastv,v2drop", "--accounting", "official", "--limit", 2, "--output", tmp_path]
+    code, out, _ = run(capsys, *options)
+    assert code == 0
+    rows = {row["label"]: row for row in json.loads(out.splitlines()[-1])["results"]}
+    assert rows["fastv K=2 R=50%"]["mean_vision_tokens"] == round((144 + 11 * 72) / 12, 2)
+    assert rows["v2drop paper-64"]["asked_tokens"] is None
+    assert "mapped from 32 layers and 576 tokens" in out
+
+
+def test_an_ablation_stands_beside_the_papers_numbers(tmp_path, capsys):
+    code, out, _ = run(capsys, "--ablation", "metric,steps", "--limit", 2, "--output", tmp_path)
+    assert code == 0
+    rows = json.loads(out.splitlines()[-1])["results"]
+    assert [row["label"].removeprefix("v2drop ") for row in rows] == ["dense", "l2", "l1", "cosine", "progressive", "one-shot"]
+    assert rows[3]["paper"] == {"MME": 1718, "GQA": 55.2, "MMB": 61.8, "SQA": 69.2}
+    assert "MME 1718, GQA 55.2" in out
+
+
+def test_a_method_of_ones_own_runs_from_its_file(tmp_path, capsys):
+    file = tmp_path / "my_method.py"
+    file.write_text(OWN_METHOD)
+    code, out, _ = run(capsys, "--methods", f"dense,{file}:Own", "--tokens", 32, "--limit", 2, "--output", tmp_path / "run")
+    assert code == 0
+    assert [row["method"] for row in json.loads(out.splitlines()[-1])["results"]] == ["dense", "own"]
 
 
 def test_one_question_about_one_picture_is_answered_with_and_without_dropping(tmp_path, capsys):
@@ -127,6 +171,8 @@ def test_missing_weights_end_in_two_lines_and_exit_code_2(tmp_path, monkeypatch,
         (["--methods", "dense,fastest"], "unknown method 'fastest'; choose from: dense, "),
         (["--tokens", "5"], "a mean of 5 vision tokens is out of reach"),
         (["--tokens", "145"], "lies between 12.9 and 144"),
+        (["--ablation", "size"], "unknown ablation 'size'"),
+        (["--methods", "nowhere.py:Own"], "there is no file nowhere.py"),
         (["--tasks", "chess"], "unknown task 'chess'; choose one of: demo, mme, pope"),
         (["--model", "gpt"], "gpt"),
         (["--attention", "varlen"], "needs a CUDA device"),
@@ -140,7 +186,10 @@ def test_a_wrong_option_is_one_clear_error_with_exit_code_2(arguments, message, 
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("arguments", [["--image", "a.png"], ["--resume"], ["--limit", "0"], ["--tokens", "many"]])
+WRONG = [["--image", "a.png"], ["--resume"], ["--limit", "0"], ["--seeds", "0"], ["--tokens", "many"]]
+
+
+@pytest.mark.parametrize("arguments", WRONG)
 def test_options_that_do_not_fit_are_refused_by_the_parser(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         train_free_eval.main(arguments)

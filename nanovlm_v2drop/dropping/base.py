@@ -27,8 +27,8 @@ class VisionTrace:
     """What the vision tower leaves of one picture to methods that choose tokens before the decoder; computed only when asked.
 
     `hidden_states` (1 + P, V) is the tower's output, class token first, before the projector. `class_attention()` (heads, P)
-    is the attention of the class token to the patches in the last block that ran, `keys()` (heads, 1 + P, head_dim) that block's keys,
-    `project` the projector (..., V) -> (..., D).
+    is the attention of the class token to the patches in the last block that ran, `keys()` (heads, 1 + P, head_dim) that
+    block's keys, `project` the projector (..., V) -> (..., D).
     """
 
     hidden_states: Tensor

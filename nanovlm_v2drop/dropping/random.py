@@ -62,7 +62,8 @@ def z_order(grids: Sequence[tuple[int, int, int]]) -> Tensor:
     """(n,) place of each vision token of a prompt on the curve: bits of its row and column interleaved, pictures in order."""
     places, before = [torch.empty(0, dtype=torch.long)], 0
     for frames, rows, columns in grids:
-        frame, row, column = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, (frames, rows, columns)), indexing="ij"))
+        axes = torch.meshgrid(*map(torch.arange, (frames, rows, columns)), indexing="ij")
+        frame, row, column = (axis.flatten() for axis in axes)
         bits = (max(rows, columns) - 1).bit_length()
         place = frame * 4**bits
         for bit in range(bits):
