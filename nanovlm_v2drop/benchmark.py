@@ -376,8 +376,9 @@ def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m nanovlm_v2drop.benchmark", description=__doc__, formatter_class=raw)
     sizes = {"layers": 4, "text-tokens": 64, "vision-tokens": 576, "repeats": 7, "decode-steps": 16}
-    names = {"model": "llava-1.5-7b", "methods": "v2drop,random", "tokens": "192,128,64", "dtype": "bfloat16", "device": "cpu", "attention": "auto"}
-    for name, default in {**names, **sizes, "threads": torch.get_num_threads()}.items():
+    names = {"model": "llava-1.5-7b", "methods": "v2drop,random", "tokens": "192,128,64"}
+    places = {"dtype": "bfloat16", "device": "cpu", "attention": "auto"}
+    for name, default in {**names, **places, **sizes, "threads": torch.get_num_threads()}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     parser.add_argument("--no-transformers", dest="transformers", action="store_false")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")

@@ -9,6 +9,7 @@ import platform
 import re
 import resource
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ import torch
 from .attention import decode_backend
 from .bootstrap import resample, score_fields
 from .config import read_json_object
-from .inference import decode_tokens, decode_until, prefill
+from .inference import NothingDropped, decode_tokens, decode_until, prefill
 from .plans import DENSE, Plan
 from .position_bias import position_bias
 from .prompts import Request
@@ -127,7 +128,10 @@ def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: Pre
     decoder, packed, count = vlm.model.language_model, prepared.packed, len(prepared.samples)
     reset_peak_memory(vlm.device)
     started = timestamp(vlm.device)
-    prefilled = prefill(decoder, packed, plan.dropper, max_new_tokens=task.max_new_tokens)
+    with warnings.catch_warnings():
+        if plan.note:  # a floor may be everything, and the table says so
+            warnings.simplefilter("ignore", NothingDropped)
+        prefilled = prefill(decoder, packed, plan.dropper, max_new_tokens=task.max_new_tokens)
     filled = timestamp(vlm.device)
     cache_bytes = [prefilled.cache.nbytes_of(index) for index in range(count)]
     tokens = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, task.max_new_tokens)

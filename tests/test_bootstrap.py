@@ -1,8 +1,6 @@
 """Intervals: what they hold, what they are paired by, and what stays together in a resampling."""
 
-from collections import Counter
 from collections.abc import Sequence
-from statistics import mean
 from typing import Any
 
 import pytest

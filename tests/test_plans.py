@@ -81,14 +81,14 @@ def test_a_users_own_file_gives_a_method(tmp_path: Path):
         official_plans([f"{file}:Own"], DEMO, seeds=[0])
     with pytest.raises(ValueError, match="has no class Missing that is a TokenDropper"):
         find_methods([f"{file}:Missing"])
-    with pytest.raises(ValueError, match="Half in .* chooses nothing: it must have a score, a select or a compress method"):
+    with pytest.raises(ValueError, match=r"Half in .* chooses nothing: it must have a score, a select or a compress method"):
         find_methods([f"{file}:Half"])
     with pytest.raises(ValueError, match="there is no file"):
         find_methods([f"{tmp_path}/nowhere.py:Own"])
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown method 'fastest'; choose from: dense, .*or give your own as FILE.py:CLASS"):
+    with pytest.raises(ValueError, match=r"unknown method 'fastest'; choose from: dense, .*or give your own as FILE\.py:CLASS"):
         equal_budget_plans(["dense", "fastest"], [48], DEMO, seeds=[0])
 
 

@@ -43,7 +43,7 @@ class FastV(TokenDropper):
 def last_row_attention(queries: Tensor, keys: Tensor, state: PrefillState) -> Tensor:
     """(T,) attention of each sequence's last token, mean over heads; queries (B, H, head_dim), keys (T, K, head_dim)."""
     rows = [
-        attention_weights(query[None], keys[start:end], query.new_tensor([end - start - 1]))[:, 0].mean(0)
+        attention_weights(query[None], keys[start:end], torch.full((1,), end - start - 1, device=keys.device))[:, 0].mean(0)
         for query, (start, end) in zip(queries, state.spans, strict=True)
     ]
     return torch.cat(rows)

@@ -44,7 +44,7 @@ class DropSchedule(Mapping[int, float]):
 
     def __repr__(self) -> str:
         ratios = ", ".join(f"{layer}: {ratio:.4g}" for layer, ratio in self.items())
-        return f"DropSchedule({{{ratios}}}{'' if self.minimum == 1 else f', minimum={self.minimum}'})"
+        return f"{type(self).__name__}({{{ratios}}}{'' if self.minimum == 1 else f', minimum={self.minimum}'})"
 
     def check(self, num_layers: int, earliest: int = 0, latest: int | None = None) -> None:
         """Raise ValueError for a drop point that cannot act in a decoder of `num_layers`, or outside `earliest` to `latest`."""
@@ -68,7 +68,7 @@ class DropSchedule(Mapping[int, float]):
 
     def with_values(self, keep_ratios: Mapping[int, float], scale: float) -> "DropSchedule":
         """The same kind of schedule with other values, for pictures of `scale` times as many tokens."""
-        return DropSchedule(keep_ratios, self.minimum)
+        return type(self)(keep_ratios, self.minimum)
 
     def kept_count(self, layer_idx: int, current: int) -> int:
         """Vision tokens of one sequence that stay at a drop point where `current` arrive."""
