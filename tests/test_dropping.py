@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import one_prompt, pack_together, tiny_decoder, tiny_prompts
 
 from nanovlm_v2drop.config import TextConfig
-from nanovlm_v2drop.dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, PrefillState, V2Drop
+from nanovlm_v2drop.dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, PrefillState, TokenDropper, V2Drop
 from nanovlm_v2drop.dropping.schedule import LEANEST_RATIOS, layers_at_depths
 from nanovlm_v2drop.inference import NothingDropped, decode_one_token, initial_state, prefill
 
@@ -154,7 +154,16 @@ def with_previous(state: PrefillState) -> PrefillState:
 
 def test_every_method_is_found_by_its_name():
     assert {"v2drop", "random"} <= set(DROPPERS)
-    assert all(DROPPERS[name].name == name and DROPPERS[name].official() for name in DROPPERS)
+    assert all(DROPPERS[name].name == name for name in DROPPERS)
+    for method in DROPPERS.values():
+        assert [str(method.official(setting).schedule) for setting in method.published]
+
+
+def test_an_unknown_or_missing_published_setting_is_refused():
+    with pytest.raises(ValueError, match="fastv has no published setting 'K=9'; it has: K=2 R=50%, K=3 R=50%"):
+        DROPPERS["fastv"].official("K=9")
+    with pytest.raises(NotImplementedError, match="TokenDropper has no released code to follow"):
+        TokenDropper.official()
 
 
 @pytest.mark.parametrize("name", DROPPERS)

@@ -131,7 +131,7 @@ def test_an_ablation_stands_beside_the_papers_numbers(tmp_path, capsys):
     rows = json.loads(out.splitlines()[-1])["results"]
     assert [row["label"].removeprefix("v2drop ") for row in rows] == ["dense", "l2", "l1", "cosine", "progressive", "one-shot"]
     assert rows[3]["paper"] == {"MME": 1718, "GQA": 55.2, "MMB": 61.8, "SQA": 69.2}
-    assert "MME 1718, GQA 55.2" in out
+    assert "│ v2drop cosine      │    32 │ 1718 │ 55.2 │" in out
 
 
 def test_a_method_of_ones_own_runs_from_its_file(tmp_path, capsys):

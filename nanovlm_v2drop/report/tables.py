@@ -25,11 +25,13 @@ def print_run(rows: Sequence[Row], bias: Sequence[Row], console: Console) -> Non
 def print_scores(rows: Sequence[Row], console: Console) -> None:
     """The headline table, and under it what must be known of some rows."""
     title = f"{rows[0]['task']}: {rows[0]['samples']} samples, {rows[0]['vision_tokens']:g} vision tokens a prompt"
-    paper = {"paper, LLaVA-1.5-7B": lambda row: ", ".join(f"{name} {value:g}" for name, value in row["paper"].items())}
-    print_table(title, rows, {**SCORES, **(paper if any(row["paper"] for row in rows) else {})}, console)
-    for row in rows:
-        if row["note"]:
-            console.print(f"{label(row)} {asked(row)}: {row['note']}")
+    print_table(title, rows, SCORES, console)
+    for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
+        noted = [row["label"] + ("" if row["asked_tokens"] is None else f" {asked(row)}") for row in rows if row["note"] == note]
+        console.print(f"{', '.join(noted)}: {note}")
+    published = [row for row in rows if row["paper"]]
+    names = dict.fromkeys(name for row in published for name in row["paper"])
+    print_table("the paper's numbers for these rows, LLaVA-1.5-7B", published, {name: paper(name) for name in names}, console)
 
 
 def print_table(title: str, rows: Sequence[Row], columns: Columns, console: Console) -> None:
@@ -100,6 +102,10 @@ def kind_columns(rows: Sequence[Row]) -> Columns:
 
 def metric(name: str) -> Cell:
     return lambda row: f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "-"
+
+
+def paper(name: str) -> Cell:
+    return lambda row: f"{row['paper'][name]:g}" if name in row["paper"] else "-"
 
 
 def efficiency_columns(rows: Sequence[Row]) -> Columns:

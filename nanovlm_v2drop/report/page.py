@@ -1,0 +1,254 @@
+"""The report page of a run: one file with figures, table, position bias and galleries that needs no network.
+
+    python -m nanovlm_v2drop.report.page results/RUN      write results/RUN/report.html again
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from ..config import read_json_object
+from ..plans import DENSE
+from .figures import (
+    PUBLISHED,
+    Row,
+    Style,
+    accuracy_figure,
+    at_budget,
+    bias_figure,
+    budget_of,
+    cost_figures,
+    label_of,
+    map_figure,
+    met_budget,
+    method_styles,
+    number,
+    ranking_figure,
+    title_of,
+    with_interval,
+)
+
+TIMES = {"prefill_ms": "prefill of a prompt, ms", "total_ms": "whole answer, ms"}
+MEMORIES = {
+    "kv_cache_mb": "key/value cache of a prompt, MB",
+    "peak_memory_mb": "peak memory, MB",
+    "prefill_tflops": "prefill of a prompt, TFLOPs",
+}
+
+
+class Column(NamedTuple):
+    """A column of numbers in the table; `interval` names the field that holds its bounds."""
+
+    field: str
+    title: str
+    digits: str
+    explanation: str
+    interval: str = ""
+
+
+COLUMNS = (
+    Column("asked_tokens", "asked", "g", "mean vision tokens a layer that were asked for"),
+    Column("score", "score", ".1f", "with its 95 % interval", "score_interval"),
+    Column("relative_score", "% of dense", ".1f", "with its 95 % interval, paired by question", "relative_interval"),
+    Column("mean_vision_tokens", "mean tokens", ".1f", "vision tokens entering a layer, averaged over the layers"),
+    Column("final_vision_tokens", "last layer", ".1f", "vision tokens entering the last layer"),
+    Column("prefill_ms", "prefill ms", ".1f", "one prompt through the decoder"),
+    Column("decode_ms_per_token", "ms a token", ".2f", "one decoding step"),
+    Column("total_ms", "total ms", ".1f", "one whole answer"),
+    Column("vision_ms", "vision ms", ".1f", "reading the picture, vision tower and projector"),
+    Column("items_per_s", "answers a second", ".2f", "whole answers"),
+    Column("prefill_tflops", "TFLOPs", ".3g", "prefill of one prompt, by formula"),
+    Column("kv_cache_mb", "KV MB", ".2f", "key/value cache of one prompt"),
+    Column("peak_memory_mb", "peak MB", ".0f", "most memory allocated"),
+    Column("samples", "samples", "d", "questions answered"),
+)
+
+
+def write_page(output: Path) -> Path:
+    """Write `output`/report.html from the summary.json and galleries.json that lie there; returns its path."""
+    run = read_json_object(output / "summary.json")
+    galleries = json.loads((output / "galleries.json").read_text(encoding="utf-8"))
+    if one_method(run["results"]):
+        name_by_setting([*run["results"], *run["position_bias"], *(row for gallery in galleries for row in gallery["rows"])])
+    path = output / "report.html"
+    path.write_text(render_page(run, galleries), encoding="utf-8")
+    return path
+
+
+def one_method(rows: Sequence[Row]) -> bool:
+    """Whether a run compares one method only with itself."""
+    return len({row["method"] for row in rows} - {DENSE}) == 1
+
+
+def name_by_setting(rows: Sequence[dict[str, Any]]) -> None:
+    """Make every setting a method of its own, so that it has a mark of its own."""
+    for row in rows:
+        row["method"] = row["label"]
+
+
+def render_page(run: Row, galleries: Sequence[Row]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for function in (number, with_interval, title_of, label_of, budget_title, standing_text, dropped_path, verdict):
+        environment.filters[function.__name__] = function
+    environment.filters["zip"] = zip
+    styles = method_styles([row["method"] for row in run["results"]])
+    tasks = dict.fromkeys(row["task"] for row in run["results"])
+    return environment.get_template("page.html").render(
+        run=run,
+        styles=styles,
+        tasks=[task_report(name, index, run, galleries, styles) for index, name in enumerate(tasks, 1)],
+        columns=COLUMNS,
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def task_report(
+    name: str, task_number: int, run: Row, galleries: Sequence[Row], styles: Mapping[str, Style]
+) -> dict[str, Any]:
+    """Everything that the template shows of one task."""
+    rows, bias = (in_order(run[part], name, styles) for part in ("results", "position_bias"))
+    own_galleries = [gallery for gallery in galleries if gallery["task"] == name]
+    comparisons = [compare(rows, budget) for budget in budgets_of(rows) if budget != PUBLISHED]
+    return {
+        "name": name,
+        "number": task_number,
+        "rows": table_order(rows),
+        "dense": [row for row in rows if row["method"] == DENSE],
+        "comparisons": comparisons,
+        "headline": headline(comparisons),
+        "accuracy": accuracy_figure(rows, styles),
+        "rankings": {budget: ranking_figure(rows, budget, styles) for budget in budgets_of(rows)},
+        "costs": [cost_figures(rows, costs, styles) for costs in (TIMES, MEMORIES)],
+        "paper": any(row["paper"] for row in rows),
+        "notes": list(dict.fromkeys(row["note"] for row in rows if row["note"])),
+        "kinds": list(dict.fromkeys(kind for row in rows for kind in row["metrics"] if kind != "score")),
+        "bias": {budget: bias_report(bias, budget, styles) for budget in budgets_of(bias)},
+        "galleries": [gallery_report(gallery, styles) for gallery in own_galleries],
+        "gallery_budgets": budgets_of([row for gallery in own_galleries for row in gallery["rows"]]),
+    }
+
+
+def in_order(rows: Sequence[Row], task: str, styles: Mapping[str, Style]) -> list[Row]:
+    """The rows of a task, methods in the order of the legend."""
+    order = list(styles)
+    return sorted((row for row in rows if row["task"] == task), key=lambda row: order.index(row["method"]))
+
+
+def budgets_of(rows: Sequence[Row]) -> list[str]:
+    """The budgets that were asked for, largest first; published settings, which follow none, come last."""
+    dropping = [row for row in rows if row["method"] != DENSE]
+    return list(dict.fromkeys(budget_of(row) for row in sorted(dropping, key=lambda row: -(row["asked_tokens"] or 0))))
+
+
+def table_order(rows: Sequence[Row]) -> list[Row]:
+    """Dense, then budget by budget, the best score first."""
+    order = budgets_of(rows)
+    return sorted(rows, key=lambda row: (-1 if row["method"] == DENSE else order.index(budget_of(row)), -row["score"]))
+
+
+def budget_title(budget: str) -> str:
+    return "published settings" if budget == PUBLISHED else f"{budget} tokens"
+
+
+def compare(rows: Sequence[Row], budget: str) -> dict[str, Any]:
+    """Of the methods that met a budget the best, several where they are level, the next, and whether intervals overlap."""
+    own = sorted(at_budget(rows, budget), key=lambda row: -standing(row)[0])
+    ranked = [row for row in own if met_budget(row)]
+    best = [row for row in ranked if standing(row)[0] == standing(ranked[0])[0]]
+    following = ranked[len(best) :]
+    return {
+        "budget": budget,
+        "best": best,
+        "next": following[:1],
+        "overlap": bool(following) and standing(best[0])[1][0] <= standing(following[0])[1][1],
+        "random": [row for row in following[1:] if row["method"] == "random"],
+        "left_out": [row for row in own if not met_budget(row)],
+    }
+
+
+def headline(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """Which method is best at which budgets, and where its interval reaches into the next one's."""
+    contested = [comparison for comparison in comparisons if comparison["next"]]
+    if not contested:
+        return ""
+    budgets: dict[str, list[str]] = {}
+    for comparison in contested:
+        budgets.setdefault(listed([label_of(row) for row in comparison["best"]]), []).append(comparison["budget"])
+    best = ", ".join(f"{label} at {listed(own)} tokens" for label, own in budgets.items())
+    overlapping = [comparison["budget"] for comparison in contested if comparison["overlap"]]
+    if not overlapping:
+        return f"Best: {best}. The next method's interval lies below it every time."
+    where = "every time" if len(overlapping) == len(contested) else f"at {listed(overlapping)} tokens"
+    return f"Best: {best}. The next method's interval overlaps {where}, so the order may be chance."
+
+
+def listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def standing(row: Row) -> tuple[float, Sequence[float]]:
+    """What methods are ranked by: the share of dense's score, or the score where dense did not answer."""
+    if row["relative_score"] is None:
+        return row["score"], row["score_interval"]
+    return row["relative_score"], row["relative_interval"]
+
+
+def standing_text(row: Row) -> str:
+    return with_interval(*standing(row), "" if row["relative_score"] is None else " %")
+
+
+def bias_report(entries: Sequence[Row], budget: str, styles: Mapping[str, Style]) -> dict[str, Any]:
+    """Curves of all methods, and a map of each. A method that kept nothing has no preference to show."""
+    own = [entry for entry in at_budget(entries, budget) if entry["kept_share"] > 0]
+    return {"curves": bias_figure(own, styles), "maps": [(entry, map_figure(entry)) for entry in own]}
+
+
+def gallery_report(gallery: Row, styles: Mapping[str, Style]) -> dict[str, Any]:
+    """A picture and its answers: dense's apart, the others by budget."""
+    order = list(styles)
+    rows = sorted(gallery["rows"], key=lambda row: order.index(row["method"]))
+    return {
+        **gallery,
+        "dense": [row for row in rows if row["method"] == DENSE],
+        "answers": {budget: at_budget(rows, budget) for budget in budgets_of(rows)},
+    }
+
+
+def verdict(correct: float) -> str:
+    return {0.0: "wrong", 1.0: "right"}.get(correct, f"partly right, {correct:.2g}")
+
+
+def dropped_path(kept: Sequence[int], grid: Sequence[int]) -> str:
+    """An SVG path over the dropped patches of a picture, in units of patches; neighbours in a row are one rectangle."""
+    rows, columns = grid
+    staying = set(kept)
+    path = ""
+    for row in range(rows):
+        edges = [-1, *(column for column in range(columns) if row * columns + column in staying), columns]
+        for left, right in pairwise(edges):
+            width = right - left - 1
+            path += f"M{left + 1} {row}h{width}v1h-{width}z" if width else ""
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write the report page of a run again.")
+    parser.add_argument("output", type=Path, help="the run's folder, with summary.json and galleries.json")
+    print(write_page(parser.parse_args(argv).output))
+
+
+if __name__ == "__main__":
+    main()
