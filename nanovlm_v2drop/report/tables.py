@@ -27,7 +27,7 @@ def print_scores(rows: Sequence[Row], console: Console) -> None:
     title = f"{rows[0]['task']}: {rows[0]['samples']} samples, {rows[0]['vision_tokens']:g} vision tokens a prompt"
     print_table(title, rows, SCORES, console)
     for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
-        noted = [row["label"] + ("" if row["asked_tokens"] is None else f" {asked(row)}") for row in rows if row["note"] == note]
+        noted = [f"{row['label']} {asked(row)}".removesuffix(" -") for row in rows if row["note"] == note]
         console.print(f"{', '.join(noted)}: {note}")
     published = [row for row in rows if row["paper"]]
     names = dict.fromkeys(name for row in published for name in row["paper"])
