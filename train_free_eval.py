@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nanovlm_v2drop.report.page import write_page
 from rich.console import Console
 from rich.progress import track
 
@@ -38,6 +37,7 @@ from nanovlm_v2drop.inference import MAX_NEW_TOKENS, generate
 from nanovlm_v2drop.plans import ALL, DENSE, Plan, Shape, equal_budget_plans, first_seeds, official_plans
 from nanovlm_v2drop.prompts import TEMPLATES, Request
 from nanovlm_v2drop.report.gallery import GalleryRow, describe_gallery, draw_gallery
+from nanovlm_v2drop.report.page import write_page
 from nanovlm_v2drop.report.tables import print_run
 from nanovlm_v2drop.tasks import TASKS, DatasetUnavailable, Sample, Task, load_task
 from nanovlm_v2drop.zoo import DTYPES, MODELS, VisionLanguageModel, WeightsUnavailable, load
