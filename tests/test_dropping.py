@@ -156,7 +156,8 @@ def test_every_method_is_found_by_its_name():
     assert {"v2drop", "random"} <= set(DROPPERS)
     assert all(DROPPERS[name].name == name for name in DROPPERS)
     for method in DROPPERS.values():
-        assert [str(method.official(setting).schedule) for setting in method.published]
+        for setting, (schedule, _) in method.published.items():
+            assert method.official(setting).schedule is schedule
 
 
 def test_an_unknown_or_missing_published_setting_is_refused():
