@@ -100,7 +100,7 @@ def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
-    """Every attention weight (H, T, T) of a sequence in memory at once, softmax in float32."""
+    """Every attention weight (H, T, T) of a sequence in memory at once."""
     parts = []
     for q_part, k_part, v_part in zip(*(packed.split(tuple(seqlens)) for packed in (q, k, v)), strict=True):
         rows = torch.arange(len(q_part), device=q.device)
@@ -112,9 +112,10 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> 
 def attention_weights(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     """Causal softmax attention of the queries q (R, H, head_dim), which stand at `rows` (R,), to all keys k (T, K, head_dim).
 
-    (H, R, T) in float32. Methods that rank by attention ask for the few rows that they rank by.
+    (H, R, T), softmax in float32 at least. Methods that rank by attention ask for the few rows that they rank by.
     """
-    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)).float() * q.shape[-1] ** -0.5
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * q.shape[-1] ** -0.5
     visible = torch.arange(len(k), device=k.device) <= rows[:, None]
     return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 

@@ -20,7 +20,7 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, head_dim) each
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 as the official one: in bf16 the logits would move."""
+    """Root-mean-square norm, computed in float32 at least, as the official one: in bf16 the logits would move."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        wide = hidden_states.float()
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(hidden_states.dtype)
 
