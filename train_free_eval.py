@@ -4,6 +4,7 @@
     python train_free_eval.py --methods all                               every method at equal budgets
     python train_free_eval.py --methods all --accounting official         every method with its published settings
     python train_free_eval.py --ablation metric,layers,steps,schedules    the paper's ablations
+    python train_free_eval.py --claims                                    the paper's claims, each with a verdict
     python train_free_eval.py --model llava-1.5-7b --tasks pope,mme       official weights, from the Hugging Face Hub
     python train_free_eval.py --model llava-1.5-7b --weights DIR --data DIR   the same from local folders
     python train_free_eval.py --image photo.jpg --prompt "What is this?" --tokens 48
@@ -18,6 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +32,7 @@ from rich.progress import track
 from nanovlm_v2drop.ablations import ABLATIONS, ablation_plans
 from nanovlm_v2drop.attention import BACKENDS
 from nanovlm_v2drop.checkpoint import CheckpointError
+from nanovlm_v2drop.claims import find_claims
 from nanovlm_v2drop.dropping import DROPPERS
 from nanovlm_v2drop.evaluate import describe_machine, evaluate, read_records, run_summary, summarise, summarise_bias
 from nanovlm_v2drop.images import ASPECT_RATIOS, DEFAULT_ASPECT_RATIO, open_image
@@ -38,7 +41,7 @@ from nanovlm_v2drop.plans import ALL, DENSE, Plan, Shape, equal_budget_plans, fi
 from nanovlm_v2drop.prompts import TEMPLATES, Request
 from nanovlm_v2drop.report.gallery import GalleryRow, describe_gallery, draw_gallery
 from nanovlm_v2drop.report.page import write_page
-from nanovlm_v2drop.report.tables import print_run
+from nanovlm_v2drop.report.tables import print_findings, print_run
 from nanovlm_v2drop.tasks import TASKS, DatasetUnavailable, Sample, Task, load_task
 from nanovlm_v2drop.zoo import DTYPES, MODELS, VisionLanguageModel, WeightsUnavailable, load
 
@@ -63,6 +66,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     budget.add_argument("--retain", type=numbers, help="budgets as shares of the picture's tokens; default 1/3, 2/9, 1/9")
     add("--limit", type=int, help="samples of each task")
     add("--batch-size", type=int, default=1, help="samples that go through one packed prefill")
+    add("--claims", action="store_true", help="put the paper's claims to the test on the demo; takes some minutes")
     add("--seed", type=int, default=0, help="the first seed of methods that draw at random")
     add("--seeds", type=int, default=3, help="how many seeds, whose answers share a row")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +100,8 @@ def numbers(text: str) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        run = answer_one(arguments) if arguments.image else evaluate_tasks(arguments)
+        mode = answer_one if arguments.image else ledger if arguments.claims else evaluate_tasks
+        run = mode(arguments)
     except (WeightsUnavailable, DatasetUnavailable, CheckpointError, ValueError, FileNotFoundError, ImportError) as error:
         print(f"train_free_eval.py: {error}", file=sys.stderr)
         return 2
@@ -201,6 +206,16 @@ def save_gallery(vlm: VisionLanguageModel, image: Any, question: str, rows: list
     picture = vlm.image_processor.to_square(open_image(image))
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_gallery(picture, question, rows, vlm.config.vision_config.grid_size).save(path)
+
+
+def ledger(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The ledger of the paper's claims on the demo, printed and as rows."""
+    vlm, output = load_model(arguments), output_folder(arguments)
+    findings = list(find_claims(vlm, load_task("demo"), output, arguments.limit))
+    print_findings(findings, Console(width=None if sys.stdout.isatty() else 180))
+    run = {**run_summary(vlm, [asdict(finding) for finding in findings]), **provenance(vlm, arguments)}
+    (output / "claims.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    return run
 
 
 def answer_one(arguments: argparse.Namespace) -> dict[str, Any]:

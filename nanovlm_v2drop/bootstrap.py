@@ -52,6 +52,12 @@ def score_fields(own: Resampled, dense: Resampled | None) -> dict[str, Any]:
     return {**fields, "relative_score": round(100 * own.score / dense.score, 3), "relative_interval": interval(ratios)}
 
 
+def difference(one: Resampled, other: Resampled) -> tuple[float, list[float]]:
+    """Paired difference of two scores on the same questions, and its 95 % interval."""
+    pairs = zip(one.draws, other.draws, strict=True)
+    return one.score - other.score, interval([first - second for first, second in pairs])
+
+
 def resampling_units(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Records that must stay together: those of one picture where the task pairs by picture."""
     units: dict[str, list[dict[str, Any]]] = {}

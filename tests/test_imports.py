@@ -22,7 +22,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("demo.scenes",),
     ("tasks",),
     ("plans", "ablations", "bootstrap", "position_bias"),
-    ("evaluate", "benchmark", "report", "theory", "lmms_adapter", "demo.data", "demo.train"),
+    ("evaluate", "benchmark", "theory", "lmms_adapter", "demo.data", "demo.train"),
+    ("claims",),
+    ("report",),
 )
 MODULES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."): file

@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..claims import Finding
+
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
 Columns = Mapping[str, Cell]
@@ -43,6 +45,14 @@ def print_table(title: str, rows: Sequence[Row], columns: Columns, console: Cons
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
         table.add_row(*(cell(row) for cell in shown.values()))
+    console.print(table)
+
+
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
+    """The ledger of claims."""
+    table = Table("claim", "paper", "measured here", "verdict", "decided by", title="The paper's claims", show_lines=True)
+    for finding in findings:
+        table.add_row(finding.claim, finding.paper, finding.measured, finding.verdict, finding.decides)
     console.print(table)
 
 

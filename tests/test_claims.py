@@ -1,0 +1,110 @@
+"""The ledger: verdicts follow from figures, and the figures from what they are said to be of."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nanovlm_v2drop.claims as module
+from nanovlm_v2drop.bootstrap import Resampled, difference
+from nanovlm_v2drop.claims import (
+    FAILS,
+    HOLDS,
+    NEEDS,
+    OPEN,
+    area_under_roc,
+    bias_finding,
+    cost_findings,
+    flops_finding,
+    hardly_matters,
+    is_better,
+    ledger_plans,
+    score_findings,
+)
+from nanovlm_v2drop.plans import Shape
+
+DEMO = Shape(144, 12)
+
+
+def scored(score: float, spread: float = 1.0) -> Resampled:
+    return Resampled(["a"], score, [score - spread, score, score + spread])
+
+
+def findings(**changes: float) -> dict[str, str]:
+    """Verdicts by claim where all rows but `changes` score 90."""
+    labels = {plan.label: scored(90.0) for plan in ledger_plans(DEMO)}
+    labels |= {"random": scored(60.0), "fastv": scored(60.0), "v2drop one-shot": scored(80.0)}
+    labels |= {name.replace("_", " "): scored(score) for name, score in changes.items()}
+    return {finding.claim: finding.verdict for finding in score_findings(labels)}
+
+
+def test_every_claim_about_scores_can_hold_and_can_fail():
+    assert set(findings().values()) == {HOLDS}
+    worse = findings(v2drop_progressive=50.0, v2drop_l1=20.0)
+    assert set(worse.values()) == {FAILS}
+
+
+def test_a_difference_is_paired_draw_by_draw():
+    value, bounds = difference(Resampled(["a"], 50, [40, 60]), Resampled(["a"], 45, [35, 55]))
+    assert (value, bounds) == (5, [5, 5])
+
+
+@pytest.mark.parametrize(("bounds", "verdict"), [([0.1, 2], HOLDS), ([-2, -0.1], FAILS), ([-0.1, 2], OPEN)])
+def test_better_means_that_the_whole_interval_is_above_zero(bounds, verdict):
+    assert is_better(bounds) == verdict
+
+
+@pytest.mark.parametrize(
+    ("bounds", "verdict"),
+    [([[-4, 4], [0, 1]], HOLDS), ([[-4, 4], [5.1, 9]], FAILS), ([[-9, -5.1]], FAILS), ([[-6, 1]], OPEN)],
+)
+def test_hardly_mattering_means_that_every_interval_lies_within_five_points(bounds, verdict):
+    assert hardly_matters(bounds) == verdict
+
+
+@pytest.mark.parametrize(("own", "verdict"), [(0.01, HOLDS), (0.3, FAILS)])
+def test_position_bias_is_judged_beside_attention(own, verdict):
+    assert bias_finding({"v2drop progressive": own, "fastv": 0.03, "random": 0.0}).verdict == verdict
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2).filter(lambda pairs: len({p for _, p in pairs}) == 2))
+def test_the_area_is_the_share_of_pairs_in_the_right_order(pairs):
+    values = torch.tensor([float(value) for value, _ in pairs])
+    positive = torch.tensor([is_positive for _, is_positive in pairs])
+    ordered = [(one > other) + (one == other) / 2 for one in values[positive] for other in values[~positive]]
+    assert area_under_roc(values, positive) == pytest.approx(float(sum(ordered)) / len(ordered))
+
+
+def test_scoring_three_drop_points_is_counted_at_what_arrives_there():
+    finding = flops_finding()
+    assert finding.measured.startswith(f"{3 * 4096 * (576 + 161 + 40) / 1e6:.1f} MFLOPs")
+    assert finding.verdict == HOLDS
+
+
+@pytest.mark.parametrize(
+    ("speedups", "peak", "percent", "verdicts"),
+    [((2.0, 2.5), 900.0, 0.4, [HOLDS] * 3), ((2.0, 1.9), 1100.0, 9.0, [FAILS] * 3)],
+)
+def test_costs_are_judged_by_the_benchmarks_rows(monkeypatch, speedups, peak, percent, verdicts):
+    def measured(vision_tokens, share):
+        own = {"speedup": speedups[vision_tokens > 576], "drop_points_percent": percent, "peak_memory_mb": peak}
+        return {"dense": {"peak_memory_mb": 1000.0}, "v2drop": own}
+
+    monkeypatch.setattr(module, "measure_costs", measured)
+    assert [finding.verdict for finding in cost_findings()] == verdicts
+
+
+@pytest.mark.slow
+def test_the_whole_ledger_runs_on_the_demo(tmp_path, monkeypatch, capsys):
+    import train_free_eval
+
+    rows = {"dense": {"peak_memory_mb": 2.0}, "v2drop": {"speedup": 2.0, "drop_points_percent": 0.1, "peak_memory_mb": 1.0}}
+    monkeypatch.setattr(module, "measure_costs", lambda *_: rows)
+    assert train_free_eval.main(["--claims", "--limit", "12", "--output", str(tmp_path)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["results"]) == 16
+    assert {row["verdict"] for row in result["results"]} <= {HOLDS, FAILS, OPEN, NEEDS}
+    assert all(row["decides"] for row in result["results"])
+    assert json.loads((tmp_path / "claims.json").read_text()) == result
