@@ -1,0 +1,51 @@
+"""The notebooks are committed as they ran, and still run."""
+
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+nbformat = pytest.importorskip("nbformat")
+
+
+def read(name: str):
+    return nbformat.read(FOLDER / name, as_version=4)
+
+
+def test_there_are_eight_lessons_in_order():
+    assert [name.partition("_")[0] for name in NOTEBOOKS] == [f"0{number}" for number in range(1, 9)]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_was_run_from_top_to_bottom_without_an_error(name):
+    code = [cell for cell in read(name).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = {output.output_type for cell in code for output in cell.outputs}
+    assert "error" not in kinds
+    assert "display_data" in kinds  # a lesson without a figure has lost it
+    assert (FOLDER / name).stat().st_size < 800_000
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_says_what_one_will_know_and_ends_with_exercises(name):
+    text = [cell.source for cell in read(name).cells if cell.cell_type == "markdown"]
+    assert text[0].startswith("# ")
+    assert "will know" in "".join(text[:2])
+    assert "exercises" in text[-1].lower()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_leaves_no_trace_of_the_machine_that_it_ran_on(name):
+    content = (FOLDER / name).read_text(encoding="utf-8")
+    for trace in ("/tmp/", "/root/", "/home/", "/work/", "Traceback", "Warning:"):
+        assert trace not in content, trace
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs(name):
+    from nbclient import NotebookClient
+
+    notebook = read(name)
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
