@@ -1,13 +1,14 @@
-"""The CLIP vision tower: pixel_values -> patch features.
+"""The CLIP and SigLIP vision towers: pixel_values -> patch features.
 
-Shapes: N pictures, P patches of one picture, D hidden_size.
+Shapes: N pictures (or tiles of one, or frames of a video), P patches of one picture, D hidden_size.
 
-Parameter names are the official ones, `pre_layrnorm` included. Only the blocks that LLaVA reads are built: it takes the
-hidden state before the last block, so that block and the norm behind it never run.
-Source: transformers models/clip/modeling_clip.py.
+Both are the same blocks behind other embeddings: CLIP puts a class token before the patches and a norm behind them, SigLIP
+has neither. Parameter names are the official ones, `pre_layrnorm` included. Only the blocks that LLaVA reads are built; no
+LLaVA reads a hidden state behind `post_layernorm`, so that norm does not exist here.
+Sources: transformers models/clip/modeling_clip.py and models/siglip/modeling_siglip.py.
 """
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,20 @@ class CLIPEmbeddings(nn.Module):
         return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight  # (N, 1 + P, D)
 
 
+class SiglipEmbeddings(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        # A picture that is no whole number of patches, as 384 / 14, loses the pixels at its right and lower edge.
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, padding="valid"
+        )
+        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (N, P, D)
+        return patches + self.position_embedding.weight
+
+
 class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -57,8 +72,18 @@ class VisionAttention(nn.Module):
         weights = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
         return weights.softmax(-1)[:, :, 0, 1:]
 
+    def mean_attention(self, hidden_states: Tensor) -> Tensor:
+        """Softmax attention that each token receives, (N, heads, P): the mean over all tokens that pay it."""
+        # One picture at a time: the weights of a whole video at once would be a gigabyte.
+        return torch.cat([self._mean_attention(picture) for picture in hidden_states.split(1)])
+
+    def _mean_attention(self, hidden_states: Tensor) -> Tensor:
+        q, k = self.heads(self.q_proj(hidden_states)), self.heads(self.k_proj(hidden_states))
+        weights = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (1, heads, P, P)
+        return weights.softmax(-1).mean(-2)
+
     def heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, 1 + P, head_dim)
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, tokens, head_dim)
 
 
 class VisionMLP(nn.Module):
@@ -102,35 +127,76 @@ class VisionEncoder(nn.Module):
         return before, hidden_states
 
 
-class CLIPVisionTower(nn.Module):
-    """`num_layers` blocks of CLIP; without the argument, all of them."""
+class VisionTower(nn.Module):
+    """What CLIP and SigLIP have in common: embeddings of their own, then `num_layers` blocks; without the argument, all.
 
-    def __init__(self, config: VisionConfig, num_layers: int | None = None) -> None:
+    Raises ValueError for an activation that is not implemented.
+    """
+
+    num_class_tokens: ClassVar[int]
+
+    def __init__(self, config: VisionConfig, embeddings: nn.Module, num_layers: int | None = None) -> None:
         super().__init__()
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
         self.config = config
-        self.embeddings = CLIPEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embeddings = embeddings
         self.encoder = VisionEncoder(config, config.num_hidden_layers if num_layers is None else num_layers)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, image_size, image_size) -> (N, P, D); the class token is dropped (LLaVA's "default" strategy)."""
-        return self.encode(pixel_values)[1][:, 1:]
+        """(N, 3, image_size, image_size) -> (N, P, D); a class token is dropped."""
+        return self.encode(pixel_values)[1][:, self.num_class_tokens :]
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, image_size, image_size) -> input and output of the last block, (N, 1 + P, D) each, class token first."""
+        """Input and output of the last block, (N, num_class_tokens + P, D) each, class token first.
+
+        Raises ValueError for pixel values that are not (N, 3, image_size, image_size).
+        """
         size = self.config.image_size
         if pixel_values.dim() != 4 or pixel_values.shape[-2:] != (size, size):
             raise ValueError(f"pixel_values {tuple(pixel_values.shape)} must be (N, 3, {size}, {size})")
-        return self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
+        return self.encoder(self.embed(pixel_values))
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Input of the first block, (N, num_class_tokens + P, D)."""
+        return self.embeddings(pixel_values)
+
+    def keys(self, block_input: Tensor) -> Tensor:
+        """(N, heads, num_class_tokens + P, head_dim): keys of the last block, given its input."""
+        block = self.encoder.last_block
+        return block.self_attn.heads(block.self_attn.k_proj(block.layer_norm1(block_input)))
+
+
+class CLIPVisionTower(VisionTower):
+    """CLIP: a class token before the patches, and a norm before the blocks. LLaVA-1.5 reads it."""
+
+    num_class_tokens = 1
+
+    def __init__(self, config: VisionConfig, num_layers: int | None = None) -> None:
+        super().__init__(config, CLIPEmbeddings(config), num_layers)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        return self.pre_layrnorm(self.embeddings(pixel_values))
 
     def class_attention(self, block_input: Tensor) -> Tensor:
         """(N, heads, P): attention of the class token to the patches in the last block, given its input (N, 1 + P, D)."""
         block = self.encoder.last_block
         return block.self_attn.class_attention(block.layer_norm1(block_input))
 
-    def keys(self, block_input: Tensor) -> Tensor:
-        """(N, heads, 1 + P, head_dim): keys of the last block."""
+
+class SiglipVisionTower(VisionTower):
+    """SigLIP: patches alone. LLaVA-OneVision reads the state behind the last block, before `post_layernorm`."""
+
+    num_class_tokens = 0
+
+    def __init__(self, config: VisionConfig, num_layers: int | None = None) -> None:
+        super().__init__(config, SiglipEmbeddings(config), num_layers)
+
+    def received_attention(self, block_input: Tensor) -> Tensor:
+        """(N, heads, P): the mean attention that a patch receives from all patches in the last block, given its input.
+
+        VisionZip's rule for towers without a class token.
+        """
         block = self.encoder.last_block
-        return block.self_attn.heads(block.self_attn.k_proj(block.layer_norm1(block_input)))
+        return block.self_attn.mean_attention(block.layer_norm1(block_input))

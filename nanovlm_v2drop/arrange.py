@@ -1,0 +1,142 @@
+"""Where the features of LLaVA-OneVision's tiles and frames go among the vision tokens.
+
+A picture alone in its request is cut into tiles, and its tokens are those of a coarse view of the whole (the base tile), then
+those of the tiles laid together, without their padding and with a newline token behind every row. Nothing here knows a
+model: the same functions arrange projected features, attention maps (with zeros for a newline) and keys.
+
+Shapes: P patches of one tile or frame, g x g of them; C channels, whatever they stand for; n vision tokens. Sizes are always
+(height, width). Everything rounds as the official code does, float arithmetic included.
+Sources: transformers models/llava_onevision/modeling_llava_onevision.py (pack_image_features, unpad_image, apply_pooling),
+image_processing_utils.py (select_best_resolution); github.com/LLaVA-VL/LLaVA-NeXT, llava/model/llava_arch.py.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The official code leaves a map alone that is only a little over the cap.
+CAP_TOLERANCE = 1.1
+POOLING_STRIDE = 2
+
+
+def select_best_resolution(size: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The pinpoint (height, width) in pixels that a picture of `size` is fitted into.
+
+    It is the one that keeps most of the picture's pixels and, among those that keep equally many, the smallest.
+
+    Raises ValueError for a picture so thin that it would vanish in every pinpoint.
+    """
+    kept = {pinpoint: _pixels_kept(size, pinpoint) for pinpoint in pinpoints}
+    if not any(kept.values()):
+        height, width = size
+        raise ValueError(
+            f"the picture is {width}x{height}: its short side would be less than one pixel in each of the "
+            f"{len(kept)} image_grid_pinpoints; cut it into less extreme shapes"
+        )
+    # Of equals the first is taken, as max does.
+    return max(kept, key=lambda pinpoint: (kept[pinpoint], -pinpoint[0] * pinpoint[1]))
+
+
+def _pixels_kept(size: tuple[int, int], pinpoint: tuple[int, int]) -> int:
+    """Pixels of the picture when it is shrunk into the pinpoint; enlarging it adds none."""
+    height, width = size
+    scale = min(pinpoint[1] / width, pinpoint[0] / height)
+    return min(int(width * scale) * int(height * scale), width * height)
+
+
+def unpadded_grid(
+    size: tuple[int, int], tiles_high: int, tiles_wide: int, patch_grid: int, max_tiles: int
+) -> tuple[int, int]:
+    """Rows and columns of the tiles' tokens, without newlines, for a picture of `size` pixels.
+
+    What is left of the `tiles_high` x `tiles_wide` tiles without their padding, shrunk where that is far more than
+    `max_tiles` tiles hold. `patch_grid` is the side of one tile in patches.
+    """
+    height, width = _without_padding(size, tiles_high * patch_grid, tiles_wide * patch_grid)
+    return _capped(height, width, max_tiles * patch_grid**2)
+
+
+def _without_padding(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """The part of a map (height, width) that a picture of `size` covers; what is cut off is the same at both ends."""
+    original_height, original_width = size
+    if original_width / original_height > width / height:
+        # Rounded before it is truncated: 27.0 must not become 26 for being stored as 26.999999999999996.
+        covered = int(round(original_height * (width / original_width), 7))
+        return height - 2 * ((height - covered) // 2), width
+    covered = int(round(original_width * (height / original_height), 7))
+    return height, width - 2 * ((width - covered) // 2)
+
+
+def _capped(height: int, width: int, max_tokens: int) -> tuple[int, int]:
+    """The same shape with about `max_tokens` tokens, if it has far more than those."""
+    ratio = math.sqrt(height * width / max_tokens)
+    return (int(height // ratio), int(width // ratio)) if ratio > CAP_TOLERANCE else (height, width)
+
+
+def arrange_picture(
+    values: Tensor, size: tuple[int, int], tiles: tuple[int, int], newline: Tensor, max_tiles: int
+) -> Tensor:
+    """Values of a picture alone in its request, (1 + tiles, P, C) with the base tile first, to those of its tokens (n, C).
+
+    `size` is the picture's in pixels and `tiles` how many stand (below each other, side by side); `newline` (C,) goes behind
+    every row of the tiles. Raises ValueError where the number of tiles or of patches does not fit.
+    """
+    patch_grid = _patch_grid(values)
+    if len(values) != 1 + math.prod(tiles):
+        raise ValueError(f"{len(values)} tiles do not make a picture of {tiles[0]}x{tiles[1]} tiles and a base tile")
+    rows = _tile_map(values[1:], tiles)  # (C, rows, columns)
+    rows = _centre(rows, *_without_padding(size, *rows.shape[1:]))
+    target = _capped(*rows.shape[1:], max_tiles * patch_grid**2)
+    if target != rows.shape[1:]:
+        rows = F.interpolate(rows[None], target, mode="bilinear", align_corners=False)[0]
+    ends = newline.to(rows)[:, None, None].expand(-1, len(rows[0]), 1)
+    return torch.cat([values[0], torch.cat([rows, ends], dim=-1).flatten(1).T])
+
+
+def _tile_map(values: Tensor, tiles: tuple[int, int]) -> Tensor:
+    """Tiles (rows * columns, P, C), row by row, as one map (C, rows * g, columns * g)."""
+    patch_grid = _patch_grid(values)
+    grid = values.unflatten(1, (patch_grid, patch_grid)).unflatten(0, tiles)  # (rows, columns, g, g, C)
+    return grid.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _centre(values: Tensor, height: int, width: int) -> Tensor:
+    top, left = (values.shape[1] - height) // 2, (values.shape[2] - width) // 2
+    return values[:, top : top + height, left : left + width]
+
+
+def arrange_single(values: Tensor, newline: Tensor) -> Tensor:
+    """Values of one picture of several in a request, (1, P, C), to those of its tokens (P + 1, C): one newline at the end.
+
+    Raises ValueError for more tiles than one.
+    """
+    if len(values) != 1:
+        raise ValueError(f"a picture that is not alone in its request has one tile, got {len(values)}")
+    return torch.cat([values[0], newline.to(values)[None]])
+
+
+def arrange_video(values: Tensor, newline: Tensor) -> Tensor:
+    """Values of a video's frames (F, P, C) to those of its tokens (F * q * q + 1, C), one newline at the end.
+
+    Every frame is pooled to q = `pooled_grid(g)` tokens a side. Raises ValueError for patches that make no square.
+    """
+    patch_grid = _patch_grid(values)
+    frames = values.unflatten(1, (patch_grid, patch_grid)).permute(0, 3, 1, 2)  # (F, C, g, g)
+    side = pooled_grid(patch_grid)
+    pooled = F.interpolate(frames, (side, side), mode="bilinear", align_corners=False)
+    return torch.cat([pooled.permute(0, 2, 3, 1).flatten(0, 2), newline.to(values)[None]])
+
+
+def pooled_grid(patch_grid: int) -> int:
+    """Tokens along one side of a video's frame, of `patch_grid` patches: half, rounded up."""
+    return math.ceil(patch_grid / POOLING_STRIDE)
+
+
+def _patch_grid(values: Tensor) -> int:
+    side = math.isqrt(values.shape[1])
+    if side**2 != values.shape[1]:
+        raise ValueError(f"values {tuple(values.shape)} must be (tiles or frames, P, C) with P a square number of patches")
+    return side

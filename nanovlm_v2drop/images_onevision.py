@@ -1,0 +1,172 @@
+"""Pictures and frames to pixel values, exactly as LLaVA-OneVision's official processors make them ("anyres").
+
+A picture alone in its request keeps its detail: it is fitted into one of the `image_grid_pinpoints`, padded, and cut into
+tiles of the tower's size; before them comes the whole picture in one tile, squeezed into the square. Where a request has
+several pictures each is one tile, padded to a square. A video's frames are one tile each, squeezed into the square.
+
+Shapes: S = image_size (pixels on a side); sizes are (height, width).
+Sources: transformers models/llava_onevision/image_processing_pil_llava_onevision.py and image_processing_utils.py;
+github.com/LLaVA-VL/LLaVA-NeXT, llava/mm_utils.py.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .arrange import pooled_grid, select_best_resolution, unpadded_grid
+from .images import (
+    FIXED_SETTINGS,
+    ImageProcessor,
+    ImageSource,
+    _check_size,
+    _read_settings,
+    open_image,
+    pad_to_square,
+    resize_bicubic,
+)
+from .vlm import VisionInput
+
+# SigLIP's, where a folder stores none, as the original LLaVA-OneVision's does not.
+SIGLIP_IMAGE_MEAN = (0.5, 0.5, 0.5)
+SIGLIP_IMAGE_STD = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class OnevisionImageProcessor:
+    """Turns pictures and videos into what LLaVA-OneVision's tower reads, with the grids of the tokens they will become.
+
+    `image_size` is a tile's side and `patch_size` a patch's, in pixels; `image_grid_pinpoints` are sizes (height, width) in
+    pixels, multiples of `image_size`; `max_tiles` is the number in `vision_aspect_ratio` ("anyres_max_9"), the tiles'
+    worth of tokens that a picture may cost before they are interpolated; mean and std are per RGB channel, on the 0..1 scale.
+    Raises ValueError for values that no picture could be processed with.
+    """
+
+    image_size: int
+    image_grid_pinpoints: tuple[tuple[int, int], ...]
+    patch_size: int
+    max_tiles: int
+    image_mean: tuple[float, float, float] = SIGLIP_IMAGE_MEAN
+    image_std: tuple[float, float, float] = SIGLIP_IMAGE_STD
+
+    def __post_init__(self) -> None:
+        ImageProcessor(self.image_size, self.image_mean, self.image_std)  # refuses impossible values
+        if not 1 <= self.patch_size <= self.image_size:
+            raise ValueError(f"patch_size {self.patch_size} must be between 1 and image_size {self.image_size}")
+        if self.max_tiles < 1:
+            raise ValueError(f"max_tiles must be at least 1, got {self.max_tiles}")
+        if not self.image_grid_pinpoints:
+            raise ValueError("image_grid_pinpoints must name at least one size (height, width)")
+        for pinpoint in self.image_grid_pinpoints:
+            if len(pinpoint) != 2 or any(side < 1 or side % self.image_size for side in pinpoint):
+                raise ValueError(f"image_grid_pinpoints: {pinpoint} must be two multiples of image_size {self.image_size}")
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        image_size: int,
+        image_grid_pinpoints: Sequence[Sequence[int]],
+        patch_size: int,
+        max_tiles: int,
+    ) -> "OnevisionImageProcessor":
+        """Read mean and std from a checkpoint folder; SigLIP's hold where it stores none. The rest is the model's config's.
+
+        Raises ValueError where the folder's settings disagree with these, or ask for something else than a bicubic resize
+        and a normalisation, and FileNotFoundError for a missing folder.
+        """
+        settings = _read_settings(Path(folder))
+        _check_size("size", settings.get("size"), image_size)
+        pinpoints = _pinpoints(image_grid_pinpoints)
+        if _pinpoints(settings.get("image_grid_pinpoints", pinpoints)) != pinpoints:
+            raise ValueError(f"{folder}: the image settings' image_grid_pinpoints are not those of the model's config.json")
+        for name, expected in FIXED_SETTINGS.items():
+            if settings.get(name, expected) != expected:
+                raise ValueError(f"{folder}: {name} = {settings[name]!r} is not supported, only {expected!r} is")
+        mean = tuple(settings.get("image_mean", SIGLIP_IMAGE_MEAN))
+        std = tuple(settings.get("image_std", SIGLIP_IMAGE_STD))
+        return cls(image_size, pinpoints, patch_size, max_tiles, mean, std)
+
+    @property
+    def patch_grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    def image(self, picture: ImageSource, alone: bool = True) -> VisionInput:
+        """One picture: (1 + tiles, 3, S, S) where it is the only one of its request, base tile first; else (1, 3, S, S).
+
+        Raises what `open_image` raises, and ValueError for a picture too thin to fit.
+        """
+        opened = open_image(picture)
+        size = (opened.height, opened.width)
+        side = self.patch_grid
+        if not alone:
+            return VisionInput(self._normalise([self.padded_square(opened)]), ((1, side, side), (1, 1, 1)), size)
+        high, wide = (pixels // self.image_size for pixels in select_best_resolution(size, self.image_grid_pinpoints))
+        rows, columns = unpadded_grid(size, high, wide, side, self.max_tiles)
+        tiles = [self._squeeze(opened), *self.tiles(opened)]
+        return VisionInput(self._normalise(tiles), ((1, side, side), (1, rows, columns + 1)), size)
+
+    def video(self, frames: Sequence[Image.Image]) -> VisionInput:
+        """The frames of one video, each squeezed into the square: (F, 3, S, S).
+
+        Raises ValueError for no frame, and for frames of different sizes.
+        """
+        sizes = {(frame.height, frame.width) for frame in frames}
+        if len(sizes) != 1:
+            found = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)) or "no frame"
+            raise ValueError(f"a video must have at least one frame, and all of one size; got {found}")
+        side = pooled_grid(self.patch_grid)
+        pixel_values = self._normalise([self._squeeze(open_image(frame)) for frame in frames])
+        return VisionInput(pixel_values, ((len(frames), side, side), (1, 1, 1)), sizes.pop(), is_video=True)
+
+    def tiles(self, picture: Image.Image) -> list[Image.Image]:
+        """The picture fitted into its pinpoint and cut into tiles of S x S pixels, row by row."""
+        height, width = select_best_resolution((picture.height, picture.width), self.image_grid_pinpoints)
+        canvas, step = fit_into(picture, width, height), self.image_size
+        corners = [(left, top) for top in range(0, height, step) for left in range(0, width, step)]
+        return [canvas.crop((left, top, left + step, top + step)) for left, top in corners]
+
+    def padded_square(self, picture: Image.Image) -> Image.Image:
+        """The picture on a square of the mean colour, S x S pixels."""
+        red, green, blue = (int(255 * value) for value in self.image_mean)
+        return self._squeeze(pad_to_square(picture, (red, green, blue)))
+
+    def _squeeze(self, picture: Image.Image) -> Image.Image:
+        return resize_bicubic(picture, self.image_size, self.image_size)
+
+    def _normalise(self, pictures: Sequence[Image.Image]) -> Tensor:
+        return torch.stack([normalise(picture, self.image_mean, self.image_std) for picture in pictures])
+
+
+def fit_into(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize to the largest size that fits, its shape kept, and centre on black; an odd rest goes right and below."""
+    # Black before the normalisation, so a tower sees (0 - mean) / std there, not 0.
+    canvas = Image.new("RGB", (width, height))
+    resized = resize_bicubic(picture, *_fitted_size(picture.width, picture.height, width, height))
+    canvas.paste(resized, ((width - resized.width) // 2, (height - resized.height) // 2))
+    return canvas
+
+
+def _fitted_size(width: int, height: int, max_width: int, max_height: int) -> tuple[int, int]:
+    """The limiting side exactly, the other rounded up, so that no picture vanishes."""
+    scale_width, scale_height = max_width / width, max_height / height
+    if scale_width < scale_height:
+        return max_width, min(math.ceil(height * scale_width), max_height)
+    return min(math.ceil(width * scale_height), max_width), max_height
+
+
+def _pinpoints(sizes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(size) for size in sizes)
+
+
+def normalise(picture: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """RGB bytes to float32 (3, height, width): scaled to 0..1, less the mean, over the standard deviation, by channel."""
+    # float64 only for the division: with the rest in float32 the values equal the official ones to the last bit.
+    pixels = (np.asarray(picture, dtype=np.float64) / 255).astype(np.float32)
+    return torch.from_numpy((pixels - np.array(mean, np.float32)) / np.array(std, np.float32)).permute(2, 0, 1)
