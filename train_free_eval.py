@@ -8,6 +8,7 @@
     python train_free_eval.py --model llava-1.5-7b --tasks pope,mme       official weights, from the Hugging Face Hub
     python train_free_eval.py --model llava-1.5-7b --weights DIR --data DIR   the same from local folders
     python train_free_eval.py --image photo.jpg --prompt "What is this?" --tokens 48
+    python train_free_eval.py --model demo-video --video clip.mp4 --prompt "What moves?" --retain 0.25
 
 The last line of stdout is one JSON object; results/<run>/ gets report.html, a summary, and one JSON line an answer.
 """
@@ -35,18 +36,20 @@ from nanovlm_v2drop.checkpoint import CheckpointError
 from nanovlm_v2drop.claims import find_claims
 from nanovlm_v2drop.dropping import DROPPERS
 from nanovlm_v2drop.evaluate import describe_machine, evaluate, read_records, run_summary, summarise, summarise_bias
-from nanovlm_v2drop.images import ASPECT_RATIOS, DEFAULT_ASPECT_RATIO, open_image
+from nanovlm_v2drop.images import ASPECT_RATIOS, DEFAULT_ASPECT_RATIO
 from nanovlm_v2drop.inference import MAX_NEW_TOKENS, generate
-from nanovlm_v2drop.plans import ALL, DENSE, Plan, Shape, equal_budget_plans, first_seeds, official_plans
+from nanovlm_v2drop.plans import ALL, DENSE, Plan, Shape, equal_budget_plans, first_seeds, official_plans, prompt_shape
 from nanovlm_v2drop.prompts import TEMPLATES, Request
-from nanovlm_v2drop.report.gallery import GalleryRow, describe_gallery, draw_gallery
+from nanovlm_v2drop.report.gallery import GalleryRow, board_of, describe_gallery, draw_gallery
 from nanovlm_v2drop.report.page import write_page
 from nanovlm_v2drop.report.tables import print_findings, print_run
 from nanovlm_v2drop.tasks import TASKS, DatasetUnavailable, Sample, Task, load_task
+from nanovlm_v2drop.video import UniformSampling
 from nanovlm_v2drop.zoo import DTYPES, MODELS, VisionLanguageModel, WeightsUnavailable, load
 
 ACCOUNTINGS = ("equal", "official")
 RETAIN = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of 576 tokens, the paper's three budgets
+RETAIN_OF_VIDEO = (0.25, 0.2, 0.15)  # the paper's three for LLaVA-OneVision on video
 PICTURES = 4  # samples whose kept tokens are drawn
 
 
@@ -77,13 +80,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, help="default results/<model>-<time>")
     add("--resume", action="store_true", help="go on with the answers that --output already holds")
     add("--image", help="answer --prompt about this picture, with and without dropping, and draw what was kept")
-    add("--prompt", help="the question about --image")
+    add("--video", help="the same about a video file")
+    add("--prompt", help="the question about --image or --video")
+    add("--max-pixels", type=int, help="the most that Qwen2-VL leaves of a picture or frame; default the checkpoint's own")
+    add("--frames", type=int, help="frames of a video, evenly spaced; default as the model was released with")
     arguments = parser.parse_args(argv)
-    if (arguments.image is None) != (arguments.prompt is None):
-        parser.error("--image and --prompt belong together")
+    if (arguments.image is None and arguments.video is None) != (arguments.prompt is None):
+        parser.error("--image or --video belongs together with --prompt")
     if arguments.resume and arguments.output is None:
         parser.error("--resume needs the --output of the run to go on with")
-    for name in ("limit", "batch_size", "seeds"):
+    for name in ("limit", "batch_size", "seeds", "frames"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
     return arguments
@@ -100,7 +106,7 @@ def numbers(text: str) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        mode = answer_one if arguments.image else ledger if arguments.claims else evaluate_tasks
+        mode = answer_one if arguments.prompt else ledger if arguments.claims else evaluate_tasks
         run = mode(arguments)
     except (WeightsUnavailable, DatasetUnavailable, CheckpointError, ValueError, FileNotFoundError, ImportError) as error:
         print(f"train_free_eval.py: {error}", file=sys.stderr)
@@ -119,17 +125,18 @@ def load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
         template=arguments.template,
         attention=arguments.attention,
         weights=arguments.weights,
+        max_pixels=arguments.max_pixels,
+        sampling=UniformSampling(arguments.frames) if arguments.frames else None,
     )
 
 
-def plans_for(vlm: VisionLanguageModel, arguments: argparse.Namespace) -> list[Plan]:
-    shape = Shape(vlm.config.vision_config.num_patches, vlm.config.text_config.num_hidden_layers)
+def plans_for(shape: Shape, arguments: argparse.Namespace) -> list[Plan]:
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     if arguments.ablation:
         return ablation_plans(arguments.ablation, shape)
     if arguments.accounting == "official":
         return official_plans(arguments.methods, shape, seeds)
-    shares = arguments.retain or RETAIN
+    shares = arguments.retain or (RETAIN_OF_VIDEO if shape.frames > 1 else RETAIN)
     budgets = arguments.tokens or [round(share * shape.num_vision_tokens, 2) for share in shares]
     return equal_budget_plans(arguments.methods, budgets, shape, seeds)
 
@@ -143,15 +150,16 @@ def evaluate_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run every task, print the tables, leave results behind; the returned object is the last line of stdout."""
     tasks = [load_task(name, arguments.data) for name in arguments.tasks or default_tasks(arguments.model)]
     vlm = load_model(arguments)
-    plans, output = plans_for(vlm, arguments), output_folder(arguments)
+    output, plans = output_folder(arguments), {}
     about = run_summary(vlm, [])
     print(", ".join(f"{name} {about[name]}" for name in ("model", "device", "dtype", "attention", "decode_attention")))
     galleries: list[dict[str, Any]] = []
     for task in tasks:
-        galleries += run_task(vlm, task, plans, output, arguments)
+        plans[task.name] = plans_for(prompt_shape(vlm, task.first_sample().request), arguments)
+        galleries += run_task(vlm, task, plans[task.name], output, arguments)
     records = read_records(output)
-    rows = [row for task in tasks for row in summarise(vlm, task, plans, records)]
-    bias = [entry for task in tasks for entry in summarise_bias(vlm, task, plans, records)]
+    rows = [row for task in tasks for row in summarise(vlm, task, plans[task.name], records)]
+    bias = [entry for task in tasks for entry in summarise_bias(task, plans[task.name], records)]
     print_run(rows, bias, Console(width=None if sys.stdout.isatty() else 140))
     run = {**run_summary(vlm, rows), **provenance(vlm, arguments), "position_bias": bias, "output": str(output)}
     for name, content in (("summary.json", run), ("galleries.json", galleries)):
@@ -173,7 +181,8 @@ def provenance(vlm: VisionLanguageModel, arguments: argparse.Namespace) -> dict[
 
 
 def default_tasks(model: str) -> list[str]:
-    return ["demo"] if Path(model).name == "demo" else ["pope", "mme"]
+    name = Path(model).name
+    return [name] if name in ("demo", "demo-video") else ["pope", "mme"]
 
 
 def run_task(
@@ -188,24 +197,17 @@ def run_task(
     for sample in track(samples, description=f"{vlm.name} on {task.name}", total=total, console=Console(stderr=True)):
         shown += [sample] if len(shown) < PICTURES else []
     records = {(record.plan, record.sample_id): record for record in read_records(output) if record.task == task.name}
-    grid_size, num_layers = vlm.config.vision_config.grid_size, vlm.config.text_config.num_hidden_layers
+    num_layers = vlm.config.text_config.num_hidden_layers
     return [
         describe_gallery(
             task.name,
             sample,
-            vlm.image_processor.to_square(open_image(sample.images[0])),
-            grid_size,
+            board_of(vlm, sample.request),
             [(plan, records[plan.key, sample.sample_id]) for plan in first_seeds(plans)],
             num_layers,
         )
         for sample in shown
     ]
-
-
-def save_gallery(vlm: VisionLanguageModel, image: Any, question: str, rows: list[GalleryRow], path: Path) -> None:
-    picture = vlm.image_processor.to_square(open_image(image))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_gallery(picture, question, rows, vlm.config.vision_config.grid_size).save(path)
 
 
 def ledger(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -219,17 +221,19 @@ def ledger(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def answer_one(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One question about one picture with every method and budget; prints the answers and draws what was kept."""
+    """One question about one picture or video with every method and budget; prints the answers and draws what was kept."""
     vlm = load_model(arguments)
-    request = Request(text=arguments.prompt, images=[arguments.image])
+    images = [] if arguments.image is None else [arguments.image]
+    request = Request(text=arguments.prompt, images=images, video=arguments.video)
     drawn, results = [], []
-    for plan in first_seeds(plans_for(vlm, arguments)):
+    for plan in first_seeds(plans_for(prompt_shape(vlm, request), arguments)):
         (answer,) = generate(vlm, [request], plan.dropper, max_new_tokens=MAX_NEW_TOKENS)
         print(f"{plan.row:>20}  {answer.text}")
         drawn.append(GalleryRow(plan.row, answer.text, [(layer, kept.tolist()) for layer, kept in answer.kept]))
         results.append({"method": plan.method, "asked_tokens": plan.asked_tokens, "text": answer.text})
     path = output_folder(arguments) / "kept.png"
-    save_gallery(vlm, arguments.image, arguments.prompt, drawn, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_gallery(board_of(vlm, request), arguments.prompt, drawn).save(path)
     print(f"kept tokens: {path}")
     return {**run_summary(vlm, results), "picture": str(path)}
 

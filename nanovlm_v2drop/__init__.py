@@ -7,12 +7,12 @@
     (answer,) = generate(vlm, [request], V2Drop(DropSchedule.for_mean_tokens(32, 144, 12)))
 """
 
-from .config import TextConfig, VisionConfig, VLMConfig
+from .config import LlavaConfig, LlavaOnevisionConfig, Qwen2VLConfig, TextConfig, VisionConfig, VLMConfig
 from .decoder import Decoder
 from .dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, PrefillState, Random, TokenDropper, V2Drop
 from .inference import Answer, KVCache, NothingDropped, Prefilled, Sampling, decode_one_token, generate, prefill, stream
 from .prompts import Request
-from .vlm import LlavaModel, PackedInputs
+from .vlm import LlavaModel, LlavaOnevisionModel, PackedInputs, Qwen2VLModel
 from .zoo import MODELS, VisionLanguageModel, load
 
 __all__ = [
@@ -23,11 +23,16 @@ __all__ = [
     "Decoder",
     "DropSchedule",
     "KVCache",
+    "LlavaConfig",
     "LlavaModel",
+    "LlavaOnevisionConfig",
+    "LlavaOnevisionModel",
     "NothingDropped",
     "PackedInputs",
     "PrefillState",
     "Prefilled",
+    "Qwen2VLConfig",
+    "Qwen2VLModel",
     "Random",
     "Request",
     "Sampling",

@@ -1,4 +1,4 @@
-"""Official LLaVA-1.5 checkpoints into our modules: safetensors only, and every tensor is accounted for.
+"""Official checkpoints into our modules: safetensors only, and every tensor is accounted for.
 
 A tensor without a place here, or a place that no tensor fills, is an error: a model with one random layer would still
 answer. The headers of all files are matched with the model before any value is read; then the values come one by one.
@@ -14,22 +14,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import VLMConfig, read_json_object
+from .config import LlavaConfig, VLMConfig, read_json_object
 from .decoder import Decoder
-from .vlm import LlavaModel
+from .vlm import MODEL_CLASSES, VLM
 
 # Stored name -> ours. The first pattern that matches decides; None is left out on purpose; a name that none matches
 # stays as it is. The same weights are in circulation under four sets of names:
 #   hub            llava-hf's files, and what transformers 4 saves
 #   transformers 5 the hub's, but without `vision_model.`
 #   new            transformers 5 with save_original_format=False: everything but the head is below `model.`
-#   original       liuhaotian's, where the decoder itself is `model.`
+#   original       liuhaotian's and lmms-lab's, where the decoder itself is `model.`; Qwen2-VL's are like these
 RENAMES: tuple[tuple[str, str | None], ...] = (
     (r".*\bposition_ids$", None),  # 0, 1, 2, ...: old versions saved it
     (r".*\brotary_emb\.inv_freq$", None),  # computed from rope_theta
     (r"(model\.)?vision_tower\.(.*\.)?post_layernorm\.", None),  # behind the layer that LLaVA reads
+    (r"(model\.)?vision_tower\.(.*\.)?vision_model\.head\.", None),  # SigLIP's pooling
     (r"(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower."),
     (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+    (r"(language_model\.)?(model\.)?image_newline$", "image_newline"),
+    (r"(model\.)?visual\.", "visual."),
     (r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),  # original: Sequential(Linear, GELU, Linear)
     (r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"language_model\.model\.", "language_model."),  # hub, transformers 5
@@ -64,7 +67,7 @@ class StoredTensor(NamedTuple):
 
 def load_model(
     folder: Path, config: VLMConfig, *, device: torch.device, dtype: torch.dtype, attention: str = "auto"
-) -> LlavaModel:
+) -> VLM:
     """Read an official checkpoint into a model that is ready for inference (eval mode, no gradients).
 
     The weights never exist twice: each tensor goes straight from the mapped file to `device` and `dtype`. On the CPU,
@@ -80,7 +83,7 @@ def load_model(
         CheckpointError: the weights are not exactly the model's, are not finite, or cannot be read.
     """
     with torch.device("meta"):
-        model = LlavaModel(config, attention)
+        model = MODEL_CLASSES[type(config)](config, attention)
     sources = match_tensors(list_tensors(Path(folder)), model, Path(folder))
     state = dict(read_tensors(sources, device, dtype))
     if config.text_config.tie_word_embeddings:
@@ -167,7 +170,7 @@ def our_name(stored_name: str) -> str | None:
     return stored_name
 
 
-def match_tensors(stored: Sequence[StoredTensor], model: LlavaModel, folder: Path) -> dict[str, StoredTensor]:
+def match_tensors(stored: Sequence[StoredTensor], model: VLM, folder: Path) -> dict[str, StoredTensor]:
     """Find the stored tensor of every parameter; raises CheckpointError unless they correspond one to one."""
     named = [(our_name(tensor.name), tensor) for tensor in stored]
     needed = [(name, tensor) for name, tensor in named if name is not None and not is_unused(name, model.config)]
@@ -175,8 +178,8 @@ def match_tensors(stored: Sequence[StoredTensor], model: LlavaModel, folder: Pat
     parameters = model.state_dict()
     if unexpected := [str(tensor) for name, tensor in needed if name not in parameters]:
         raise CheckpointError(
-            f"{folder} stores tensors that the model has no place for: {listed(unexpected)}; is this a LLaVA-1.5 "
-            "checkpoint with its own config.json? A new dialect needs its names in checkpoint.RENAMES"
+            f"{folder} stores tensors that the model has no place for: {listed(unexpected)}; is this a "
+            "checkpoint of a known family, with its own config.json? A new dialect needs its names in checkpoint.RENAMES"
         )
     sources: dict[str, StoredTensor] = {}
     for name, tensor in needed:
@@ -191,6 +194,8 @@ def match_tensors(stored: Sequence[StoredTensor], model: LlavaModel, folder: Pat
 def is_unused(name: str, config: VLMConfig) -> bool:
     """Whether this is a block of the tower behind the layer that LLaVA reads, which our tower does not build."""
     block = VISION_BLOCK.match(name)
+    if not isinstance(config, LlavaConfig):
+        return False
     unused = range(config.vision_layers_run, config.vision_config.num_hidden_layers)
     return block is not None and int(block[1]) in unused
 
@@ -204,7 +209,7 @@ def check_floating(stored: Sequence[StoredTensor]) -> None:
         )
 
 
-def check_nothing_missing(sources: dict[str, StoredTensor], model: LlavaModel, folder: Path) -> None:
+def check_nothing_missing(sources: dict[str, StoredTensor], model: VLM, folder: Path) -> None:
     """Raise CheckpointError for parameters without a stored tensor; a tied head needs none."""
     optional = {HEAD} if model.config.text_config.tie_word_embeddings else set()
     missing = [name for name in model.state_dict() if name not in sources and name not in optional]
@@ -265,7 +270,7 @@ def tie_head(decoder: Decoder) -> None:
     decoder.lm_head.weight = decoder.embed_tokens.weight
 
 
-def check_materialised(model: LlavaModel) -> None:
+def check_materialised(model: VLM) -> None:
     """Raise CheckpointError for anything that no stored value reached, such as a buffer that is not saved."""
     tensors = chain(model.named_parameters(), model.named_buffers())
     if left := [name for name, tensor in tensors if tensor.is_meta]:

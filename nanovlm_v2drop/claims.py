@@ -27,7 +27,7 @@ from .demo.data import patch_labels
 from .dropping import PUBLISHED_SCHEDULES, DropSchedule
 from .dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS, layers_at_depths
 from .evaluate import evaluate, read_records, summarise_bias
-from .plans import Plan, Shape, equal_budget_plans
+from .plans import Plan, Shape, equal_budget_plans, prompt_shape
 from .prompts import Request
 from .tasks import Task
 from .theory import drop_point, mean_interval, mean_ranks, rank_quality
@@ -60,7 +60,7 @@ UNTESTED = (
 
 def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int | None = None) -> Iterator[Finding]:
     """The whole ledger; answers go to `output` as in any run. Takes some minutes."""
-    shape = Shape(vlm.config.vision_config.num_patches, vlm.config.text_config.num_hidden_layers)
+    shape = prompt_shape(vlm, task.first_sample().request)
     plans = ledger_plans(shape)
     for _ in evaluate(vlm, task, plans, output, limit=limit, batch_size=8):
         pass
@@ -69,7 +69,7 @@ def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int |
     for plan in plans:
         by_row.setdefault(plan.label, []).append([vars(record) for record in records if record.plan == plan.key])
     yield from score_findings({label: resample(task, answers) for label, answers in by_row.items()})
-    yield bias_finding({entry["label"]: entry["kl_bits"] for entry in summarise_bias(vlm, task, plans, records)})
+    yield bias_finding({entry["label"]: entry["kl_bits"] for entry in summarise_bias(task, plans, records)})
     yield region_finding(vlm, shape)
     yield from impact_findings(vlm, task)
     yield flops_finding()
@@ -177,7 +177,7 @@ def area_under_roc(values: Tensor, positive: Tensor) -> float:
 
 def impact_findings(vlm: VisionLanguageModel, task: Task, num_prompts: int = 4, layer_idx: int = 1) -> Iterator[Finding]:
     """The theorem's use: that the ranking by variation is one by what dropping a token does."""
-    requests = [Request(text=sample.text, images=sample.images) for sample in task.samples(num_prompts)]
+    requests = [sample.request for sample in task.samples(num_prompts)]
     points = [drop_point(vlm.model.language_model, vlm.prepare([request]), layer_idx) for request in requests]
     rows = {(row["score"], row["impact"]): row for row in rank_quality(points)}
     for impact, claim in (

@@ -1,18 +1,23 @@
 """Model configurations, filled from the official config.json.
 
 Field names are Hugging Face's, so a config.json needs no second dictionary. The defaults are the ones that the official
-files leave out: llava-hf/llava-1.5-7b-hf stores neither the LLaMA sizes nor the CLIP activation.
+files leave out: llava-hf/llava-1.5-7b-hf stores neither the LLaMA sizes nor the CLIP activation, Qwen/Qwen2-VL-7B-Instruct
+not the depth of its tower.
 """
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 Config = TypeVar("Config")
 # Decoders of this arithmetic; others share LLaMA's tensor names but multiply in between.
-TEXT_MODEL_TYPES = ("llama", "llava", "llava_llama", "qwen2", "qwen2_vl", "qwen2_vl_text")
+TEXT_MODEL_TYPES = ("llama", "llava", "llava_llama", "llava_qwen", "qwen2", "qwen2_vl", "qwen2_vl_text")
+# What transformers' Qwen2Config has otherwise than LlamaConfig, and files leave out.
+QWEN2_DEFAULTS = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+QWEN2_EOS_TOKEN_IDS = [151645, 151643]  # <|im_end|>, <|endoftext|>
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         require_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        self.check_image_size()
+
+    def check_image_size(self) -> None:
         require_divisible("image_size", self.image_size, "patch_size", self.patch_size)
 
     @property
@@ -40,8 +48,43 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Vision tokens of one picture: 576 for LLaVA-1.5."""
+        """Patches of one picture: the 576 vision tokens of LLaVA-1.5."""
         return self.grid_size**2
+
+
+@dataclass(frozen=True)
+class SiglipVisionConfig(VisionConfig):
+    """SigLIP vision tower; defaults are google/siglip-so400m-patch14-384. Its last pixels fill no patch: 27 x 14 = 378."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    image_size: int = 384
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+
+    def check_image_size(self) -> None:
+        if not 0 < self.patch_size <= self.image_size:
+            raise ValueError(f"patch_size {self.patch_size} must be in 1..image_size {self.image_size}")
+
+
+@dataclass(frozen=True)
+class Qwen2VLVisionConfig:
+    """Qwen2-VL's own vision tower; `hidden_size` is the decoder's width, `embed_dim` the tower's."""
+
+    depth: int = 32
+    embed_dim: int = 1280
+    hidden_size: int = 3584
+    hidden_act: str = "quick_gelu"
+    mlp_ratio: int = 4
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 14
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+
+    def __post_init__(self) -> None:
+        require_divisible("embed_dim", self.embed_dim, "4 * num_heads (two axes of rotated pairs)", 4 * self.num_heads)
 
 
 @dataclass(frozen=True)
@@ -84,26 +127,19 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """A vision tower, a projector and a decoder, in LLaVA's arrangement."""
+    """What every family has: a decoder, and the tokens that stand where vision features go."""
 
-    vision_config: VisionConfig = field(default_factory=VisionConfig)
+    vision_token_names: ClassVar[tuple[str, ...]] = ("<image>", "<video>")  # as the tokenizer spells them
     text_config: TextConfig = field(default_factory=TextConfig)
     image_token_id: int = 32000
-    vision_feature_layer: int = -2
+    video_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = (2,)
 
-    def __post_init__(self) -> None:
-        depth = self.vision_config.num_hidden_layers
-        if type(self.vision_feature_layer) is not int:
-            raise ValueError(f"vision_feature_layer {self.vision_feature_layer!r} is not supported; it must be one number")
-        if not -depth - 1 <= self.vision_feature_layer <= depth:
-            raise ValueError(f"vision_feature_layer {self.vision_feature_layer} is outside a tower of {depth} layers")
-
     @property
-    def vision_layers_run(self) -> int:
-        """Blocks before the feature layer; hidden state 0 is the embedding, so -2 leaves the last block out."""
-        layer = self.vision_feature_layer
-        return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
+    def vision_tokens(self) -> dict[str, int]:
+        """Name and id of each token that stands where vision features go."""
+        ids = (self.image_token_id, self.video_token_id)
+        return {name: token for name, token in zip(self.vision_token_names, ids, strict=True) if token is not None}
 
     @classmethod
     def from_folder(cls, folder: Path) -> "VLMConfig":
@@ -119,21 +155,203 @@ class VLMConfig:
 
     @classmethod
     def from_official(cls, raw: dict[str, Any], eos_token_id: int | list[int] | None = None) -> "VLMConfig":
-        """From the parsed config.json of llava-hf (nested) or liuhaotian (flat, `mm_` fields)."""
+        """From the parsed config.json of any known family; see MODEL_TYPES."""
         model_type = raw.get("model_type")
-        if model_type not in ("llava", "llava_llama"):
-            raise ValueError(f"model_type {model_type!r} is not supported; known: llava, llava_llama")
-        text = raw.get("text_config", raw)
+        if model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type {model_type!r} is not supported; known: {', '.join(MODEL_TYPES)}")
+        family = MODEL_TYPES[model_type]
+        text = {"tie_word_embeddings": raw.get("tie_word_embeddings", False), **raw.get("text_config", raw)}
+        check_supported(text, family.supported(raw))
+        eos = next(value for value in (eos_token_id, text.get("eos_token_id"), family.default_eos()) if value is not None)
+        common: dict[str, Any] = {
+            "text_config": from_fields(TextConfig, {**family.text_defaults(), **flatten_rope(text)}),
+            "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
+        }
+        return family(**common, **family.own_fields(raw))
+
+    @classmethod
+    def supported(cls, raw: dict[str, Any]) -> list[tuple[str, Any, tuple[Any, ...]]]:
+        """Settings of this family that must have one of the values given: (name, value, known values)."""
+        raise NotImplementedError(f"{cls.__name__} is not a family")
+
+    @classmethod
+    def own_fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """The fields that this family reads from its config.json."""
+        raise NotImplementedError(f"{cls.__name__} is not a family")
+
+    @classmethod
+    def text_defaults(cls) -> dict[str, Any]:
+        """What its decoder has otherwise than LLaMA where the file says nothing."""
+        return QWEN2_DEFAULTS
+
+    @classmethod
+    def default_eos(cls) -> int | list[int]:
+        return QWEN2_EOS_TOKEN_IDS
+
+
+@dataclass(frozen=True)
+class LlavaConfig(VLMConfig):
+    """LLaVA-1.5: CLIP, projector, LLaMA."""
+
+    vision_config: VisionConfig = field(default_factory=VisionConfig)
+    vision_feature_layer: int = -2
+
+    def __post_init__(self) -> None:
+        depth = self.vision_config.num_hidden_layers
+        if type(self.vision_feature_layer) is not int:
+            raise ValueError(f"vision_feature_layer {self.vision_feature_layer!r} is not supported; it must be one number")
+        if not -depth - 1 <= self.vision_feature_layer <= depth:
+            raise ValueError(f"vision_feature_layer {self.vision_feature_layer} is outside a tower of {depth} layers")
+
+    @property
+    def vision_layers_run(self) -> int:
+        """Blocks before the feature layer; hidden state 0 is the embedding, so -2 leaves the last block out."""
+        layer = self.vision_feature_layer
+        return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
+
+    @classmethod
+    def supported(cls, raw: dict[str, Any]) -> list[tuple[str, Any, tuple[Any, ...]]]:
+        return llava_settings(raw, "clip_vision_model", "default")
+
+    @classmethod
+    def own_fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """llava-hf's file is nested, liuhaotian's flat with `mm_` fields."""
+        return {
+            "vision_config": from_fields(VisionConfig, raw.get("vision_config", {})),
+            "image_token_id": raw.get("image_token_index", raw.get("image_token_id", cls.image_token_id)),
+            "vision_feature_layer": raw.get("vision_feature_layer", raw.get("mm_vision_select_layer", -2)),
+        }
+
+    @classmethod
+    def text_defaults(cls) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def default_eos(cls) -> int | list[int]:
+        return 2
+
+
+@dataclass(frozen=True)
+class LlavaOnevisionConfig(LlavaConfig):
+    """LLaVA-OneVision: SigLIP, projector, Qwen2; pictures in tiles, several pictures, video.
+
+    `image_grid_pinpoints` (height, width) in pixels: the sizes that a picture may be resized to. The released towers have 26
+    blocks, one less than SigLIP, and all of them run.
+    """
+
+    image_token_id: int = 151646
+    video_token_id: int | None = 151647
+    eos_token_ids: tuple[int, ...] = tuple(QWEN2_EOS_TOKEN_IDS)
+    vision_config: VisionConfig = field(default_factory=lambda: SiglipVisionConfig(num_hidden_layers=26))
+    vision_feature_layer: int = -1
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = tuple((384 * h, 384 * w) for h in range(1, 7) for w in range(1, 7))
+    vision_aspect_ratio: str = "anyres_max_9"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if re.fullmatch(r"anyres_max_\d+", self.vision_aspect_ratio) is None:
+            raise ValueError(f"vision_aspect_ratio {self.vision_aspect_ratio!r} is not supported; known: anyres_max_N")
+        for side in {side for pinpoint in self.image_grid_pinpoints for side in pinpoint}:
+            require_divisible("image_grid_pinpoints", side, "image_size", self.vision_config.image_size)
+
+    @property
+    def max_tiles(self) -> int:
+        """A picture of more tiles than this is scaled down to about as many."""
+        return int(self.vision_aspect_ratio.rpartition("_")[2])
+
+    @classmethod
+    def supported(cls, raw: dict[str, Any]) -> list[tuple[str, Any, tuple[Any, ...]]]:
+        return [
+            *llava_settings(raw, "siglip_vision_model", "full"),
+            ("mm_patch_merge_type", raw.get("mm_patch_merge_type", "spatial_unpad"), ("spatial_unpad",)),
+            ("mm_newline_position", raw.get("mm_newline_position", "one_token"), ("one_token",)),
+            ("mm_spatial_pool_mode", raw.get("mm_spatial_pool_mode", "bilinear"), ("bilinear",)),
+        ]
+
+    @classmethod
+    def own_fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """llava-hf's file is nested; lmms-lab's flat one says nothing of the tower, which is always the same."""
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        given = {
+            "image_token_id": raw.get("image_token_index", raw.get("image_token_id")),
+            "video_token_id": raw.get("video_token_index", raw.get("video_token_id")),
+            "vision_aspect_ratio": raw.get("vision_aspect_ratio", raw.get("image_aspect_ratio")),
+            "vision_feature_layer": raw.get("vision_feature_layer"),
+            "image_grid_pinpoints": read_pinpoints(raw.get("image_grid_pinpoints")),
+        }
+        fields = {name: defaults[name] if value is None else value for name, value in given.items()}
+        tower = raw.get("vision_config", {})
+        return {**fields, "vision_config": from_fields(SiglipVisionConfig, {"num_hidden_layers": 26, **tower})}
+
+
+@dataclass(frozen=True)
+class Qwen2VLConfig(VLMConfig):
+    """Qwen2-VL: its own tower on pictures of any size, Qwen2 with multimodal positions."""
+
+    vision_token_names: ClassVar[tuple[str, ...]] = ("<|image_pad|>", "<|video_pad|>")
+    image_token_id: int = 151655
+    video_token_id: int | None = 151656
+    eos_token_ids: tuple[int, ...] = tuple(QWEN2_EOS_TOKEN_IDS)
+    vision_config: Qwen2VLVisionConfig = field(default_factory=Qwen2VLVisionConfig)
+
+    def __post_init__(self) -> None:
+        if self.vision_config.hidden_size != self.text_config.hidden_size:
+            raise ValueError(
+                f"vision_config.hidden_size {self.vision_config.hidden_size} must be the decoder's "
+                f"hidden_size {self.text_config.hidden_size}"
+            )
+        if self.text_config.mrope_section is None:
+            raise ValueError("Qwen2-VL's rope_scaling must have an mrope_section, three numbers; is config.json complete?")
+
+    @classmethod
+    def supported(cls, raw: dict[str, Any]) -> list[tuple[str, Any, tuple[Any, ...]]]:
         vision = raw.get("vision_config", {})
-        check_supported(raw, text, vision)
-        eos = next(value for value in (eos_token_id, text.get("eos_token_id"), 2) if value is not None)
-        return cls(
-            vision_config=from_fields(VisionConfig, vision),
-            text_config=from_fields(TextConfig, flatten_rope(text)),
-            image_token_id=raw.get("image_token_index", raw.get("image_token_id", cls.image_token_id)),
-            vision_feature_layer=raw.get("vision_feature_layer", raw.get("mm_vision_select_layer", -2)),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-        )
+        kind = vision.get("model_type", "qwen2_vl")
+        return [("vision_config.model_type", kind, ("qwen2_vl", "qwen2_vl_vision"))]
+
+    @classmethod
+    def own_fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """The hub's file is flat and spells in_channels `in_chans`; newer versions nest the decoder."""
+        vision = raw.get("vision_config", {})
+        return {
+            "vision_config": from_fields(Qwen2VLVisionConfig, {"in_channels": vision.get("in_chans"), **vision}),
+            "image_token_id": raw.get("image_token_id", cls.image_token_id),
+            "video_token_id": raw.get("video_token_id", cls.video_token_id),
+        }
+
+
+MODEL_TYPES: dict[str, type[VLMConfig]] = {
+    "llava": LlavaConfig,
+    "llava_llama": LlavaConfig,
+    "llava_onevision": LlavaOnevisionConfig,
+    "llava_qwen": LlavaOnevisionConfig,
+    "qwen2_vl": Qwen2VLConfig,
+}
+
+
+def llava_settings(raw: dict[str, Any], tower: str, strategy: str) -> list[tuple[str, Any, tuple[Any, ...]]]:
+    """What the projector and the tower of a LLaVA must be."""
+    vision = raw.get("vision_config", {})
+    return [
+        ("vision_config.model_type", vision.get("model_type", tower), (tower,)),
+        ("projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ("gelu",)),
+        ("mm_projector_type", raw.get("mm_projector_type", "mlp2x_gelu"), ("mlp2x_gelu",)),
+        ("multimodal_projector_bias", raw.get("multimodal_projector_bias", True), (True,)),
+        ("mm_vision_select_feature", raw.get("mm_vision_select_feature", "patch"), ("patch",)),
+        ("vision_feature_select_strategy", raw.get("vision_feature_select_strategy", strategy), (strategy,)),
+    ]
+
+
+def read_pinpoints(value: Any) -> tuple[tuple[int, int], ...] | None:
+    """[[height, width], ...] in pixels; lmms-lab also writes "(1x1),...,(6x6)", in tiles of 384 pixels."""
+    if isinstance(value, str):
+        ends = re.fullmatch(r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)", value.replace(" ", ""))
+        if ends is None:
+            raise ValueError(f"image_grid_pinpoints {value!r} is not supported; expected [[height, width], ...] in pixels")
+        first_high, first_wide, last_high, last_wide = map(int, ends.groups())
+        rows, columns = range(first_high, last_high + 1), range(first_wide, last_wide + 1)
+        return tuple((384 * high, 384 * wide) for high in rows for wide in columns)
+    return None if value is None else tuple((height, width) for height, width in value)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -161,22 +379,18 @@ def flatten_rope(text: dict[str, Any]) -> dict[str, Any]:
     if kind not in ("default", "mrope"):
         raise ValueError(f"rope type {kind!r} is not supported; known: default, mrope")
     known = {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
-    return {**text, **known, "qkv_bias": text.get("model_type", "").startswith("qwen2")}
+    return {**text, **known, "qkv_bias": "qwen" in text.get("model_type", "")}
 
 
-def check_supported(raw: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) -> None:
+def check_supported(text: dict[str, Any], expected_of_family: list[tuple[str, Any, tuple[Any, ...]]]) -> None:
     """Refuse settings that would silently change the numbers."""
     expected = [
         ("text_config.hidden_act", text.get("hidden_act", "silu"), ("silu",)),
         ("text_config.model_type", text.get("model_type", "llama"), TEXT_MODEL_TYPES),
         ("text_config.mlp_bias", text.get("mlp_bias", False), (False,)),
         ("text_config.attention_bias", text.get("attention_bias", False), (False,)),
-        ("vision_config.model_type", vision.get("model_type", "clip_vision_model"), ("clip_vision_model",)),
-        ("projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ("gelu",)),
-        ("mm_projector_type", raw.get("mm_projector_type", "mlp2x_gelu"), ("mlp2x_gelu",)),
-        ("multimodal_projector_bias", raw.get("multimodal_projector_bias", True), (True,)),
-        ("mm_vision_select_feature", raw.get("mm_vision_select_feature", "patch"), ("patch",)),
-        ("vision_feature_select_strategy", raw.get("vision_feature_select_strategy", "default"), ("default",)),
+        ("text_config.use_sliding_window", text.get("use_sliding_window", False), (False, None)),
+        *expected_of_family,
     ]
     for name, value, known in expected:
         if value not in known:

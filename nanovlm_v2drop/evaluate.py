@@ -27,7 +27,6 @@ from .config import read_json_object
 from .inference import NothingDropped, decode_tokens, decode_until, prefill
 from .plans import DENSE, Plan
 from .position_bias import position_bias
-from .prompts import Request
 from .tasks import Sample, Task
 from .vlm import PackedInputs
 from .zoo import VisionLanguageModel
@@ -55,6 +54,7 @@ class Record:
     kv_cache_bytes: int
     peak_memory_mb: float
     kept: list[list[int]] = field(default_factory=list)
+    vision_grids: list[list[int]] = field(default_factory=list)  # frames, rows, columns of each picture or video
 
 
 def evaluate(
@@ -99,7 +99,7 @@ def check_same_settings(vlm: VisionLanguageModel, output: Path) -> None:
         "model": vlm.name,
         "dtype": str(vlm.dtype),
         "template": vlm.template,
-        "image_aspect_ratio": vlm.image_processor.image_aspect_ratio,
+        "image_processor": repr(vlm.image_processor),
     }
     path = output / "settings.json"
     if path.is_file() and (before := read_json_object(path)) != settings:
@@ -119,7 +119,7 @@ class Prepared:
 
 def prepare_batch(vlm: VisionLanguageModel, samples: Sequence[Sample]) -> Prepared:
     started = timestamp(vlm.device)
-    packed = vlm.prepare([Request(text=sample.text, images=sample.images) for sample in samples])
+    packed = vlm.prepare([sample.request for sample in samples])
     return Prepared(samples, packed, (timestamp(vlm.device) - started) * 1000 / len(samples))
 
 
@@ -158,6 +158,7 @@ def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: Pre
             kv_cache_bytes=cache_bytes[index],
             peak_memory_mb=peak,
             kept=[stages[index].tolist() for _, stages in kept],
+            vision_grids=[list(grid) for grid in packed.vision_grids[index]],
         )
         for index, sample in enumerate(prepared.samples)
     ]
@@ -259,14 +260,13 @@ def time_fields(records: list[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def summarise_bias(
-    vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], records: Sequence[Record]
-) -> list[dict[str, Any]]:
+def summarise_bias(task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> list[dict[str, Any]]:
     """What `position_bias` says of every method that drops, all its seeds together."""
     row_of, first_stages = {plan.key: plan.row for plan in plans}, defaultdict[str, list[tuple[int, list[int]]]](list)
-    for record in records:
-        if record.task == task.name and record.kept and record.plan in row_of:
-            first_stages[row_of[record.plan]].append((record.vision_tokens, record.kept[0]))
+    dropped = [record for record in records if record.task == task.name and record.kept and record.plan in row_of]
+    for record in dropped:
+        first_stages[row_of[record.plan]].append((record.vision_tokens, record.kept[0]))
+    grid_size = common_grid_size([grid for record in dropped for grid in record.vision_grids])
     return [
         {
             "task": task.name,
@@ -277,8 +277,15 @@ def summarise_bias(
             **bias,
         }
         for plan in {plan.row: plan for plan in plans}.values()
-        if (bias := position_bias(first_stages[plan.row], vlm.config.vision_config.grid_size))
+        if (bias := position_bias(first_stages[plan.row], grid_size))
     ]
+
+
+def common_grid_size(grids: Sequence[Sequence[int]]) -> int:
+    """Side of the square that all pictures and frames are, newlines aside; 1 where they differ: place is then not looked at."""
+    shapes = {(rows, columns) for _, rows, columns in grids if rows * columns > 1}
+    rows, columns = shapes.pop() if len(shapes) == 1 else (1, 1)
+    return rows if rows == columns else 1
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Pictures to pixel values, exactly as LLaVA-1.5's official processors make them, with Pillow and numpy only.
+"""Pictures to pixel values: opening, resizing, and LLaVA-1.5's official processors, with Pillow and numpy only.
 
 Two official ways to make a picture square exist, and both are offered as `image_aspect_ratio`:
   "pad"   the original LLaVA-1.5 (what the papers report): pad to a square with the mean colour, then resize
@@ -17,7 +17,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .config import read_json_object
+from .config import VisionConfig, read_json_object
+from .vlm import VisionInput
 
 ImageSource = str | Path | Image.Image
 
@@ -118,14 +119,15 @@ def _check_pixel_count(width: int, height: int) -> None:
 class ImageProcessor:
     """Turns pictures into the pixel values that a CLIP-like tower reads.
 
-    `image_size` is the tower's input in pixels on a side; `image_mean` and `image_std` are per RGB channel, on the
-    0..1 scale. Raises ValueError for values that no picture could be processed with.
+    `image_size` and `patch_size` are the sides of the tower's input and of a patch in pixels; `image_mean` and `image_std`
+    are per RGB channel, on the 0..1 scale. Raises ValueError for values that no picture could be processed with.
     """
 
     image_size: int
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     image_aspect_ratio: str = DEFAULT_ASPECT_RATIO
+    patch_size: int = VisionConfig.patch_size
 
     def __post_init__(self) -> None:
         if type(self.image_size) is not int or self.image_size < 1:
@@ -140,7 +142,11 @@ class ImageProcessor:
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, image_size: int, image_aspect_ratio: str = DEFAULT_ASPECT_RATIO
+        cls,
+        folder: str | Path,
+        image_size: int,
+        image_aspect_ratio: str = DEFAULT_ASPECT_RATIO,
+        patch_size: int = VisionConfig.patch_size,
     ) -> "ImageProcessor":
         """Read mean and std from a checkpoint folder; CLIP's hold where it stores none, as the original LLaVA's.
 
@@ -155,7 +161,7 @@ class ImageProcessor:
                 raise ValueError(f"{folder}: {name} = {settings[name]!r} is not supported, only {expected!r} is")
         mean = tuple(settings.get("image_mean", CLIP_IMAGE_MEAN))
         std = tuple(settings.get("image_std", CLIP_IMAGE_STD))
-        return cls(image_size, mean, std, image_aspect_ratio)
+        return cls(image_size, mean, std, image_aspect_ratio, patch_size)
 
     def __call__(self, images: Sequence[ImageSource]) -> Tensor:
         """Process pictures (PIL, or paths) to a float32 tensor (N, 3, S, S); raises what `open_image` raises."""
@@ -163,6 +169,15 @@ class ImageProcessor:
         for row, image in zip(pixel_values, images, strict=True):
             row.copy_(self._normalise(self.to_square(open_image(image))))
         return pixel_values
+
+    def image(self, picture: ImageSource, alone: bool = True) -> VisionInput:
+        """One picture; whether it is alone in its request changes nothing here. Raises what `open_image` raises."""
+        opened, grid = open_image(picture), self.image_size // self.patch_size
+        return VisionInput(self([opened]), ((1, grid, grid),), (opened.height, opened.width))
+
+    def video(self, frames: Sequence[Image.Image]) -> VisionInput:
+        """Raises ValueError: LLaVA-1.5 was trained on pictures alone."""
+        raise ValueError("LLaVA-1.5 takes pictures only, not a video; give its frames as images")
 
     def to_square(self, picture: Image.Image) -> Image.Image:
         """The square picture that the tower sees: padded or cropped, `image_size` on a side."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from .dropping import DROPPERS, DropSchedule, TokenDropper
 from .dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS, OutOfReach
+from .prompts import Request
+from .zoo import VisionLanguageModel
 
 DENSE, ALL = "dense", "all"
 
@@ -52,10 +54,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a schedule must know of a model: vision tokens of a picture, and layers of the decoder."""
+    """What a schedule must know: vision tokens of a prompt, layers of the decoder, and frames of the prompt's video."""
 
     num_vision_tokens: int
     num_layers: int
+    frames: int = 1
+
+
+def prompt_shape(vlm: VisionLanguageModel, request: Request) -> Shape:
+    """The shape of one prompt; where prompts differ in size, a schedule solved for it keeps the same shares of the others."""
+    _, media = vlm.tokens_and_media(request)
+    frames = max((frames for medium in media for frames, _, _ in medium.grids), default=1)
+    return Shape(sum(medium.num_tokens for medium in media), vlm.config.text_config.num_hidden_layers, frames)
 
 
 def first_seeds(plans: Sequence[Plan]) -> list[Plan]:
@@ -132,7 +142,7 @@ def solve(
     reached, unreached = {}, {}
     for method in methods:
         try:
-            reached[method] = method.schedule_for(budget, shape.num_vision_tokens, shape.num_layers)
+            reached[method] = method.schedule_for(budget, shape.num_vision_tokens, shape.num_layers, shape.frames)
         except OutOfReach as error:
             unreached[method] = error
     return reached, unreached
@@ -157,7 +167,8 @@ def official_plans(names: Sequence[str], shape: Shape, seeds: Sequence[int]) -> 
     Raises ValueError for an unknown method, and for one without a published setting that was asked for by name.
     """
     plans = []
-    note = "" if shape == Shape(PAPER_VISION_TOKENS, PAPER_LAYERS) else "mapped from 32 layers and 576 tokens"
+    is_papers = (shape.num_vision_tokens, shape.num_layers) == (PAPER_VISION_TOKENS, PAPER_LAYERS)
+    note = "" if is_papers else "mapped from 32 layers and 576 tokens"
     for method in find_methods(names):
         if method is None:
             plans.append(Plan(DENSE))

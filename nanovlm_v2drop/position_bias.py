@@ -18,15 +18,21 @@ BINS = 10
 def position_bias(stages: Sequence[tuple[int, Sequence[int]]], grid_size: int) -> dict[str, Any] | None:
     """Probabilities of being kept, from (vision tokens of the prompt, numbers of those that were kept) of each sample.
 
-    `bins`: by tenth of the sequence; `rows`, `columns`, `map`: by place in the picture of grid_size x grid_size tokens.
-    None where there is nothing to count.
+    `bins`: by tenth of the sequence; `rows`, `columns`, `map`: by place in the picture or frame of grid_size x grid_size
+    tokens; `frames`: by picture or frame, where a prompt has several. What fills no whole picture (the newline behind a video)
+    is not counted. None where there is nothing to count.
     """
-    if not any(count for count, _ in stages):
+    frames = max((count // grid_size**2 for count, _ in stages), default=0)
+    if not frames:
         return None
-    there, kept = np.zeros((BINS, grid_size, grid_size)), np.zeros((BINS, grid_size, grid_size))
+    there, kept = np.zeros((BINS, frames, grid_size, grid_size)), np.zeros((BINS, frames, grid_size, grid_size))
     for count, numbers in stages:
-        np.add.at(there, places(np.arange(count), count, grid_size), 1)
-        np.add.at(kept, places(np.asarray(numbers, dtype=int), count, grid_size), 1)
+        whole = count - count % grid_size**2
+        inside = np.asarray(numbers, dtype=int)
+        np.add.at(there, places(np.arange(whole), whole, grid_size), 1)
+        np.add.at(kept, places(inside[inside < whole], whole, grid_size), 1)
+    by_frame = share(kept.sum((0, 2, 3)), there.sum((0, 2, 3)))
+    there, kept = there.sum(1), kept.sum(1)
     bins_there, bins_kept = there.sum((1, 2)), kept.sum((1, 2))
     return {
         "kept_share": round(float(kept.sum() / there.sum()), 5),
@@ -34,16 +40,17 @@ def position_bias(stages: Sequence[tuple[int, Sequence[int]]], grid_size: int) -
         "rows": share(kept.sum((0, 2)), there.sum((0, 2))),
         "columns": share(kept.sum((0, 1)), there.sum((0, 1))),
         "map": share(kept.sum(0), there.sum(0)),
+        "frames": by_frame if grid_size > 1 else [],
         "kl_bits": round(divergence(bins_kept, bins_there), 6),
         "chi_square": round(chi_square(bins_kept, bins_there), 3),
         "degrees_of_freedom": BINS - 1,
     }
 
 
-def places(numbers: np.ndarray, count: int, grid_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bin, row and column of each token; several pictures of a prompt lie on top of each other."""
-    row, column = np.divmod(numbers % grid_size**2, grid_size)
-    return numbers * BINS // count, row, column
+def places(numbers: np.ndarray, count: int, grid_size: int) -> tuple[np.ndarray, ...]:
+    """Bin, frame, row and column of each token."""
+    frame, place = np.divmod(numbers, grid_size**2)
+    return numbers * BINS // count, frame, *np.divmod(place, grid_size)
 
 
 def share(kept: np.ndarray, there: np.ndarray) -> list[Any]:

@@ -1,13 +1,14 @@
-"""Questions to token ids: requests, chat templates and tokenizers, exactly as LLaVA-1.5's official files say.
+"""Questions to token ids: requests, chat templates and tokenizers, exactly as the official files say.
 
-A `Request` becomes a prompt (`build_prompt`), and a prompt becomes ids in which every picture has as many image tokens
-as the projector will give it features (`encode_prompt`).
+A `Request` becomes a prompt (`build_prompt`), and a prompt becomes ids in which every picture and video has as many tokens
+as the tower will give it features (`encode_prompt`).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import sentencepiece
@@ -16,8 +17,11 @@ from PIL.Image import Image
 from tokenizers import decoders
 
 from .config import read_json_object
+from .video import VideoSource
+from .vlm import VisionInput
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"  # how a request marks where its pictures and its video stand
+QWEN_SYSTEM = "You are a helpful assistant."
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -28,14 +32,15 @@ VICUNA_SYSTEM = (
 class Request:
     """One question about pictures or a video.
 
-    `text` is what the user asks, with `<image>` where each picture stands, or without: then the pictures come first.
-    `prompt` is given in its place by a caller who has applied a chat template already. Raises ValueError unless exactly
-    one of them is given.
+    `text` is what the user asks, with `<image>` where each picture and `<video>` where the video stands, or without: then
+    they come first, pictures before the video. `prompt` is given in its place by a caller who has applied a chat template
+    already, with the model's own tokens. `video` is a file, or a list of frames. Raises ValueError unless exactly one of
+    text and prompt is given.
     """
 
     text: str | None = None
     images: Sequence[str | Path | Image] = ()
-    video: object | None = None
+    video: VideoSource | None = None
     prompt: str | None = None
 
     def __post_init__(self) -> None:
@@ -60,19 +65,51 @@ def hub(text: str) -> str:
     return f"USER: {text} ASSISTANT:"
 
 
+def qwen_1_5(text: str) -> str:
+    """Qwen2's conversation with its system sentence, as the original LLaVA-OneVision and Qwen2-VL are asked."""
+    return f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n{qwen_hub(text)}"
+
+
+def qwen_hub(text: str) -> str:
+    """The chat template stored beside llava-hf's LLaVA-OneVision, which has no system turn."""
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@dataclass(frozen=True)
+class Template:
+    """A conversation, and how a picture or video is written in it; one that has no place in the text ends with `separator`."""
+
+    wrap: Callable[[str], str]
+    image: str = IMAGE_TOKEN
+    video: str = VIDEO_TOKEN
+    separator: str = "\n"
+
+    def __call__(self, text: str) -> str:
+        """`text` in a conversation, its placeholders written as the model reads them."""
+        return self.wrap(text.replace(IMAGE_TOKEN, self.image).replace(VIDEO_TOKEN, self.video))
+
+
 DEFAULT_TEMPLATE = "vicuna_v1"
 # How LLaMA's tokenizer.json turns tokens back into text.
 LLAMA_DECODER = decoders.Sequence(
     [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
 )
-TEMPLATES: dict[str, Callable[[str], str]] = {"vicuna_v1": vicuna_v1, "hub": hub}
+TEMPLATES: dict[str, Template] = {
+    "vicuna_v1": Template(vicuna_v1),
+    "hub": Template(hub),
+    "qwen_1_5": Template(qwen_1_5),
+    "qwen_hub": Template(qwen_hub),
+    "qwen2_vl": Template(
+        qwen_1_5, "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>", ""
+    ),
+}
 
 
 def build_prompt(request: Request, template: str = DEFAULT_TEMPLATE) -> str:
     """Write the string that the model reads; `request.prompt` is returned as it is.
 
-    Raises ValueError for an unknown template, a blank text or prompt, and for a text that has `<image>` in it, but not
-    once per picture.
+    Raises ValueError for an unknown template, a blank text or prompt, and for a text that has `<image>` or `<video>` in it,
+    but not once per picture or video.
     """
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; choose one of: {', '.join(sorted(TEMPLATES))}")
@@ -81,17 +118,19 @@ def build_prompt(request: Request, template: str = DEFAULT_TEMPLATE) -> str:
         raise ValueError(f"the request is blank ({question!r}); give it a text to answer")
     if request.prompt is not None:
         return request.prompt
-    return TEMPLATES[template](_place_images(question, len(request.images)))
+    separator = TEMPLATES[template].separator
+    with_video = _place_media(question, VIDEO_TOKEN, int(request.video is not None), "videos", separator)
+    return TEMPLATES[template](_place_media(with_video, IMAGE_TOKEN, len(request.images), "pictures", separator))
 
 
-def _place_images(text: str, num_images: int) -> str:
-    placeholders = text.count(IMAGE_TOKEN)
+def _place_media(text: str, token: str, count: int, what: str, separator: str) -> str:
+    placeholders = text.count(token)
     if placeholders == 0:
-        return f"{IMAGE_TOKEN}\n" * num_images + text
-    if placeholders != num_images:
+        return f"{token}{separator}" * count + text
+    if placeholders != count:
         raise ValueError(
-            f"the text has {placeholders} {IMAGE_TOKEN} but {num_images} pictures are given; write one {IMAGE_TOKEN} "
-            "per picture, or none to put the pictures first"
+            f"the text has {placeholders} {token} but {count} {what} are given; write one {token} for each, or none to put "
+            "them first"
         )
     return text
 
@@ -178,35 +217,36 @@ class SentencePieceTokenizer:
         )
 
 
-def load_tokenizer(folder: str | Path, *, image_token_id: int | None = None) -> Tokenizer:
+def load_tokenizer(folder: str | Path, vision_tokens: Mapping[str, int] = MappingProxyType({})) -> Tokenizer:
     """Load a checkpoint folder's tokenizer: `tokenizer.json`, or `tokenizer.model` where that is all there is.
 
-    `image_token_id` is the config's; a folder that does not know `<image>` (the original LLaVA's) gets it at that id.
-    Raises FileNotFoundError where neither file is there, and ValueError for a broken file, or for an `<image>` whose
-    id is unknown, taken, or another one than `image_token_id`.
+    `vision_tokens`: the config's name and id of each token that stands for vision features; a folder that does not know them
+    (the original LLaVA's) gets them at these ids. Raises FileNotFoundError where neither file is there, and ValueError for
+    a broken file, or for a token whose id is unknown, taken, or another one than given.
     """
     folder = Path(folder)
     json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
     if json_file.is_file():
-        tokenizer: Tokenizer = _load_json(json_file, image_token_id)
+        tokenizer: Tokenizer = _load_json(json_file, vision_tokens)
     elif model_file.is_file():
-        tokenizer = _load_sentencepiece(model_file, image_token_id)
+        tokenizer = _load_sentencepiece(model_file, vision_tokens)
     else:
         raise FileNotFoundError(f"no tokenizer in {str(folder)!r}: looked for {json_file.name} and {model_file.name}")
-    known_id = tokenizer.token_to_id(IMAGE_TOKEN)
-    if image_token_id is not None and known_id != image_token_id:
-        raise ValueError(f"{folder}: {IMAGE_TOKEN} is token {known_id}, but the model's config says {image_token_id}")
+    for token, token_id in vision_tokens.items():
+        if tokenizer.token_to_id(token) != token_id:
+            known_id = tokenizer.token_to_id(token)
+            raise ValueError(f"{folder}: {token} is token {known_id}, but the model's config says {token_id}")
     return tokenizer
 
 
-def _load_json(path: Path, image_token_id: int | None) -> JsonTokenizer:
+def _load_json(path: Path, vision_tokens: Mapping[str, int]) -> JsonTokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     # The library raises a bare Exception for every kind of damage.
     except Exception as error:
         raise ValueError(f"cannot read {path} as a tokenizer: {error}") from error
-    if image_token_id is not None and tokenizer.token_to_id(IMAGE_TOKEN) is None:
-        tokenizer.add_special_tokens([IMAGE_TOKEN])
+    absent = [token for token in vision_tokens if tokenizer.token_to_id(token) is None]
+    tokenizer.add_special_tokens(sorted(absent, key=vision_tokens.__getitem__))
     return JsonTokenizer(tokenizer, *_named_specials(path.parent, tokenizer))
 
 
@@ -223,7 +263,7 @@ def _named_specials(folder: Path, tokenizer: tokenizers.Tokenizer) -> tuple[str 
     return tokens[0], tokens[1]
 
 
-def _load_sentencepiece(path: Path, image_token_id: int | None) -> SentencePieceTokenizer:
+def _load_sentencepiece(path: Path, vision_tokens: Mapping[str, int]) -> SentencePieceTokenizer:
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.load(str(path))
@@ -231,11 +271,10 @@ def _load_sentencepiece(path: Path, image_token_id: int | None) -> SentencePiece
     except (OSError, RuntimeError) as error:
         raise ValueError(f"cannot read {path} as a sentencepiece model: {error}") from error
     added_file = path.parent / "added_tokens.json"
-    added_tokens = read_json_object(added_file) if added_file.is_file() else {}
+    own_tokens = read_json_object(added_file) if added_file.is_file() else {}
+    added_tokens = {**vision_tokens, **own_tokens}
     if IMAGE_TOKEN not in added_tokens:
-        if image_token_id is None:
-            raise ValueError(f"{path} does not know {IMAGE_TOKEN}; pass the config's image_token_id")
-        added_tokens[IMAGE_TOKEN] = image_token_id
+        raise ValueError(f"{path} does not know {IMAGE_TOKEN}; pass the config's vision_tokens")
     _check_added_tokens(processor, added_tokens)
     return SentencePieceTokenizer(processor, added_tokens)
 
@@ -250,18 +289,26 @@ def _check_added_tokens(processor: sentencepiece.SentencePieceProcessor, added_t
             )
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, image_token_id: int, tokens_per_image: Sequence[int]) -> list[int]:
-    """Token ids of a prompt in which the i-th image token stands `tokens_per_image[i]` times, once per feature.
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, media: Mapping[int, Sequence[VisionInput]]
+) -> tuple[list[int], list[VisionInput]]:
+    """Token ids of a prompt in which each picture's or video's token stands once per feature, and the media in that order.
 
-    Raises ValueError where the prompt has more or fewer image tokens than there are pictures.
+    `media`: for each vision token's id the pictures or videos that its occurrences stand for, in order.
+    Raises ValueError where the prompt has more or fewer of a token than there are pictures or videos.
     """
     token_ids = tokenizer.encode(prompt)
-    placeholders = token_ids.count(image_token_id)
-    if placeholders != len(tokens_per_image):
-        raise ValueError(
-            f"the prompt has {placeholders} image tokens (id {image_token_id}) but {len(tokens_per_image)} pictures "
-            "are given; write one per picture, and check that the tokenizer knows the image token"
-        )
-    counts = iter(tokens_per_image)
-    repeats = (next(counts) if token_id == image_token_id else 1 for token_id in token_ids)
-    return [token_id for token_id, repeat in zip(token_ids, repeats, strict=True) for _ in range(repeat)]
+    for token_id, given in media.items():
+        if (placeholders := token_ids.count(token_id)) != len(given):
+            raise ValueError(
+                f"the prompt has {placeholders} image or video tokens (id {token_id}) but {len(given)} pictures or videos are "
+                "given for it; write one for each, and check that the tokenizer knows the token"
+            )
+    queues = {token_id: iter(given) for token_id, given in media.items()}
+    expanded: list[int] = []
+    ordered: list[VisionInput] = []
+    for token_id in token_ids:
+        if token_id in queues:
+            ordered.append(next(queues[token_id]))
+        expanded += [token_id] * (ordered[-1].num_tokens if token_id in queues else 1)
+    return expanded, ordered

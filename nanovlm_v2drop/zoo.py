@@ -8,17 +8,21 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
 
 from .attention import resolve_backend
 from .checkpoint import load_model
-from .config import VLMConfig
-from .images import DEFAULT_ASPECT_RATIO, ImageProcessor
-from .prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
-from .vlm import LlavaModel, PackedInputs
+from .config import LlavaConfig, LlavaOnevisionConfig, Qwen2VLConfig, VLMConfig
+from .images import DEFAULT_ASPECT_RATIO, ImageProcessor, ImageSource
+from .images_onevision import OnevisionImageProcessor
+from .images_qwen2 import Qwen2VLImageProcessor
+from .prompts import TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
+from .video import FpsSampling, FrameSampling, UniformSampling, read_frames
+from .vlm import VLM, PackedInputs, VisionInput
 
 WEIGHTS_FOLDER = Path(__file__).parents[1] / "weights"
 # Safetensors only: a repository may hold the same weights as pickles too.
@@ -30,18 +34,59 @@ class WeightsUnavailable(RuntimeError):
     """The weights of a named model cannot be had; the message says what was tried, and on a second line what to do."""
 
 
+class MediaProcessor(Protocol):
+    """Turns pictures and frames into what a model's tower reads."""
+
+    def image(self, picture: ImageSource, alone: bool = True) -> VisionInput:
+        """One picture; `alone`: it is the only one of its request, and no video is with it."""
+
+    def video(self, frames: Sequence[Image.Image]) -> VisionInput:
+        """The sampled frames of one video; raises ValueError where the model takes none."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How models of one kind are asked: the template in prompts.TEMPLATES, and which frames of a video they see."""
+
+    template: str
+    sampling: FrameSampling
+
+
+FAMILIES: dict[type[VLMConfig], Family] = {
+    LlavaConfig: Family("vicuna_v1", UniformSampling()),
+    LlavaOnevisionConfig: Family("qwen_1_5", UniformSampling()),
+    Qwen2VLConfig: Family("qwen2_vl", FpsSampling()),
+}
+
+
+def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, max_pixels: int | None) -> MediaProcessor:
+    """What makes pictures ready for a model of this family, with the settings of its folder."""
+    match config:
+        case Qwen2VLConfig():
+            return Qwen2VLImageProcessor.from_folder(folder, config.vision_config, max_pixels)
+        case LlavaOnevisionConfig(vision_config=vision):
+            pinpoints = config.image_grid_pinpoints
+            return OnevisionImageProcessor.from_folder(
+                folder, vision.image_size, pinpoints, vision.patch_size, config.max_tiles
+            )
+        case LlavaConfig(vision_config=vision):
+            return ImageProcessor.from_folder(folder, vision.image_size, image_aspect_ratio, vision.patch_size)
+    raise TypeError(f"{type(config).__name__} has no image processor")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a named model comes from and how it is asked.
+    """Where a named model comes from.
 
-    `repo_id` is its repository on the Hugging Face Hub, None for one that ships with this repository; `template` a name
-    in prompts.TEMPLATES; `summary` one line for a reader who chooses.
+    `repo_id` is its repository on the Hugging Face Hub, None for one that ships with this repository; `summary` one line for
+    a reader who chooses; `template` (a name in prompts.TEMPLATES) and `sampling` where they are not its family's.
     """
 
     name: str
     summary: str
     repo_id: str | None = None
-    template: str = DEFAULT_TEMPLATE
+    template: str | None = None
+    sampling: FrameSampling | None = None
 
     @property
     def folder(self) -> Path:
@@ -55,19 +100,26 @@ MODELS = {
         ModelSpec("demo", "small LLaVA trained on synthetic scenes, shipped in weights/demo"),
         ModelSpec("llava-1.5-7b", "LLaVA-1.5 on Vicuna 7B, 14 GB to download", "llava-hf/llava-1.5-7b-hf"),
         ModelSpec("llava-1.5-13b", "LLaVA-1.5 on Vicuna 13B, 27 GB to download", "llava-hf/llava-1.5-13b-hf"),
+        ModelSpec("llava-onevision-qwen2-0.5b-ov", "LLaVA-OneVision 0.5B", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"),
+        ModelSpec("llava-onevision-qwen2-7b-ov", "LLaVA-OneVision 7B", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+        ModelSpec("llava-onevision-qwen2-72b-ov", "LLaVA-OneVision 72B", "llava-hf/llava-onevision-qwen2-72b-ov-hf"),
+        ModelSpec("qwen2-vl-2b", "Qwen2-VL 2B", "Qwen/Qwen2-VL-2B-Instruct"),
+        ModelSpec("qwen2-vl-7b", "Qwen2-VL 7B", "Qwen/Qwen2-VL-7B-Instruct"),
+        ModelSpec("qwen2-vl-72b", "Qwen2-VL 72B", "Qwen/Qwen2-VL-72B-Instruct"),
     )
 }
 
 
 @dataclass(eq=False)
 class VisionLanguageModel:
-    """A model with everything between it and a request: tokenizer, image processor, chat template."""
+    """A model with everything between it and a request: tokenizer, image processor, chat template, frame sampling."""
 
     name: str
-    model: LlavaModel
+    model: VLM
     tokenizer: Tokenizer
-    image_processor: ImageProcessor
-    template: str = DEFAULT_TEMPLATE
+    image_processor: MediaProcessor
+    template: str
+    sampling: FrameSampling
 
     @property
     def config(self) -> VLMConfig:
@@ -82,43 +134,47 @@ class VisionLanguageModel:
         return self.model.language_model.embed_tokens.weight.dtype
 
     def prepare(self, requests: Sequence[Request]) -> PackedInputs:
-        """Turn requests into one packed batch; all their pictures go through the tower together.
+        """Turn requests into one packed batch; all their pictures and videos go through the tower together.
 
         Every request gets a seed of its own contents, so that a method which draws at random draws the same for it in
-        every batch. Raises ValueError for no request, a video, a prompt that does not fit into the model's context, or
-        image tokens that do not match the pictures; and what open_image raises.
+        every batch. Raises ValueError for no request, a video where the model takes none, a prompt that does not fit into
+        the model's context, or image tokens that do not match the pictures; and what open_image and read_frames raise.
         """
         if not requests:
             raise ValueError("no request given; pass at least one")
-        prompts = [self.token_ids(request) for request in requests]
-        pixel_values = self.image_processor([image for request in requests for image in request.images])
-        pictures = pixel_values.split([len(request.images) for request in requests])
-        seeds = tuple(content_seed(*contents) for contents in zip(prompts, pictures, strict=True))
-        on_device = pixel_values.to(self.device, self.dtype) if len(pixel_values) else None
+        prompts, media = zip(*map(self.tokens_and_media, requests), strict=True)
+        seeds = tuple(content_seed(*contents) for contents in zip(prompts, media, strict=True))
         with torch.no_grad():  # not inference mode: the embeddings may be differentiated through later
-            return self.model.pack(prompts, on_device, seeds)
+            return self.model.pack(prompts, media, seeds)
 
     def token_ids(self, request: Request) -> list[int]:
-        """The prompt that the model reads, every image token repeated once a patch; raises ValueError as `prepare`."""
+        """The prompt that the model reads, each vision token repeated once a feature; raises ValueError as `prepare`."""
+        return self.tokens_and_media(request)[0]
+
+    def tokens_and_media(self, request: Request) -> tuple[list[int], list[VisionInput]]:
+        """A request's token ids, and its pictures and video in the order of their tokens; raises as `prepare`."""
+        alone = len(request.images) == 1 and request.video is None
+        media = {self.config.image_token_id: [self.image_processor.image(image, alone) for image in request.images]}
         if request.video is not None:
-            raise ValueError(f"{self.name} takes pictures only, not a video; give its frames as images")
-        tokens_per_image = [self.config.vision_config.num_patches] * len(request.images)
-        prompt = build_prompt(request, self.template)
-        token_ids = encode_prompt(self.tokenizer, prompt, self.config.image_token_id, tokens_per_image)
-        self.check_prompt(token_ids, sum(tokens_per_image))
-        return token_ids
+            if self.config.video_token_id is None:
+                raise ValueError(f"{self.name} takes pictures only, not a video; give its frames as images")
+            frames = read_frames(request.video, self.sampling)
+            media[self.config.video_token_id] = [self.image_processor.video(frames)]
+        token_ids, ordered = encode_prompt(self.tokenizer, build_prompt(request, self.template), media)
+        self.check_prompt(token_ids, sum(medium.num_tokens for medium in ordered))
+        return token_ids, ordered
 
     def check_prompt(self, token_ids: Sequence[int], num_vision_tokens: int) -> None:
         """Raise ValueError for a prompt that is too long, that ends with a picture, or that has an unknown token."""
-        text, length = self.config.text_config, len(token_ids)
+        text, length, vision_tokens = self.config.text_config, len(token_ids), set(self.config.vision_tokens.values())
         if length > text.max_position_embeddings:
             raise ValueError(
                 f"the prompt has {length} tokens ({num_vision_tokens} of them from pictures), but the context of "
                 f"{self.name} holds {text.max_position_embeddings}; shorten the text or give fewer pictures"
             )
-        if token_ids[-1] == self.config.image_token_id:
+        if token_ids[-1] in vision_tokens:
             raise ValueError("the prompt ends with a picture, whose last token could be dropped; end it with text")
-        largest = max((token for token in token_ids if token != self.config.image_token_id), default=0)
+        largest = max((token for token in token_ids if token not in vision_tokens), default=0)
         if largest >= text.vocab_size:
             raise ValueError(
                 f"the tokenizer gives token {largest}, but {self.name} has embeddings for {text.vocab_size}; "
@@ -126,9 +182,12 @@ class VisionLanguageModel:
             )
 
 
-def content_seed(token_ids: Sequence[int], pixel_values: Tensor) -> int:
-    """A number that depends on a request's token ids and pixel values (n, 3, image_size, image_size) alone."""
-    return zlib.crc32(pixel_values.numpy().tobytes(), zlib.crc32(np.asarray(token_ids, dtype="<i8").tobytes()))
+def content_seed(token_ids: Sequence[int], media: Sequence[VisionInput]) -> int:
+    """A number that depends on a request's token ids and pixel values alone."""
+    seed = zlib.crc32(np.asarray(token_ids, dtype="<i8").tobytes())
+    for medium in media:
+        seed = zlib.crc32(medium.pixel_values.numpy().tobytes(), seed)
+    return seed
 
 
 def load(
@@ -140,16 +199,20 @@ def load(
     template: str | None = None,
     attention: str = "auto",
     weights: str | Path | None = None,
+    max_pixels: int | None = None,
+    sampling: FrameSampling | None = None,
 ) -> VisionLanguageModel:
     """Load a model by its name in MODELS, or from a folder in the layout of the official checkpoints.
 
     Args:
         name_or_folder: a directory with a config.json is taken as a folder, everything else as a name.
         dtype: a floating torch.dtype, or its name.
-        image_aspect_ratio: how a picture becomes square: "pad" (as the papers do) or "crop" (as llava-hf does).
+        image_aspect_ratio: how LLaVA-1.5 makes a picture square: "pad" (as the papers do) or "crop" (as llava-hf does).
         template: name in prompts.TEMPLATES; None is the model's own.
         attention: back end, see attention.resolve_backend; model.language_model.attention names the one that runs.
         weights: for a named model, a local folder of its official checkpoint that is read instead of the Hub.
+        max_pixels: the most that Qwen2-VL leaves of a picture or frame; None is the checkpoint's own bound.
+        sampling: which frames of a video the model sees; None is what its family was released with.
 
     Raises:
         ValueError: an unknown name or option, a back end that cannot run here, a checkpoint that is not exactly right.
@@ -162,11 +225,14 @@ def load(
         raise ValueError(f"unknown template {template!r}; choose one of: {', '.join(sorted(TEMPLATES))}")
     spec, folder = locate(name_or_folder, weights)
     config = VLMConfig.from_folder(folder)
+    family = FAMILIES[type(config)]
     # The weights come last: everything else fails in milliseconds.
-    image_processor = ImageProcessor.from_folder(folder, config.vision_config.image_size, image_aspect_ratio)
-    tokenizer = load_tokenizer(folder, image_token_id=config.image_token_id)
+    image_processor = media_processor(folder, config, image_aspect_ratio, max_pixels)
+    tokenizer = load_tokenizer(folder, config.vision_tokens)
     model = load_model(folder, config, device=device, dtype=dtype, attention=attention)
-    return VisionLanguageModel(spec.name, model, tokenizer, image_processor, template or spec.template)
+    template = template or spec.template or family.template
+    frames = sampling or spec.sampling or family.sampling
+    return VisionLanguageModel(spec.name, model, tokenizer, image_processor, template, frames)
 
 
 def locate(name_or_folder: str | Path, weights: str | Path | None = None) -> tuple[ModelSpec, Path]:

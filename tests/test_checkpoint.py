@@ -18,7 +18,7 @@ from nanovlm_v2drop.attention import sdpa_attention
 from nanovlm_v2drop.checkpoint import CheckpointError, load_model
 from nanovlm_v2drop.config import VLMConfig
 from nanovlm_v2drop.decoder import rotary_table
-from nanovlm_v2drop.vlm import LlavaModel, PackedInputs
+from nanovlm_v2drop.vlm import LlavaModel, PackedInputs, VisionInput
 
 Tensors = dict[str, Tensor]
 CopyWithoutWeights = Callable[..., Path]
@@ -51,7 +51,7 @@ def assert_matches(model: LlavaModel, reference: Any, tolerance: float = 1e-5) -
         "vision": (model.vision_tower(pixel_values), tower.hidden_states[-2][:, 1:]),
         "projected": (model.encode_images(pixel_values)[0], getattr(projected, "pooler_output", projected)[0]),
         "logits": (
-            logits_of(model, model.pack([prompt], pixel_values, (0,))),
+            logits_of(model, model.pack([prompt], [[VisionInput(pixel_values, ((1, 6, 6),), (42, 42))]], (0,))),
             reference(input_ids=torch.tensor([prompt]), pixel_values=pixel_values).logits[0],
         ),
     }
@@ -247,7 +247,7 @@ EDITS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     ),
     "unexpected": (
         lambda t: t.update(image_newline=torch.zeros(48)),
-        r"no place for: image_newline \(model\.safetensors\); is this a LLaVA-1\.5 checkpoint",
+        r"no place for: image_newline \(model\.safetensors\); is this a checkpoint of a known family",
     ),
     "deeper tower": (
         lambda t: t.update({f"{BLOCK}.9.mlp.fc1.bias": torch.zeros(64)}),

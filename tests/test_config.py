@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovlm_v2drop.config import TextConfig, VisionConfig, VLMConfig
+from nanovlm_v2drop.config import LlavaConfig, TextConfig, VisionConfig, VLMConfig
 
 # llava-hf/llava-1.5-7b-hf, which leaves LLaMA's sizes and CLIP's activation out.
 HUB: dict[str, Any] = {
@@ -177,7 +177,7 @@ def test_a_head_size_may_differ_from_width_over_heads() -> None:
 @given(depth=st.integers(1, 40), data=st.data())
 def test_the_feature_layer_counts_hidden_states_as_transformers_does(depth: int, data: st.DataObject) -> None:
     layer = data.draw(st.integers(-depth - 1, depth))
-    config = VLMConfig(vision_config=VisionConfig(num_hidden_layers=depth), vision_feature_layer=layer)
+    config = LlavaConfig(vision_config=VisionConfig(num_hidden_layers=depth), vision_feature_layer=layer)
     blocks_behind = list(range(depth + 1))  # hidden_states[i] has gone through i blocks
     assert config.vision_layers_run == blocks_behind[layer]
 

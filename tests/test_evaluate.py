@@ -185,7 +185,7 @@ def test_position_bias_is_counted_over_all_seeds_of_a_method(
     finished: Path, plans: list[Plan], vlm: VisionLanguageModel
 ) -> None:
     records = read_records(finished)
-    entries = {(e["method"], e["asked_tokens"]): e for e in summarise_bias(vlm, Twins(), plans, records)}
+    entries = {(e["method"], e["asked_tokens"]): e for e in summarise_bias(Twins(), plans, records)}
     assert list(entries) == [("v2drop", 18), ("random", 18), ("v2drop", 10), ("random", 10)]
     own = [record.kept[0] for record in records if record.plan.startswith("random 18 seed")]
     assert entries["random", 18]["map"][0][0] == pytest.approx(mean(0 in kept for kept in own), abs=1e-5)

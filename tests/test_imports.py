@@ -12,11 +12,14 @@ PACKAGE = Path(nanovlm_v2drop.__file__).parent
 # From the bottom to the top: a module may import from its own row and from those before it.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("config",),
-    ("attention",),
+    ("attention", "arrange"),
     ("dropping",),
     ("vision", "decoder"),
+    ("vision_qwen2",),
     ("vlm",),
-    ("checkpoint", "images", "prompts"),
+    ("checkpoint", "images"),
+    ("video", "images_onevision", "images_qwen2"),
+    ("prompts",),
     ("inference",),
     ("zoo",),
     ("demo.scenes",),

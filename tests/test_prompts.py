@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,6 +20,7 @@ from nanovlm_v2drop.prompts import (
     encode_prompt,
     load_tokenizer,
 )
+from nanovlm_v2drop.vlm import VisionInput
 
 SENTENCES = [
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -159,7 +161,7 @@ def test_hub_prompt_has_no_system_sentence():
 
 def test_default_template_is_in_the_table():
     assert DEFAULT_TEMPLATE == "vicuna_v1"
-    assert set(TEMPLATES) == {"vicuna_v1", "hub"}
+    assert set(TEMPLATES) == {"vicuna_v1", "hub", "qwen_1_5", "qwen_hub", "qwen2_vl"}
 
 
 def test_pictures_without_a_place_come_first():
@@ -210,13 +212,13 @@ def test_blank_request_is_refused(field, blank):
 
 
 def test_unknown_template_is_refused_with_the_known_names():
-    with pytest.raises(ValueError, match="'llama'; choose one of: hub, vicuna_v1"):
+    with pytest.raises(ValueError, match="'llama'; choose one of: hub, qwen2_vl, qwen_1_5, qwen_hub, vicuna_v1"):
         build_prompt(Request(text="Hi"), "llama")
 
 
 @pytest.mark.parametrize(("text", "num_images", "counts"), [("<image> a", 0, "1 .* 0"), ("<image>" * 3, 2, "3 .* 2")])
 def test_placeholder_count_must_match_the_pictures(text, num_images, counts):
-    with pytest.raises(ValueError, match=f"has {counts} pictures .*write one <image> per picture"):
+    with pytest.raises(ValueError, match=f"has {counts} pictures .*write one <image> for each"):
         build_prompt(Request(text=text, images=[picture()] * num_images))
 
 
@@ -307,14 +309,14 @@ def test_cutting_and_padding_stored_in_the_file_are_ignored(tmp_path, model, fro
 
 def test_original_layout_gets_its_image_token_from_the_caller(tmp_path, model, from_json):
     (tmp_path / "tokenizer.model").write_bytes(model)
-    tokenizer = load_tokenizer(tmp_path, image_token_id=IMAGE_TOKEN_ID)
+    tokenizer = load_tokenizer(tmp_path, {"<image>": IMAGE_TOKEN_ID})
     assert tokenizer.encode("a <image>\nb") == from_json.encode("a <image>\nb")
     assert len(tokenizer) == VOCAB_SIZE + 1
 
 
 def test_original_layout_without_an_image_token_id_is_refused(tmp_path, model):
     (tmp_path / "tokenizer.model").write_bytes(model)
-    with pytest.raises(ValueError, match="does not know <image>; pass the config's image_token_id"):
+    with pytest.raises(ValueError, match="does not know <image>; pass the config's vision_tokens"):
         load_tokenizer(tmp_path)
 
 
@@ -323,24 +325,24 @@ def test_json_without_an_image_token_takes_the_callers_as_the_next_id(tmp_path, 
     tokenizer["added_tokens"] = tokenizer["added_tokens"][:3]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert load_tokenizer(tmp_path).token_to_id("<image>") is None
-    assert IMAGE_TOKEN_ID in load_tokenizer(tmp_path, image_token_id=IMAGE_TOKEN_ID).encode("a <image>")
+    assert IMAGE_TOKEN_ID in load_tokenizer(tmp_path, {"<image>": IMAGE_TOKEN_ID}).encode("a <image>")
     with pytest.raises(ValueError, match=f"is token {IMAGE_TOKEN_ID}, but the model's config says 500"):
-        load_tokenizer(tmp_path, image_token_id=500)
+        load_tokenizer(tmp_path, {"<image>": 500})
 
 
 @pytest.mark.parametrize("folder", ["json_folder", "sentencepiece_folder"])
 def test_image_token_id_that_disagrees_with_the_folder_is_refused(folder, request):
     folder = request.getfixturevalue(folder)
-    assert load_tokenizer(folder, image_token_id=IMAGE_TOKEN_ID).token_to_id("<image>") == IMAGE_TOKEN_ID
+    assert load_tokenizer(folder, {"<image>": IMAGE_TOKEN_ID}).token_to_id("<image>") == IMAGE_TOKEN_ID
     with pytest.raises(ValueError, match=f"is token {IMAGE_TOKEN_ID}, but the model's config says 7"):
-        load_tokenizer(folder, image_token_id=7)
+        load_tokenizer(folder, {"<image>": 7})
 
 
 @pytest.mark.parametrize("taken_id", [300, 0, -200])
 def test_image_token_cannot_take_an_ordinary_tokens_id(tmp_path, model, taken_id):
     (tmp_path / "tokenizer.model").write_bytes(model)
     with pytest.raises(ValueError, match=f"token id {taken_id} cannot stand for <image>: ids 0 to {VOCAB_SIZE - 1}"):
-        load_tokenizer(tmp_path, image_token_id=taken_id)
+        load_tokenizer(tmp_path, {"<image>": taken_id})
 
 
 def test_json_is_preferred_over_sentencepiece(tmp_path, json_folder):
@@ -359,16 +361,23 @@ def test_folder_without_a_tokenizer_is_an_error_that_names_the_files(tmp_path):
 def test_broken_tokenizer_file_is_an_error_that_names_it(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"cannot read .*{name}"):
-        load_tokenizer(tmp_path, image_token_id=IMAGE_TOKEN_ID)
+        load_tokenizer(tmp_path, {"<image>": IMAGE_TOKEN_ID})
 
 
 # Prompt to ids
 
 
+def medium(num_tokens: int) -> VisionInput:
+    return VisionInput(torch.zeros(0), ((1, 1, num_tokens),), (1, 1))
+
+
+
 def test_each_image_token_is_repeated_once_per_feature(from_json):
     plain = from_json.encode("a <image> b <image>")
     first, second = (index for index, token_id in enumerate(plain) if token_id == IMAGE_TOKEN_ID)
-    expanded = encode_prompt(from_json, "a <image> b <image>", IMAGE_TOKEN_ID, [3, 2])
+    media = [medium(3), medium(2)]
+    expanded, ordered = encode_prompt(from_json, "a <image> b <image>", {IMAGE_TOKEN_ID: media})
+    assert ordered == media
     assert expanded == [
         *plain[:first],
         *[IMAGE_TOKEN_ID] * 3,
@@ -379,14 +388,20 @@ def test_each_image_token_is_repeated_once_per_feature(from_json):
 
 
 def test_prompt_without_pictures_is_only_encoded(from_json):
-    assert encode_prompt(from_json, "USER: Hi ASSISTANT:", IMAGE_TOKEN_ID, []) == from_json.encode(
-        "USER: Hi ASSISTANT:"
-    )
+    encoded = encode_prompt(from_json, "USER: Hi ASSISTANT:", {IMAGE_TOKEN_ID: []})
+    assert encoded == (from_json.encode("USER: Hi ASSISTANT:"), [])
+
+
+def test_media_come_in_the_order_of_their_tokens(from_json):
+    other_id = from_json.token_to_id("<pad>")
+    first, second, video = medium(2), medium(1), medium(4)
+    _, ordered = encode_prompt(from_json, "<image> a <pad> b <image>", {IMAGE_TOKEN_ID: [first, second], other_id: [video]})
+    assert ordered == [first, video, second]
 
 
 @pytest.mark.parametrize(
     ("prompt", "tokens_per_image", "counts"), [("a", [4], "0 .* 1"), ("<image> <image>", [4], "2 .* 1")]
 )
 def test_image_token_count_must_match_the_pictures(from_json, prompt, tokens_per_image, counts):
-    with pytest.raises(ValueError, match=f"has {counts.replace(' .* ', ' image tokens .* but ')} pictures"):
-        encode_prompt(from_json, prompt, IMAGE_TOKEN_ID, tokens_per_image)
+    with pytest.raises(ValueError, match=f"has {counts.replace(' .* ', ' image or video tokens .* but ')} pictures"):
+        encode_prompt(from_json, prompt, {IMAGE_TOKEN_ID: list(map(medium, tokens_per_image))})

@@ -11,14 +11,14 @@ from rich.console import Console
 
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
 from nanovlm_v2drop.plans import Plan
-from nanovlm_v2drop.report.gallery import CELL, GalleryRow, describe_gallery, draw_gallery, fade_dropped
+from nanovlm_v2drop.report.gallery import CELL, Board, GalleryRow, describe_gallery, draw_gallery, fade_dropped
 from nanovlm_v2drop.report.tables import print_run
 from nanovlm_v2drop.tasks import Sample
 
 
 def test_kept_patches_stay_as_they_are_and_dropped_ones_fade():
     picture = Image.new("RGB", (12, 12), (200, 0, 0))
-    faded = np.asarray(fade_dropped(picture, [1], grid_size=2))
+    faded = np.asarray(fade_dropped(picture, [1], (2, 2)))
     half = CELL // 2
     assert (faded[:half, half:] == (200, 0, 0)).all()
     assert (faded[:half, :half, 1] > 200).all()
@@ -27,10 +27,11 @@ def test_kept_patches_stay_as_they_are_and_dropped_ones_fade():
 
 def test_a_gallery_has_one_row_a_method_and_one_column_a_stage():
     rows = [GalleryRow("dense", "yes", []), GalleryRow("v2drop", "no", [(1, [0, 1]), (2, [0])])]
-    gallery = draw_gallery(Image.new("RGB", (12, 12)), "Is it?", rows, grid_size=2)
+    board = Board(Image.new("RGB", (12, 12)), (2, 2), range(4))
+    gallery = draw_gallery(board, "Is it?", rows)
     assert gallery.size[0] > 2 * CELL
     assert gallery.size[1] > 2 * CELL
-    without = draw_gallery(Image.new("RGB", (12, 12)), "Is it?", rows[:1], grid_size=2)
+    without = draw_gallery(board, "Is it?", rows[:1])
     assert without.size[0] < 2 * CELL
 
 
@@ -85,8 +86,9 @@ def test_a_gallery_entry_counts_merged_tokens_and_lists_the_original_ones():
     answers = {"text": "yes", "correct": 1.0, "vision_tokens": 4, "kept": [[3]]}
     record = SimpleNamespace(**answers)
     sample = Sample("digit-1", " What? ", (), "no", "digit")
-    entry = describe_gallery("demo", sample, Image.new("RGB", (12, 12)), 2, [(plan, record)], num_layers=3)
+    board = Board(Image.new("RGB", (12, 12)), (2, 2), range(4))
+    entry = describe_gallery("demo", sample, board, [(plan, record)], num_layers=3)
     assert (entry["question"], entry["answer"], entry["grid"]) == ("What?", "no", [2, 2])
-    assert entry["rows"][0]["stages"] == [{"layer": 1, "tokens": 2, "kept": [3]}]
+    assert entry["rows"][0]["stages"] == [{"layer": 1, "tokens": 2, "kept": [3], "merged": 1}]
     picture = Image.open(io.BytesIO(base64.b64decode(entry["picture"].removeprefix("data:image/png;base64,"))))
     assert picture.size == (12, 12)

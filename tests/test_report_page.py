@@ -55,7 +55,8 @@ def make_bias(task: str, method: str, asked: float | None, map_: np.ndarray) -> 
 def make_gallery(task: str, sample: str, question: str) -> dict[str, Any]:
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (200, 30, 30)).save(file, "PNG")
-    stages = [{"layer": 1, "tokens": 7, "kept": [0, 1, 5, 6, 15]}, {"layer": 6, "tokens": 1, "kept": [5]}]
+    first = {"layer": 1, "tokens": 7, "kept": [0, 1, 5, 6, 15], "merged": 2}
+    stages = [first, {"layer": 6, "tokens": 1, "kept": [5], "merged": 0}]
     rows = [{"method": "dense", "label": "dense", "asked_tokens": None, "answer": "yes", "correct": 1.0, "stages": []}]
     for budget, method in itertools.product(BUDGETS, SCORES):
         answer = {"answer": f"{method} says </b>", "correct": {"fastv": 0.0, "random": 0.3}.get(method, 1.0), "stages": stages}

@@ -67,7 +67,7 @@ def test_twins_merge_before_any_other_pair():
     trace = picture(12, 0)
     keys = trace.keys().clone()
     keys[:, 1 + 4] = 3 * keys[:, 1 + 9]  # the same direction; 4 is of the first set, 9 of the second
-    twins = VisionTrace(trace.hidden_states, trace.class_attention, lambda: keys, trace.project)
+    twins = VisionTrace(trace.hidden_states, trace.received_attention, lambda: keys, trace.project, 1)
     after = compress("tome", prompt(3, twins, 4), 11)
     assert after.vision_indices[3:-4].tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
     merged = trace.project((trace.hidden_states[1 + 4] + trace.hidden_states[1 + 9]) / 2)

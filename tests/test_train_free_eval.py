@@ -90,7 +90,7 @@ def test_a_run_with_other_settings_does_not_go_on_with_these_answers(tmp_path, c
     run(capsys, *options)
     code, _, error = run(capsys, *options, "--resume", "--image-aspect-ratio", "crop")
     assert code == 2
-    assert "'image_aspect_ratio': 'pad'" in error
+    assert "image_aspect_ratio='pad'" in error
     assert "choose another --output" in error
 
 

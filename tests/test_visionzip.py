@@ -33,7 +33,7 @@ def picture(num_patches: int, seed: int, dtype: torch.dtype = torch.float32, dev
     keys = torch.randn(3, 1 + num_patches, 4, generator=generator).to(device, dtype)
     attention = torch.randn(3, 1 + num_patches, generator=generator).mul(2).softmax(-1)[:, 1:].to(device)
     weight = torch.randn(12, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    return VisionTrace(hidden, lambda: attention, lambda: keys, lambda features: torch.tanh(features @ weight))
+    return VisionTrace(hidden, lambda: attention, lambda: keys, lambda features: torch.tanh(features @ weight), 1)
 
 
 def prompt(*parts: int | VisionTrace) -> PackedInputs:
@@ -55,7 +55,7 @@ def prompt(*parts: int | VisionTrace) -> PackedInputs:
 def naive_visionzip(trace: VisionTrace, count: int) -> tuple[Tensor, list[int]]:
     """The authors' algorithm, one patch at a time: rows (count, D), and the number of the patch that each is, or MERGED."""
     patches = trace.hidden_states[1:]
-    heads = trace.class_attention()
+    heads = trace.received_attention()
     keys = trace.keys()[:, 1:].sum(0)
     attention = [float(sum(head[patch] for head in heads)) for patch in range(len(patches))]
     num_contextual = count * 10 // 64 if count > 2 else 0
@@ -94,7 +94,7 @@ def test_a_picture_becomes_what_the_authors_algorithm_makes_of_it(count):
 @pytest.mark.parametrize(("setting", "parts"), [("64", (1, 53, 10)), ("128", (1, 107, 20)), ("192", (1, 161, 30))])
 def test_the_authors_settings_are_the_class_token_patches_and_contextual_tokens(setting, parts):
     dropper = VisionZip.official(setting)
-    assert dropper.split(dropper.schedule.kept_count(0, 576)) == parts
+    assert dropper.split(dropper.schedule.kept_count(0, 576), 1) == parts
 
 
 def test_with_a_contextual_share_of_zero_only_the_class_token_is_new():
@@ -103,12 +103,12 @@ def test_with_a_contextual_share_of_zero_only_the_class_token_is_new():
 
 
 def test_two_tokens_are_the_class_token_and_a_patch_and_one_is_a_patch():
-    assert (VisionZip.official().split(2), VisionZip.official().split(1)) == ((1, 1, 0), (0, 1, 0))
+    assert (VisionZip.official().split(2, 1), VisionZip.official().split(1, 1)) == ((1, 1, 0), (0, 1, 0))
 
 
 def test_at_least_one_patch_is_kept_with_any_contextual_share():
     for count in range(1, 9):
-        assert VisionZip(CountSchedule({0: count}), contextual_share=0.99).split(count)[1] >= 1
+        assert VisionZip(CountSchedule({0: count}), contextual_share=0.99).split(count, 1)[1] >= 1
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
@@ -168,7 +168,7 @@ def test_the_tensors_of_the_input_stay_as_they_were(name):
     packed = prompt(3, picture(14, 1), 2)
     trace = packed.vision[0]
     tensors = [packed.inputs_embeds, packed.position_ids, packed.vision_mask, trace.hidden_states]
-    tensors += [trace.keys(), trace.class_attention()]
+    tensors += [trace.keys(), trace.received_attention()]
     before = [tensor.clone() for tensor in tensors]
     state = initial_state(packed)
     numbers = state.vision_indices.clone()
@@ -190,7 +190,7 @@ def test_the_drop_point_asks_the_device_for_no_number(name):
 @both_methods
 def test_bfloat16_keeps_the_dtype_and_comes_near_float32(name):
     coarse, project = picture(14, 1, torch.bfloat16), picture(1, 1).project
-    fine = VisionTrace(coarse.hidden_states.float(), coarse.class_attention, lambda: coarse.keys().float(), project)
+    fine = VisionTrace(coarse.hidden_states.float(), coarse.received_attention, lambda: coarse.keys().float(), project, 1)
     half, full = compress(name, prompt(3, coarse, 2), 9), compress(name, prompt(3, fine, 2), 9)
     assert half.hidden_states.dtype == torch.bfloat16
     assert half.vision_indices.tolist() == full.vision_indices.tolist()
@@ -251,7 +251,7 @@ def test_the_trace_holds_what_the_towers_weights_give(vlm):
     torch.testing.assert_close(torch.cat(list(trace.keys()), dim=-1), keys, atol=1e-5, rtol=0)
     query = weights.q_proj.weight @ normed[0] + weights.q_proj.bias
     size = len(query) // weights.num_heads
-    for head, row in enumerate(trace.class_attention()):
+    for head, row in enumerate(trace.received_attention()):
         part = slice(head * size, (head + 1) * size)
         wanted = (keys[:, part] @ query[part] / size**0.5).softmax(0)[1:]
         torch.testing.assert_close(row, wanted, atol=1e-6, rtol=0)

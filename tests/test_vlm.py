@@ -5,8 +5,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanovlm_v2drop.config import TextConfig, VisionConfig, VLMConfig
-from nanovlm_v2drop.vlm import LlavaModel, PackedInputs
+from nanovlm_v2drop.config import LlavaConfig, TextConfig, VisionConfig
+from nanovlm_v2drop.vlm import LlavaModel, PackedInputs, VisionInput
 
 VOCAB_SIZE, NUM_PATCHES = 20, 4
 PICTURE = "picture"
@@ -18,11 +18,15 @@ def tiny_llava(image_token_id: int) -> LlavaModel:
     sizes = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = VisionConfig(hidden_size=8, image_size=8, patch_size=4, **sizes)
     text = TextConfig(vocab_size=VOCAB_SIZE, hidden_size=12, **sizes)
-    return LlavaModel(VLMConfig(vision, text, image_token_id)).eval().requires_grad_(False)
+    return LlavaModel(LlavaConfig(text, image_token_id, vision_config=vision)).eval().requires_grad_(False)
 
 
 def pixels(num_pictures: int) -> torch.Tensor:
     return torch.randn(num_pictures, 3, 8, 8, generator=torch.Generator().manual_seed(num_pictures))
+
+
+def pictures(pixel_values: torch.Tensor) -> list[VisionInput]:
+    return [VisionInput(picture[None], ((1, 2, 2),), (8, 8)) for picture in pixel_values]
 
 
 @pytest.mark.parametrize("image_token_id", [VOCAB_SIZE - 1, VOCAB_SIZE, 32000])  # the last two have no embedding
@@ -34,15 +38,17 @@ def pixels(num_pictures: int) -> torch.Tensor:
 def test_features_stand_at_the_image_tokens_in_reading_order(image_token_id: int, prompts: list[list[int | str]]) -> None:
     model = tiny_llava(image_token_id)
     num_pictures = sum(prompt.count(PICTURE) for prompt in prompts)
-    pixel_values = pixels(num_pictures) if num_pictures else None
-    features = iter([] if pixel_values is None else model.encode_images(pixel_values))
+    pixel_values = pixels(num_pictures)
+    features = iter(model.encode_images(pixel_values) if num_pictures else [])
+    waiting = iter(pictures(pixel_values))
+    media = [[next(waiting) for part in prompt if part == PICTURE] for prompt in prompts]
     embed_tokens = model.language_model.embed_tokens.weight
     rows, token_ids = [], []
     for prompt in prompts:
         rows.append([next(features) if part == PICTURE else embed_tokens[part][None] for part in prompt])
         repeated = [[image_token_id] * NUM_PATCHES if part == PICTURE else [part] for part in prompt]
         token_ids.append([token for part in repeated for token in part])
-    packed = model.pack(token_ids, pixel_values, tuple(range(len(prompts))))
+    packed = model.pack(token_ids, media, tuple(range(len(prompts))))
     assert torch.equal(packed.inputs_embeds, torch.cat([torch.cat(parts) for parts in rows]))
     assert packed.vision_mask.tolist() == [token == image_token_id for prompt in token_ids for token in prompt]
     assert packed.position_ids.tolist() == [position for prompt in token_ids for position in range(len(prompt))]
@@ -62,17 +68,22 @@ def test_a_picture_has_the_same_features_in_every_batch() -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "num_pictures", "message"),
     [
-        (3, 1, "hold 3 image tokens but the pictures give 4 vision features; repeat each image token once a patch"),
-        (4, 2, "hold 4 image tokens but the pictures give 8 vision features"),
-        (8, 1, "hold 8 image tokens but the pictures give 4 vision features"),
-        (4, 0, "hold 4 image tokens but the pictures give 0 vision features"),
-        (0, 1, "hold 0 image tokens but the pictures give 4 vision features"),
+        (3, 1, "holds 3 image and video tokens but its pictures give 4 vision features; repeat each token once a feature"),
+        (4, 2, "holds 4 image and video tokens but its pictures give 8 vision features"),
+        (8, 1, "holds 8 image and video tokens but its pictures give 4 vision features"),
+        (4, 0, "holds 4 image and video tokens but its pictures give 0 vision features"),
+        (0, 1, "holds 0 image and video tokens but its pictures give 4 vision features"),
     ],
 )
 def test_image_tokens_that_do_not_match_the_pictures_are_refused(num_tokens: int, num_pictures: int, message: str) -> None:
-    pixel_values = pixels(num_pictures) if num_pictures else None
     with pytest.raises(ValueError, match=message):
-        tiny_llava(19).pack([[1, *[19] * num_tokens, 2]], pixel_values, (0,))
+        tiny_llava(19).pack([[1, *[19] * num_tokens, 2]], [pictures(pixels(num_pictures))], (0,))
+
+
+def test_each_prompt_must_hold_its_own_pictures() -> None:
+    media = pictures(pixels(2))
+    with pytest.raises(ValueError, match="holds 8 image and video tokens but its pictures give 4"):
+        tiny_llava(19).pack([[1, *[19] * 8, 2], [3]], [media[:1], media[1:]], (0, 0))
 
 
 def test_packed_inputs_count_the_vision_tokens_of_each_sequence() -> None:

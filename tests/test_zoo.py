@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanovlm_v2drop import zoo
 from nanovlm_v2drop.prompts import TEMPLATES, Request, build_prompt
-from nanovlm_v2drop.zoo import MODELS, ModelSpec, VisionLanguageModel, WeightsUnavailable, load
+from nanovlm_v2drop.zoo import FAMILIES, MODELS, ModelSpec, VisionLanguageModel, WeightsUnavailable, load
 
 ROOT = Path(__file__).parents[1]
 REPO = "llava-hf/llava-1.5-7b-hf"
@@ -82,13 +82,14 @@ def test_a_folder_of_the_same_name_counts_only_with_a_config(
     with pytest.raises(WeightsUnavailable):
         load("demo")
     link(empty_weights_folder / "demo", tiny_llava_folder)
-    assert load("demo").template == MODELS["demo"].template
+    assert load("demo").template == "vicuna_v1"
 
 
-def test_every_entry_has_a_known_template_and_a_summary() -> None:
+def test_every_entry_has_a_summary_and_every_family_a_known_template() -> None:
+    assert all(family.template in TEMPLATES for family in FAMILIES.values())
     for name, spec in MODELS.items():
         assert spec.name == name
-        assert spec.template in TEMPLATES
+        assert spec.template is None or spec.template in TEMPLATES
         assert spec.summary
         assert spec.folder == ROOT / "weights" / name
 
@@ -96,13 +97,13 @@ def test_every_entry_has_a_known_template_and_a_summary() -> None:
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "name": (
         {"name_or_folder": "llava-9"},
-        "unknown model 'llava-9'; choose one of: demo, llava-1.5-7b, llava-1.5-13b;",
+        "unknown model 'llava-9'; choose one of: demo, llava-1.5-7b, llava-1.5-13b, .*qwen2-vl-72b;",
     ),
     "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'; choose one of: float32, bfloat16, float16, float64"),
     "device": ({"device": "gpu"}, "device 'gpu' cannot be used here: .*; use cpu"),
     "attention": ({"attention": "flash"}, "unknown attention back end 'flash'"),
     "flash on a CPU": ({"attention": "flash-attn"}, "'flash-attn' cannot run: it needs a CUDA device, not cpu"),
-    "template": ({"template": "chatml"}, "unknown template 'chatml'; choose one of: hub, vicuna_v1"),
+    "template": ({"template": "chatml"}, "unknown template 'chatml'; choose one of: hub, qwen2_vl, qwen_1_5, qwen_hub, vic"),
     "aspect ratio": ({"image_aspect_ratio": "anyres"}, "unknown image_aspect_ratio 'anyres'; choose one of: pad, crop"),
     "folder and weights": ({"weights": "elsewhere"}, "or give the folder of a checkpoint without naming other weights"),
 }

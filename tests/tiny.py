@@ -45,7 +45,7 @@ def tiny_trace(features: Tensor, seed: int) -> VisionTrace:
     attention = torch.randn(2, count, generator=generator).softmax(-1)
     keys = torch.randn(2, count + 1, width // 2, generator=generator)
     class_token = torch.randn(1, width, generator=generator)
-    return VisionTrace(torch.cat([class_token, features]) - 1, lambda: attention, lambda: keys, lambda hidden: hidden + 1)
+    return VisionTrace(torch.cat([class_token, features]) - 1, lambda: attention, lambda: keys, lambda hidden: hidden + 1, 1)
 
 
 def pack_together(parts: list[PackedInputs]) -> PackedInputs:

@@ -26,15 +26,18 @@ DecodePruning = Callable[[int, Tensor, Tensor, Sequence[int]], Sequence[Tensor] 
 class VisionTrace:
     """What the vision tower leaves of one picture to methods that choose tokens before the decoder; computed only when asked.
 
-    `hidden_states` (1 + P, V) is the tower's output, class token first, before the projector. `class_attention()` (heads, P)
-    is the attention of the class token to the patches in the last block that ran, `keys()` (heads, 1 + P, head_dim) that
-    block's keys, `project` the projector (..., V) -> (..., D).
+    `hidden_states` (C + P, V): what becomes tokens, behind C = `num_class_tokens` (0 or 1). CLIP: the tower's output;
+    `project` is the projector (..., V) -> (..., D). Where tokens are made behind the tower (tiles, pooled frames, merged
+    patches): the features themselves, and `project` leaves them as they are.
+    `received_attention()` (heads, P) is the attention that each patch gets in the last block that ran: from the class token,
+    or the mean over all patches where there is none. `keys()` (heads, C + P, head_dim) are that block's keys.
     """
 
     hidden_states: Tensor
-    class_attention: Callable[[], Tensor]
+    received_attention: Callable[[], Tensor]
     keys: Callable[[], Tensor]
     project: Callable[[Tensor], Tensor]
+    num_class_tokens: int = 0
 
 
 @dataclass
@@ -54,9 +57,9 @@ class PrefillState:
     seqlens: tuple[int, ...]
     vision_counts: tuple[int, ...]  # vision tokens now, one number a sequence
     prompt_vision_counts: tuple[int, ...]  # vision tokens before any drop
-    vision_grids: tuple[tuple[tuple[int, int, int], ...], ...]  # frames, rows and columns of each picture of each sequence
+    vision_grids: tuple[tuple[tuple[int, int, int], ...], ...]  # frames, rows and columns, by picture and sequence
     seeds: tuple[int, ...]  # one number a sequence, the same in every batch
-    vision: tuple[VisionTrace, ...] = ()  # one a picture, those of all sequences in order
+    vision: tuple[VisionTrace, ...] = ()  # one a grid, those of all sequences in order
     marks: Tensor | None = None  # (T,) what the method's `begin` noted of each row; it stays beside its row
     # Only at a drop point:
     queries: Tensor | None = None  # (T, H, head_dim) of the layer before, rotated; None unless the method reads attention
@@ -185,8 +188,13 @@ class TokenDropper:
         return cls(schedule, **options)
 
     @classmethod
-    def schedule_for(cls, mean_tokens: float, num_vision_tokens: int, num_layers: int) -> DropSchedule:
-        """Where and how much to drop for a mean of vision tokens a layer; raises OutOfReach with the method's floor."""
+    def schedule_for(
+        cls, mean_tokens: float, num_vision_tokens: int, num_layers: int, frames: int = 1
+    ) -> DropSchedule:
+        """Where and how much to drop for a mean of vision tokens a layer; raises OutOfReach with the method's floor.
+
+        `frames` of the prompt's video, for methods that keep whole ones.
+        """
         layers = layers_at_depths(num_layers, cls.depths)
         return DropSchedule.for_mean_tokens(
             mean_tokens, num_vision_tokens, num_layers, layers=layers, leanest=cls.leanest, minimum=cls.minimum

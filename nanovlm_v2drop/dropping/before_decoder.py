@@ -52,10 +52,10 @@ class BeforeDecoder(TokenDropper):
         """Of each picture its trace, its rows and its share of its sequence's count."""
         sizes = [[prod(grid) for grid in grids] for grids in state.vision_grids]
         in_pictures = [size for held in sizes for size in held]
-        in_traces = [len(trace.hidden_states) - 1 for trace in state.vision]
+        in_traces = [len(trace.hidden_states) - trace.num_class_tokens for trace in state.vision]
         if in_pictures != in_traces:
             raise ValueError(
-                f"{self.name} needs a trace of each picture from a vision tower with a class token (PackedInputs.vision): "
+                f"{self.name} needs a trace of each picture from the vision tower (PackedInputs.vision): "
                 f"the pictures hold {in_pictures} vision tokens, the traces {in_traces}"
             )
         rows = [part for rows, held in zip(state.vision_rows(), sizes, strict=True) for part in rows.split(held)]
@@ -65,7 +65,7 @@ class BeforeDecoder(TokenDropper):
 
 def mean_keys(trace: VisionTrace) -> Tensor:
     """(P, head_dim) keys of the patches, mean over heads, in float32."""
-    return trace.keys()[:, 1:].float().mean(0)
+    return trace.keys()[:, trace.num_class_tokens :].float().mean(0)
 
 
 def share_evenly(count: int, sizes: Sequence[int]) -> list[int]:

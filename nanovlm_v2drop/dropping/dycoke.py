@@ -102,8 +102,12 @@ class DyCoke(TokenDropper):
 
     @classmethod
     def schedule_for(cls, mean_tokens: float, num_vision_tokens: int, num_layers: int, frames: int = 1) -> DropSchedule:
-        """One share before the decoder, for a video of `frames`; a picture, which is one frame, stays as it is."""
-        whole = ceil(frames / 4) * num_vision_tokens // frames
+        """One share before the decoder, for a video of `frames`; a picture, which is one frame, stays as it is.
+
+        What no frame holds, as LLaVA-OneVision's newline, stays too.
+        """
+        in_frames = num_vision_tokens // frames
+        whole = ceil(frames / 4) * in_frames + num_vision_tokens - frames * in_frames
         if not whole - 0.5 <= mean_tokens <= num_vision_tokens:
             raise OutOfReach(
                 f"a mean of {mean_tokens:g} vision tokens is out of reach: with {frames} frames of together "

@@ -36,7 +36,9 @@ class PDrop(TokenDropper):
     early_depths = (2 / 32, 8 / 32, 16 / 32)  # for budgets below the floor of `depths`, as its author advises
 
     @classmethod
-    def schedule_for(cls, mean_tokens: float, num_vision_tokens: int, num_layers: int) -> DropSchedule:
+    def schedule_for(
+        cls, mean_tokens: float, num_vision_tokens: int, num_layers: int, frames: int = 1
+    ) -> DropSchedule:
         """One share at all three stages; where the default layers miss the budget, those that the author advises."""
         for depths in (cls.depths, cls.early_depths):
             layers = layers_at_depths(num_layers, depths)

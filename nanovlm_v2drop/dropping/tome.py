@@ -27,7 +27,7 @@ class ToMe(BeforeDecoder):
     between attention and MLP, and attention weighs a token by its size); in later rounds a token's key is the mean of its
     patches' keys (there, the next block's own); tokens stay in reading order (there, what is left of the first set comes before
     the second); the class token, which LLaVA drops, takes no part (there, it is protected). Keys are averaged over heads, as
-    there.
+    there; where tokens are made behind the projector, the features themselves are averaged.
     """
 
     name = "tome"
@@ -39,7 +39,7 @@ class ToMe(BeforeDecoder):
         self, trace: VisionTrace, features: Tensor, indices: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
         left, home = bipartite_soft_matching(mean_keys(trace), count)
-        patches = trace.hidden_states[1:]
+        patches = trace.hidden_states[trace.num_class_tokens :]
         merged = trace.project(average(patches.float(), left, home).to(patches.dtype)).to(features.dtype)
         # Which tokens are averages only the device knows: all are projected, and those of one patch stay bit for bit.
         is_average = (home == left[:, None]).sum(-1, keepdim=True) > 1

@@ -26,6 +26,9 @@ class VisionZip(BeforeDecoder):
     Deviations from the released code: keys, similarities and means are in float32 (there, in half precision); only the class
     token's row of attention is computed (there, every block writes its whole matrix); the count is of a sequence (there, of
     every picture). A picture that has one token left keeps its best patch (there, the class token).
+    Towers without a class token rank by the mean attention that a patch gets from all patches, as the paper does; where tokens
+    are made behind the projector (LLaVA-OneVision's tiles and frames, Qwen2-VL's merged patches), attention and keys are
+    arranged as the features are and the features themselves are summarised.
     """
 
     name = "visionzip"
@@ -44,8 +47,8 @@ class VisionZip(BeforeDecoder):
     def compress_picture(
         self, trace: VisionTrace, features: Tensor, indices: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        num_class, num_patches, num_contextual = self.split(count)
-        attention, patches = trace.class_attention(), trace.hidden_states[1:]
+        num_class, num_patches, num_contextual = self.split(count, trace.num_class_tokens)
+        attention, patches = trace.received_attention(), trace.hidden_states[trace.num_class_tokens :]
         ranked = attention.sum(0).argsort(descending=True, stable=True)
         kept, others = ranked[:num_patches].sort().values, ranked[num_patches:].sort().values
         contextual = contextual_tokens(patches[others].float(), mean_keys(trace)[others], num_contextual)
@@ -53,9 +56,9 @@ class VisionZip(BeforeDecoder):
         tokens = [made[:num_class], features[kept], made[num_class:]]
         return torch.cat(tokens), F.pad(indices[kept], (num_class, num_contextual), value=MERGED)
 
-    def split(self, count: int) -> tuple[int, int, int]:
+    def split(self, count: int, num_class_tokens: int) -> tuple[int, int, int]:
         """How many of `count` tokens are the class token, patches and contextual; at least one is a patch."""
-        num_class = min(1, count - 1)
+        num_class = min(num_class_tokens, count - 1)
         num_contextual = min(int(count * self.contextual_share), count - 1 - num_class)
         return num_class, count - num_class - num_contextual, num_contextual
 

@@ -10,10 +10,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..evaluate import Record
+from ..images import ImageProcessor, open_image
 from ..plans import Plan
+from ..prompts import Request
 from ..tasks import Sample
+from ..video import read_frames
+from ..vlm import VisionInput
+from ..zoo import VisionLanguageModel
 
-CELL = 240  # pixels on a side of one picture in a gallery
+CELL = 240  # pixels from top to bottom of one picture in a gallery
+FRAMES_A_ROW = 4
+PIXELS = 12  # of a board's picture along one side of a place
 MARGIN, LINE = 12, 20
 INK, PAPER = (30, 30, 30), (250, 250, 250)
 
@@ -27,24 +34,86 @@ class GalleryRow:
     stages: Sequence[tuple[int, Sequence[int]]]
 
 
+@dataclass(frozen=True)
+class Board:
+    """What a prompt shows, as its towers see it, cut into places: pictures or frames of one size, FRAMES_A_ROW side by side.
+
+    `grid`: rows and columns of places. `cells`: for each vision token of the prompt the number of its place, -1 where it has
+    none: newlines, and pictures and tiles that are cut otherwise than the first.
+    """
+
+    picture: Image.Image
+    grid: tuple[int, int]
+    cells: Sequence[int]
+
+    def places(self, kept: Sequence[int]) -> list[int]:
+        return [self.cells[number] for number in kept if self.cells[number] >= 0]
+
+
+def board_of(vlm: VisionLanguageModel, request: Request) -> Board:
+    """The board of a request with at least one picture or video."""
+    _, media = vlm.tokens_and_media(request)
+    panels = seen_pictures(vlm, request, media)
+    grids = [medium.grids[0][1:] for medium in media for _ in range(medium.grids[0][0])]
+    alike = [panel for panel, grid in zip(panels, grids, strict=True) if grid == grids[0]]
+    (rows, columns), across = grids[0], min(FRAMES_A_ROW, len(alike))
+    width, height, down = columns * PIXELS, rows * PIXELS, -(-len(alike) // across)
+    picture = Image.new("RGB", (across * width, down * height), PAPER)
+    for place, panel in enumerate(alike):
+        resized = panel.resize((width, height), Image.Resampling.BICUBIC)
+        picture.paste(resized, (place % across * width, place // across * height))
+    return Board(picture, (down * rows, across * columns), board_cells(media, across))
+
+
+def seen_pictures(vlm: VisionLanguageModel, request: Request, media: Sequence[VisionInput]) -> list[Image.Image]:
+    """The pictures of a request and the frames of its video that have tokens of their own, in the order of its tokens."""
+    processor, pictures = vlm.image_processor, iter(request.images)
+    seen: list[Image.Image] = []
+    for medium in media:
+        if medium.is_video and request.video is not None:
+            frames = read_frames(request.video, vlm.sampling)
+            seen += frames[:: -(-len(frames) // medium.grids[0][0])]
+        else:
+            picture = open_image(next(pictures))
+            seen.append(processor.to_square(picture) if isinstance(processor, ImageProcessor) else picture)
+    return seen
+
+
+def board_cells(media: Sequence[VisionInput], across: int) -> list[int]:
+    """For each vision token the number of its place on a board with `across` pictures side by side."""
+    _, rows, columns = media[0].grids[0]
+    cells: list[int] = []
+    place = 0
+    for medium in media:
+        for number, (frames, high, wide) in enumerate(medium.grids):
+            if number or (high, wide) != (rows, columns):
+                cells += [-1] * (frames * high * wide)
+                continue
+            for frame in range(place, place + frames):
+                corner = (frame // across * rows * across + frame % across) * columns
+                cells += [corner + row * across * columns + column for row in range(rows) for column in range(columns)]
+            place += frames
+    return cells
+
+
 def describe_gallery(
-    task: str, sample: Sample, picture: Image.Image, grid_size: int, answered: Sequence[tuple[Plan, Record]], num_layers: int
+    task: str, sample: Sample, board: Board, answered: Sequence[tuple[Plan, Record]], num_layers: int
 ) -> dict[str, Any]:
-    """One entry of galleries.json: the picture as the tower sees it, and what each plan kept and answered."""
+    """One entry of galleries.json: what the tower sees, and what each plan kept and answered."""
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    board.picture.save(file, format="PNG")
     return {
         "task": task,
         "sample_id": sample.sample_id,
         "question": sample.text.strip(),
         "answer": sample.answer,
         "picture": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"),
-        "grid": [grid_size, grid_size],
-        "rows": [describe_answer(plan, record, num_layers) for plan, record in answered],
+        "grid": list(board.grid),
+        "rows": [describe_answer(plan, record, num_layers, board) for plan, record in answered],
     }
 
 
-def describe_answer(plan: Plan, record: Record, num_layers: int) -> dict[str, Any]:
+def describe_answer(plan: Plan, record: Record, num_layers: int, board: Board) -> dict[str, Any]:
     entering = plan.schedule.vision_tokens_per_layer(record.vision_tokens, num_layers)
     return {
         "method": plan.method,
@@ -53,35 +122,36 @@ def describe_answer(plan: Plan, record: Record, num_layers: int) -> dict[str, An
         "answer": record.text,
         "correct": record.correct,
         "stages": [
-            {"layer": layer, "tokens": entering[layer], "kept": kept}
+            {"layer": layer, "tokens": entering[layer], "kept": board.places(kept), "merged": entering[layer] - len(kept)}
             for layer, kept in zip(plan.schedule, record.kept, strict=True)
         ],
     }
 
 
-def draw_gallery(picture: Image.Image, question: str, rows: Sequence[GalleryRow], grid_size: int) -> Image.Image:
+def draw_gallery(board: Board, question: str, rows: Sequence[GalleryRow]) -> Image.Image:
     """For each method, what is left of the picture (as the tower sees it) at each stage, dropped patches faded."""
-    columns = max(1, *(len(row.stages) for row in rows))
+    columns, width = max(1, *(len(row.stages) for row in rows)), CELL * board.grid[1] // board.grid[0]
     height = MARGIN + 2 * LINE + len(rows) * (CELL + 2 * LINE + MARGIN)
-    canvas = Image.new("RGB", (MARGIN + columns * (CELL + MARGIN), height), PAPER)
+    canvas = Image.new("RGB", (MARGIN + columns * (width + MARGIN), height), PAPER)
     pen = ImageDraw.Draw(canvas)
     write(pen, (MARGIN, MARGIN), question)
     for number, row in enumerate(rows):
         top = MARGIN + 2 * LINE + number * (CELL + 2 * LINE + MARGIN)
         write(pen, (MARGIN, top), f"{row.method}: {row.answer}")
-        for column, (layer_idx, kept) in enumerate(row.stages or [(0, range(grid_size**2))]):
-            left = MARGIN + column * (CELL + MARGIN)
-            canvas.paste(fade_dropped(picture, kept, grid_size), (left, top + LINE))
+        for column, (layer_idx, kept) in enumerate(row.stages or [(0, range(len(board.cells)))]):
+            left = MARGIN + column * (width + MARGIN)
+            canvas.paste(fade_dropped(board.picture, board.places(kept), board.grid), (left, top + LINE))
             write(pen, (left, top + LINE + CELL), f"from layer {layer_idx}: {len(kept)} tokens")
     return canvas
 
 
-def fade_dropped(picture: Image.Image, kept: Sequence[int], grid_size: int) -> Image.Image:
-    """`picture` at CELL pixels a side, with every patch outside `kept` faded to a pale shadow of itself."""
-    visible = np.zeros(grid_size**2, dtype=np.uint8)
+def fade_dropped(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
+    """`picture` at CELL pixels from top to bottom, every place of `grid` outside `kept` faded to a pale shadow."""
+    rows, columns = grid
+    visible, size = np.zeros(rows * columns, dtype=np.uint8), (CELL * columns // rows, CELL)
     visible[list(kept)] = 255
-    mask = Image.fromarray(visible.reshape(grid_size, grid_size)).resize((CELL, CELL), Image.Resampling.NEAREST)
-    full = picture.resize((CELL, CELL), Image.Resampling.LANCZOS)
+    mask = Image.fromarray(visible.reshape(rows, columns)).resize(size, Image.Resampling.NEAREST)
+    full = picture.resize(size, Image.Resampling.LANCZOS)
     faded = Image.blend(full, Image.new("RGB", full.size, PAPER), 0.85)
     return Image.composite(full, faded, mask)
 

@@ -13,6 +13,9 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
+from ..prompts import Request
+from ..video import VideoSource
+
 SHORT_ANSWER_PROMPT = "\nAnswer the question using a single word or phrase."
 
 
@@ -22,7 +25,7 @@ class DatasetUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about pictures.
+    """One question about pictures or a video (a file, or its frames).
 
     `kind` is the category that a breakdown is made by, `group` the picture that paired metrics join by, `answer` the
     ground truth.
@@ -34,6 +37,11 @@ class Sample:
     answer: str
     kind: str
     group: str = ""
+    video: VideoSource | None = None
+
+    @property
+    def request(self) -> Request:
+        return Request(text=self.text, images=self.images, video=self.video)
 
 
 class Task(ABC):
@@ -45,6 +53,10 @@ class Task(ABC):
 
     def __init__(self, data_dir: Path | None = None) -> None:
         self.data_dir = data_dir
+
+    def first_sample(self) -> Sample:
+        """One sample, to see how large a prompt is."""
+        return next(self.samples(2))  # MME's smallest limit: its questions come in pairs
 
     @abstractmethod
     def samples(self, limit: int | None = None) -> Iterator[Sample]:
