@@ -68,7 +68,7 @@ def step_plans(shape: Shape) -> list[Plan]:
     return [
         Plan(
             f"v2drop {name}",
-            V2Drop(DropSchedule.for_mean_tokens(budget, shape.num_vision_tokens, shape.num_layers, layers=own, leanest=leanest)),
+            V2Drop(DropSchedule.for_mean_tokens(budget, *size, layers=own, leanest=leanest)),
             budget,
             paper=STEPS_NUMBERS[name],
         )

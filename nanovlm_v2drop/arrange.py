@@ -26,18 +26,9 @@ def select_best_resolution(size: tuple[int, int], pinpoints: Sequence[tuple[int,
     """The pinpoint (height, width) in pixels that a picture of `size` is fitted into.
 
     It is the one that keeps most of the picture's pixels and, among those that keep equally many, the smallest.
-
-    Raises ValueError for a picture so thin that it would vanish in every pinpoint.
     """
-    kept = {pinpoint: _pixels_kept(size, pinpoint) for pinpoint in pinpoints}
-    if not any(kept.values()):
-        height, width = size
-        raise ValueError(
-            f"the picture is {width}x{height}: its short side would be less than one pixel in each of the "
-            f"{len(kept)} image_grid_pinpoints; cut it into less extreme shapes"
-        )
-    # Of equals the first is taken, as max does.
-    return max(kept, key=lambda pinpoint: (kept[pinpoint], -pinpoint[0] * pinpoint[1]))
+    # Of equals in both the first is taken, as max does.
+    return max(pinpoints, key=lambda pinpoint: (_pixels_kept(size, pinpoint), -pinpoint[0] * pinpoint[1]))
 
 
 def _pixels_kept(size: tuple[int, int], pinpoint: tuple[int, int]) -> int:
@@ -47,16 +38,22 @@ def _pixels_kept(size: tuple[int, int], pinpoint: tuple[int, int]) -> int:
     return min(int(width * scale) * int(height * scale), width * height)
 
 
-def unpadded_grid(
-    size: tuple[int, int], tiles_high: int, tiles_wide: int, patch_grid: int, max_tiles: int
-) -> tuple[int, int]:
+def unpadded_grid(size: tuple[int, int], tiles_high: int, tiles_wide: int, patch_grid: int, max_tiles: int) -> tuple[int, int]:
     """Rows and columns of the tiles' tokens, without newlines, for a picture of `size` pixels.
 
     What is left of the `tiles_high` x `tiles_wide` tiles without their padding, shrunk where that is far more than
     `max_tiles` tiles hold. `patch_grid` is the side of one tile in patches.
+
+    Raises ValueError for a picture so thin that nothing is left.
     """
-    height, width = _without_padding(size, tiles_high * patch_grid, tiles_wide * patch_grid)
-    return _capped(height, width, max_tiles * patch_grid**2)
+    covered = _without_padding(size, tiles_high * patch_grid, tiles_wide * patch_grid)
+    rows, columns = _capped(*covered, max_tiles * patch_grid**2)
+    if not rows * columns:
+        shape = f"{tiles_wide * patch_grid}x{tiles_high * patch_grid} patches"
+        raise ValueError(
+            f"the picture is {size[1]}x{size[0]}: none of its {shape} would become a token; cut it into less extreme shapes"
+        )
+    return rows, columns
 
 
 def _without_padding(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
@@ -76,23 +73,22 @@ def _capped(height: int, width: int, max_tokens: int) -> tuple[int, int]:
     return (int(height // ratio), int(width // ratio)) if ratio > CAP_TOLERANCE else (height, width)
 
 
-def arrange_picture(
-    values: Tensor, size: tuple[int, int], tiles: tuple[int, int], newline: Tensor, max_tiles: int
-) -> Tensor:
+def arrange_picture(values: Tensor, size: tuple[int, int], tiles: tuple[int, int], newline: Tensor, max_tiles: int) -> Tensor:
     """Values of a picture alone in its request, (1 + tiles, P, C) with the base tile first, to those of its tokens (n, C).
 
     `size` is the picture's in pixels and `tiles` how many stand (below each other, side by side); `newline` (C,) goes behind
-    every row of the tiles. Raises ValueError where the number of tiles or of patches does not fit.
+    every row of the tiles. Raises ValueError where the number of tiles or of patches does not fit, and for a picture so
+    thin that nothing is left of it.
     """
     patch_grid = _patch_grid(values)
     if len(values) != 1 + math.prod(tiles):
         raise ValueError(f"{len(values)} tiles do not make a picture of {tiles[0]}x{tiles[1]} tiles and a base tile")
+    grid = unpadded_grid(size, *tiles, patch_grid, max_tiles)
     rows = _tile_map(values[1:], tiles)  # (C, rows, columns)
     rows = _centre(rows, *_without_padding(size, *rows.shape[1:]))
-    target = _capped(*rows.shape[1:], max_tiles * patch_grid**2)
-    if target != rows.shape[1:]:
-        rows = F.interpolate(rows[None], target, mode="bilinear", align_corners=False)[0]
-    ends = newline.to(rows)[:, None, None].expand(-1, len(rows[0]), 1)
+    if rows.shape[1:] != grid:
+        rows = F.interpolate(rows[None], grid, mode="bilinear", align_corners=False)[0]
+    ends = newline.to(rows)[:, None, None].expand(-1, grid[0], 1)
     return torch.cat([values[0], torch.cat([rows, ends], dim=-1).flatten(1).T])
 
 

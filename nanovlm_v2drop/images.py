@@ -7,7 +7,7 @@ Two official ways to make a picture square exist, and both are offered as `image
 
 # Shapes: N pictures, S = image_size (pixels on a side)
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,12 +153,10 @@ class ImageProcessor:
         `image_size` is what the vision tower takes. Raises ValueError where the folder's settings disagree with it, or
         ask for something else than a bicubic resize and a normalisation, and FileNotFoundError for a missing folder.
         """
-        settings = _read_settings(Path(folder))
+        settings = read_settings(Path(folder))
         for name in ("size", "crop_size"):
-            _check_size(name, settings.get(name), image_size)
-        for name, expected in FIXED_SETTINGS.items():
-            if settings.get(name, expected) != expected:
-                raise ValueError(f"{folder}: {name} = {settings[name]!r} is not supported, only {expected!r} is")
+            check_size(name, settings.get(name), image_size)
+        check_settings(folder, settings, FIXED_SETTINGS)
         mean = tuple(settings.get("image_mean", CLIP_IMAGE_MEAN))
         std = tuple(settings.get("image_std", CLIP_IMAGE_STD))
         return cls(image_size, mean, std, image_aspect_ratio, patch_size)
@@ -167,7 +165,7 @@ class ImageProcessor:
         """Process pictures (PIL, or paths) to a float32 tensor (N, 3, S, S); raises what `open_image` raises."""
         pixel_values = torch.empty(len(images), 3, self.image_size, self.image_size)
         for row, image in zip(pixel_values, images, strict=True):
-            row.copy_(self._normalise(self.to_square(open_image(image))))
+            row.copy_(normalise(self.to_square(open_image(image)), self.image_mean, self.image_std))
         return pixel_values
 
     def image(self, picture: ImageSource, alone: bool = True) -> VisionInput:
@@ -186,14 +184,22 @@ class ImageProcessor:
         red, green, blue = (int(value * 255) for value in self.image_mean)
         return resize_bicubic(pad_to_square(picture, (red, green, blue)), self.image_size, self.image_size)
 
-    def _normalise(self, picture: Image.Image) -> Tensor:
-        # float64 only for the division: with the rest in float32 the values equal the official ones to the last bit.
-        pixels = (np.asarray(picture, dtype=np.float64) / 255).astype(np.float32)  # (S, S, 3)
-        mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
-        return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1)
+
+def normalise(picture: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """RGB bytes to float32 (3, height, width): scaled to 0..1, less the mean, over the standard deviation, by channel."""
+    # A division: times 1 / 255 half of the values would miss the official ones by the last bit.
+    pixels = np.asarray(picture, dtype=np.float32) / 255  # (height, width, 3)
+    return torch.from_numpy((pixels - np.array(mean, np.float32)) / np.array(std, np.float32)).permute(2, 0, 1)
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
+def check_settings(folder: str | Path, settings: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise ValueError where a folder's image settings say otherwise than `expected`; what they leave out is as expected."""
+    for name, value in expected.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"{folder}: {name} = {settings[name]!r} is not supported, only {value!r} is")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
     """The image settings of a checkpoint folder: its own file, or nested as newer versions save them, or none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint folder at {str(folder)!r}")
@@ -205,7 +211,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _check_size(name: str, value: Any, image_size: int) -> None:
+def check_size(name: str, value: Any, image_size: int) -> None:
     """Accept every spelling of one side: 336, {"shortest_edge": 336}, {"height": 336, "width": 336}, or none at all."""
     sides = value if isinstance(value, dict) else {"shortest_edge": value}
     if value is not None and set(sides) not in ({"shortest_edge"}, {"height", "width"}):

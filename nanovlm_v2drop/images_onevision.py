@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,10 +24,12 @@ from .images import (
     FIXED_SETTINGS,
     ImageProcessor,
     ImageSource,
-    _check_size,
-    _read_settings,
+    check_settings,
+    check_size,
+    normalise,
     open_image,
     pad_to_square,
+    read_settings,
     resize_bicubic,
 )
 from .vlm import VisionInput
@@ -80,14 +82,12 @@ class OnevisionImageProcessor:
         Raises ValueError where the folder's settings disagree with these, or ask for something else than a bicubic resize
         and a normalisation, and FileNotFoundError for a missing folder.
         """
-        settings = _read_settings(Path(folder))
-        _check_size("size", settings.get("size"), image_size)
+        settings = read_settings(Path(folder))
+        check_size("size", settings.get("size"), image_size)
         pinpoints = _pinpoints(image_grid_pinpoints)
         if _pinpoints(settings.get("image_grid_pinpoints", pinpoints)) != pinpoints:
             raise ValueError(f"{folder}: the image settings' image_grid_pinpoints are not those of the model's config.json")
-        for name, expected in FIXED_SETTINGS.items():
-            if settings.get(name, expected) != expected:
-                raise ValueError(f"{folder}: {name} = {settings[name]!r} is not supported, only {expected!r} is")
+        check_settings(folder, settings, FIXED_SETTINGS)
         mean = tuple(settings.get("image_mean", SIGLIP_IMAGE_MEAN))
         std = tuple(settings.get("image_std", SIGLIP_IMAGE_STD))
         return cls(image_size, pinpoints, patch_size, max_tiles, mean, std)
@@ -115,15 +115,16 @@ class OnevisionImageProcessor:
     def video(self, frames: Sequence[Image.Image]) -> VisionInput:
         """The frames of one video, each squeezed into the square: (F, 3, S, S).
 
-        Raises ValueError for no frame, and for frames of different sizes.
+        Raises what `open_image` raises, and ValueError for no frame and for frames of different sizes.
         """
-        sizes = {(frame.height, frame.width) for frame in frames}
+        pictures = [open_image(frame) for frame in frames]
+        sizes = {(picture.height, picture.width) for picture in pictures}
         if len(sizes) != 1:
             found = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)) or "no frame"
             raise ValueError(f"a video must have at least one frame, and all of one size; got {found}")
         side = pooled_grid(self.patch_grid)
-        pixel_values = self._normalise([self._squeeze(open_image(frame)) for frame in frames])
-        return VisionInput(pixel_values, ((len(frames), side, side), (1, 1, 1)), sizes.pop(), is_video=True)
+        pixel_values = self._normalise([self._squeeze(picture) for picture in pictures])
+        return VisionInput(pixel_values, ((len(pictures), side, side), (1, 1, 1)), sizes.pop(), is_video=True)
 
     def tiles(self, picture: Image.Image) -> list[Image.Image]:
         """The picture fitted into its pinpoint and cut into tiles of S x S pixels, row by row."""
@@ -161,12 +162,5 @@ def _fitted_size(width: int, height: int, max_width: int, max_height: int) -> tu
     return min(math.ceil(width * scale_height), max_width), max_height
 
 
-def _pinpoints(sizes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(size) for size in sizes)
-
-
-def normalise(picture: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """RGB bytes to float32 (3, height, width): scaled to 0..1, less the mean, over the standard deviation, by channel."""
-    # float64 only for the division: with the rest in float32 the values equal the official ones to the last bit.
-    pixels = (np.asarray(picture, dtype=np.float64) / 255).astype(np.float32)
-    return torch.from_numpy((pixels - np.array(mean, np.float32)) / np.array(std, np.float32)).permute(2, 0, 1)
+def _pinpoints(sizes: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple(cast(tuple[int, int], tuple(size)) for size in sizes)  # the constructor refuses other lengths

@@ -161,6 +161,10 @@ class VisionTower(nn.Module):
         """Input of the first block, (N, num_class_tokens + P, D)."""
         return self.embeddings(pixel_values)
 
+    def received_attention(self, block_input: Tensor) -> Tensor:
+        """(N, heads, P): softmax attention that each patch receives in the last block, given its input, in float32."""
+        raise NotImplementedError
+
     def keys(self, block_input: Tensor) -> Tensor:
         """(N, heads, num_class_tokens + P, head_dim): keys of the last block, given its input."""
         block = self.encoder.last_block
@@ -179,7 +183,7 @@ class CLIPVisionTower(VisionTower):
     def embed(self, pixel_values: Tensor) -> Tensor:
         return self.pre_layrnorm(self.embeddings(pixel_values))
 
-    def class_attention(self, block_input: Tensor) -> Tensor:
+    def received_attention(self, block_input: Tensor) -> Tensor:
         """(N, heads, P): attention of the class token to the patches in the last block, given its input (N, 1 + P, D)."""
         block = self.encoder.last_block
         return block.self_attn.class_attention(block.layer_norm1(block_input))

@@ -1,5 +1,6 @@
 """The demo's scenes and questions, its training data, and the shipped weights (which transformers loads too)."""
 
+import hashlib
 import json
 from random import Random
 
@@ -9,12 +10,11 @@ import torch
 from PIL import Image
 
 from nanovlm_v2drop.demo import scenes
-from nanovlm_v2drop.demo.data import PATCH_WORDS, InstructBatches, corpus, llama_tokenizer, patch_labels, word_tokens
-from nanovlm_v2drop.demo.train import Recipe, demo_config, train_instruct, train_tower, turn_bias
+from nanovlm_v2drop.demo.data import PATCH_WORDS, corpus, llama_tokenizer, patch_labels, word_tokens
+from nanovlm_v2drop.demo.train import DEMOS, Recipe, initialise, train_instruct, train_tower, turn_bias
 from nanovlm_v2drop.inference import prefill
 from nanovlm_v2drop.prompts import Request, load_tokenizer
 from nanovlm_v2drop.tasks import load_task
-from nanovlm_v2drop.vlm import LlavaModel
 from nanovlm_v2drop.zoo import MODELS, load
 
 THINGS = (scenes.Thing("red", "circle", 3, 40, 40, 28), scenes.Thing("blue", "star", 8, 100, 110, 30))
@@ -115,7 +115,7 @@ def test_patch_labels_name_what_stands_there():
 
 def test_training_rows_ask_exactly_what_will_be_asked():
     tokenizer = llama_tokenizer(corpus())
-    batches = InstructBatches(tokenizer, demo_config(tokenizer), 2, 136, seed=0)
+    batches = DEMOS["demo"].instruct_batches(tokenizer, Recipe(instruct_batch=2), seed=0)
     question = scenes.Question("digit", "What digit is on the red circle?", "3")
     prompt, answer = batches.turn_ids(question)
     image = tokenizer.token_to_id("<image>")
@@ -123,6 +123,21 @@ def test_training_rows_ask_exactly_what_will_be_asked():
     template += "and polite answers to the user's questions. USER: <image>\nWhat digit is on the red circle? ASSISTANT:"
     assert [*batches.prefix, image, *prompt] == tokenizer.encode(template).ids
     assert answer == [*word_tokens(tokenizer, ("3",)).tolist(), 2]
+
+
+def test_a_seed_gives_the_rows_that_the_shipped_demo_was_trained_on():
+    """The digest is of the code that trained weights/demo; rows hold no pixels, which may differ between Pillow's releases."""
+    tokenizer = llama_tokenizer(corpus())
+    assert digest(tokenizer.to_str().encode()) == "d017ce63dfaace62"
+    batches = iter(DEMOS["demo"].instruct_batches(tokenizer, Recipe(instruct_batch=4), seed=3))
+    first, second = next(batches)[1:], next(batches)[1:]
+    wanted = ["fb1e9900765a4357", "921476f85a951596", "4f3ef906a26e3341", "85e018095944b0f3"]
+    assert [digest(part.contiguous().numpy().tobytes()) for part in first] == wanted
+    assert digest(second[0].contiguous().numpy().tobytes()) == "393b57000b4f5a18"
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def test_a_question_sees_the_picture_and_itself_only():
@@ -138,18 +153,21 @@ def test_a_question_sees_the_picture_and_itself_only():
 
 
 @pytest.mark.slow
-def test_a_short_training_lowers_both_losses_and_goes_on_from_its_checkpoint(tmp_path):
-    tokenizer = llama_tokenizer(corpus())
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_short_training_lowers_both_losses_and_goes_on_from_its_checkpoint(name, tmp_path):
+    demo = DEMOS[name]
+    tokenizer = demo.make_tokenizer()
     recipe = Recipe(tower_steps=50, tower_batch=4, instruct_steps=50, instruct_batch=2)
     torch.manual_seed(0)
-    model = LlavaModel(demo_config(tokenizer))
-    train_tower(model, tokenizer, recipe, tmp_path)
-    train_instruct(model, tokenizer, recipe, tmp_path)
-    for name in ("tower", "instruct"):
-        losses = [json.loads(line)["loss"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    model = demo.make_model(demo.make_config(tokenizer))
+    initialise(model)
+    train_tower(demo, model, tokenizer, recipe, tmp_path)
+    train_instruct(demo, model, tokenizer, recipe, tmp_path)
+    for step in ("tower", "instruct"):
+        losses = [json.loads(line)["loss"] for line in (tmp_path / f"{step}.jsonl").read_text().splitlines()]
         assert losses[1] < losses[0]
     lines = (tmp_path / "instruct.jsonl").read_text()
-    train_instruct(model, tokenizer, recipe, tmp_path)  # finished: nothing is trained again
+    train_instruct(demo, model, tokenizer, recipe, tmp_path)  # finished: nothing is trained again
     assert (tmp_path / "instruct.jsonl").read_text() == lines
 
 

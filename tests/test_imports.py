@@ -22,10 +22,10 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("prompts",),
     ("inference",),
     ("zoo",),
-    ("demo.scenes",),
+    ("demo.scenes", "demo.clips"),
     ("tasks",),
     ("plans", "ablations", "bootstrap", "position_bias"),
-    ("evaluate", "benchmark", "theory", "lmms_adapter", "demo.data", "demo.train"),
+    ("evaluate", "benchmark", "theory", "lmms_adapter", "demo.data", "demo.export", "demo.warm_start", "demo.train"),
     ("claims",),
     ("report",),
 )
@@ -115,4 +115,4 @@ def test_importing_the_package_loads_no_optional_library() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     loaded = set(ast.literal_eval(done.stdout))
     assert "torch" in loaded
-    assert not loaded & {"transformers", "torchvision", "pyarrow", "matplotlib", "flash_attn", "lmms_eval"}
+    assert not loaded & {"transformers", "torchvision", "pyarrow", "matplotlib", "av", "flash_attn", "lmms_eval"}

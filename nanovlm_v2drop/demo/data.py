@@ -1,24 +1,26 @@
-"""What the demo model is trained on: its tokenizer, labelled patches, and pictures with many questions each.
+"""What the demo models are trained on: tokenizers, labelled patches, and pictures or clips with many questions each.
 
-Shapes: N pictures, P patches of one picture, L tokens of one row.
+Shapes: N pictures or clips, F frames of a clip, P patches of one picture, L tokens of one row.
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
-from ..config import VisionConfig, VLMConfig
-from ..images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
+from ..config import VisionConfig
 from ..prompts import DEFAULT_TEMPLATE, LLAMA_DECODER, TEMPLATES
-from . import scenes
+from . import clips, scenes
 
 BACKGROUND = "background"  # the word that a patch without a thing answers
 PATCH_WORDS = (
@@ -26,9 +28,54 @@ PATCH_WORDS = (
     (*scenes.SHAPES, BACKGROUND),
     (*(str(digit) for digit in range(10)), BACKGROUND),
 )
-TURN_WEIGHTS = {"existence": 1.5, "color": 1.5, "shape": 1.5, "count": 0.7, "position": 2.5, "digit": 2.0}
 VISION = VisionConfig(
     hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=144, patch_size=12
+)
+
+
+# How Qwen2's tokenizer.json cuts text before it merges bytes: words with the space before them, single digits, runs of signs.
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+
+
+@dataclass(frozen=True)
+class World:
+    """What a demo is asked about: how a subject (a scene, a clip) is drawn from a seed, shown, asked about and described.
+
+    `draw` gives uint8 (144, 144, 3), for clips (F, 144, 144, 3); `turn_weights` says how often each kind is asked in
+    training; `media_token` stands in the chat template where the picture or clip goes.
+    """
+
+    sample: Callable[[Random], Any]
+    draw: Callable[[Any], np.ndarray]
+    ask: Callable[[Any, str, Random], scenes.Question | None]
+    describe: Callable[[Any], scenes.Question]
+    turn_weights: dict[str, float]
+    media_token: str
+    template: str
+
+    def prompt(self, text: str) -> str:
+        """The question behind its picture or clip, as the model will be asked."""
+        return TEMPLATES[self.template](f"{self.media_token}\n{text}")
+
+
+SCENES = World(
+    scenes.any_scene,
+    lambda scene: np.asarray(scenes.draw_scene(scene)),
+    scenes.ask,
+    scenes.describe,
+    {"existence": 1.5, "color": 1.5, "shape": 1.5, "count": 0.7, "position": 2.5, "digit": 2.0},
+    "<image>",
+    DEFAULT_TEMPLATE,
+)
+CLIPS = World(
+    clips.any_clip,
+    lambda clip: np.stack([np.asarray(frame) for frame in clips.draw_clip(clip)]),
+    clips.ask,
+    clips.describe,
+    {"existence": 1, "color": 1.5, "digit": 1.5, "direction": 1.5, "order": 2.5, "half": 1.5, "count": 1, "action": 1.5},
+    "<video>",
+    "qwen_1_5",
 )
 
 
@@ -47,16 +94,32 @@ def llama_tokenizer(lines: list[str]) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = LLAMA_DECODER
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*specials, "<image>", "<pad>")])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def qwen2_tokenizer(lines: list[str]) -> Tokenizer:
+    """A byte-level BPE in the exact form of Qwen2's tokenizer.json, learned from `lines`; the specials' ids come last."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(lines, BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in QWEN2_SPECIALS])
     return tokenizer
 
 
 def corpus() -> list[str]:
-    """Every word that a prompt or an answer can hold, often enough to become one token."""
+    """Every word that a prompt or an answer of the demo can hold, often enough to become one token."""
     rng = Random(0)
-    lines = [BACKGROUND, *(template("") for template in TEMPLATES.values())]
+    lines = [BACKGROUND, *(TEMPLATES[name]("") for name in ("vicuna_v1", "hub"))]
     for _ in range(3000):
         scene = scenes.any_scene(rng)
         asked = [scenes.ask(scene, kind, rng) for kind in scenes.KINDS]
@@ -64,10 +127,23 @@ def corpus() -> list[str]:
     return lines * 2
 
 
-def normalised(pictures: Tensor) -> Tensor:
+def video_corpus() -> list[str]:
+    """The same for demo-video, whose tokenizer knows a word with a space before it from one without: each is here as both."""
+    rng = Random(0)
+    lines = []
+    for _ in range(3000):
+        clip = clips.any_clip(rng)
+        asked = [clips.ask(clip, kind, rng) for kind in clips.KINDS]
+        turns = [f"{CLIPS.prompt(question.text)}{question.answer}" for question in (*asked, clips.describe(clip)) if question]
+        lines += [text for turn in turns for text in re.split("|".join(map(re.escape, QWEN2_SPECIALS)), turn) if text]
+    words = [word for words in (*PATCH_WORDS, *clips.ANSWERS.values()) for word in words]
+    return lines + [f"{word}\n {word}" for word in words for _ in range(20)]
+
+
+def normalised(pictures: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(N, 144, 144, 3) uint8 -> (N, 3, 144, 144) float32, as the official preprocessing of a picture of this size."""
     scaled = pictures.permute(0, 3, 1, 2).float() / 255
-    return (scaled - torch.tensor(CLIP_IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_IMAGE_STD).view(3, 1, 1)
+    return (scaled - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 def patch_labels(scene: scenes.Scene) -> np.ndarray:
@@ -87,14 +163,14 @@ def patch_labels(scene: scenes.Scene) -> np.ndarray:
     return labels
 
 
-def draw_batch(rng: Random, batch: int) -> tuple[list[scenes.Scene], Tensor]:
-    """Scenes and their pictures (N, 144, 144, 3) uint8."""
-    drawn = [scenes.any_scene(rng) for _ in range(batch)]
-    return drawn, torch.from_numpy(np.stack([np.asarray(scenes.draw_scene(scene)) for scene in drawn]))
+def draw_batch(world: World, rng: Random, batch: int) -> tuple[list[Any], Tensor]:
+    """Subjects and their pictures (N, 144, 144, 3) or clips (N, F, 144, 144, 3), uint8."""
+    drawn = [world.sample(rng) for _ in range(batch)]
+    return drawn, torch.from_numpy(np.stack([world.draw(subject) for subject in drawn]))
 
 
 class TowerBatches(torch.utils.data.IterableDataset):
-    """Batches of (pictures, patch labels), drawn in a second process."""
+    """Batches of (pictures, patch labels) of scenes, drawn in a second process."""
 
     def __init__(self, batch: int, seed: int) -> None:
         self.batch, self.seed = batch, seed
@@ -102,36 +178,41 @@ class TowerBatches(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         rng = Random(self.seed)
         while True:
-            drawn, pictures = draw_batch(rng, self.batch)
+            drawn, pictures = draw_batch(SCENES, rng, self.batch)
             yield pictures, torch.from_numpy(np.stack([patch_labels(scene) for scene in drawn]))
 
 
 class InstructBatches(torch.utils.data.IterableDataset):
-    """Batches of (pictures, token ids, turn numbers, position ids, labels), one row a picture with several questions.
+    """Batches of (pictures or clips, token ids, turn numbers, position ids, labels), one row a subject with many questions.
 
-    Turn 0 is the system sentence and the picture; turn t > 0 is one question with its answer; -1 is padding.
+    Turn 0 is the system sentence and the picture or clip; turn t > 0 is one question with its answer; -1 is padding.
+    `vision_tokens`: how often the media token is repeated; `eos_token`: what every answer ends with.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: VLMConfig, batch: int, text_tokens: int, seed: int) -> None:
-        self.tokenizer, self.config, self.batch, self.text_tokens, self.seed = tokenizer, config, batch, text_tokens, seed
-        self.prefix = tokenizer.encode(TEMPLATES[DEFAULT_TEMPLATE]("<image>\n")).ids
-        self.prefix = self.prefix[: self.prefix.index(config.image_token_id)]
+    def __init__(
+        self, world: World, tokenizer: Tokenizer, *, eos_token: int, vision_tokens: int, batch: int, text_tokens: int, seed: int
+    ) -> None:
+        self.world, self.tokenizer, self.eos_token = world, tokenizer, eos_token
+        self.vision_tokens, self.batch, self.text_tokens, self.seed = vision_tokens, batch, text_tokens, seed
+        self.media_token = tokenizer.token_to_id(world.media_token)
+        prompt = tokenizer.encode(world.prompt("")).ids
+        self.prefix = prompt[: prompt.index(self.media_token)]
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         rng = Random(self.seed)
         while True:
-            drawn, pictures = draw_batch(rng, self.batch)
-            rows = np.stack([self.row(scene, rng) for scene in drawn])  # (N, 4, L)
+            drawn, pictures = draw_batch(self.world, rng, self.batch)
+            rows = np.stack([self.row(subject, rng) for subject in drawn])  # (N, 4, L)
             yield pictures, *torch.from_numpy(rows).unbind(1)
 
-    def row(self, scene: scenes.Scene, rng: Random) -> np.ndarray:
+    def row(self, subject: Any, rng: Random) -> np.ndarray:
         """(4, L): token ids, turn numbers, position ids, labels (-100 where nothing is asked)."""
-        image = [self.config.image_token_id] * VISION.num_patches
-        start = len(self.prefix) + len(image)
-        ids, turns, positions = [*self.prefix, *image], [0] * start, list(range(start))
+        media = [self.media_token] * self.vision_tokens
+        start = len(self.prefix) + len(media)
+        ids, turns, positions = [*self.prefix, *media], [0] * start, list(range(start))
         labels = [-100] * start
         length = start + self.text_tokens
-        for turn, question in enumerate(self.questions(scene, rng), 1):
+        for turn, question in enumerate(self.questions(subject, rng), 1):
             prompt, answer = self.turn_ids(question)
             if len(ids) + len(prompt) + len(answer) > length:
                 break
@@ -142,25 +223,25 @@ class InstructBatches(torch.utils.data.IterableDataset):
         padding = length - len(ids)
         return np.array([ids + [0] * padding, turns + [-1] * padding, positions + [0] * padding, labels + [-100] * padding])
 
-    def questions(self, scene: scenes.Scene, rng: Random) -> Iterator[scenes.Question]:
-        """A third of the pictures are described, the rest of the room is for questions in random order."""
+    def questions(self, subject: Any, rng: Random) -> Iterator[scenes.Question]:
+        """A third of the subjects are described, the rest of the room is for questions in random order."""
         if rng.random() < 1 / 3:
-            yield scenes.describe(scene)
+            yield self.world.describe(subject)
+        weights = self.world.turn_weights
         while True:
-            kind = rng.choices(list(TURN_WEIGHTS), list(TURN_WEIGHTS.values()))[0]
-            question = scenes.ask(scene, kind, rng)
+            question = self.world.ask(subject, rng.choices(list(weights), list(weights.values()))[0], rng)
             if question is not None:
                 yield question
 
     def turn_ids(self, question: scenes.Question) -> tuple[list[int], list[int]]:
-        """The tokens behind the picture, and the answer with its end-of-sequence token."""
-        prompt = self.tokenizer.encode(TEMPLATES[DEFAULT_TEMPLATE](f"<image>\n{question.text}")).ids
+        """The tokens behind the picture or clip, and the answer with its end-of-sequence token."""
+        prompt = self.tokenizer.encode(self.world.prompt(question.text)).ids
         answer = self.tokenizer.encode(question.answer, add_special_tokens=False).ids
-        return prompt[prompt.index(self.config.image_token_id) + 1 :], [*answer, self.config.eos_token_ids[0]]
+        return prompt[prompt.index(self.media_token) + 1 :], [*answer, self.eos_token]
 
 
 def word_tokens(tokenizer: Tokenizer, words: tuple[str, ...]) -> Tensor:
-    """The token of each word as it stands after a space; every word of the demo has one of its own."""
+    """The token of each word as an answer holds it; every word of the demos has one of its own."""
     encoded = [tokenizer.encode(word, add_special_tokens=False).ids for word in words]
     if any(len(ids) != 1 for ids in encoded):
         raise ValueError(f"words that are not one token each: {dict(zip(words, encoded, strict=True))}")

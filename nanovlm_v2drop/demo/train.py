@@ -1,38 +1,62 @@
-"""How weights/demo was made: a small LLaVA trained from nothing on the scenes of scenes.py, on two CPU cores.
+"""How weights/demo and weights/demo-video were made: small models trained on the scenes of scenes.py and the clips of clips.py.
 
-    python -m nanovlm_v2drop.demo.train --output weights/demo --work runs/demo
+    python -m nanovlm_v2drop.demo.train --model demo --output weights/demo --work runs/demo
+    python -m nanovlm_v2drop.demo.train --model demo-video --output weights/demo-video --work runs/demo-video
 
-Three steps, in the order of LLaVA's own recipe:
+Three steps, in the order of LLaVA's own recipe, on two CPU cores:
 1. tower: every patch names the colour, shape and digit that it shows, in the decoder's own word embeddings. This trains
    tower, projector and embeddings together and stands for CLIP's pre-training: without it, end-to-end training sits on a
    text-only plateau for very long.
-2. instruct: the tower is frozen, as in LLaVA-1.5; projector and decoder learn to answer. All questions about a picture share
-   one pass over it and cannot see each other, so that each is trained exactly as it will be asked: alone. For the last
-   third weight decay is raised, as large models are trained with: without it the layers keep writing large updates into
-   background tokens that nobody reads, and how much a token changes says nothing about what it is worth.
-3. export: safetensors in the official LLaVA layout.
+2. instruct: the tower is frozen, as in LLaVA-1.5; projector and decoder learn to answer. All questions about a picture or
+   clip share one pass over it and cannot see each other, so that each is trained exactly as it will be asked: alone. Late
+   in the step weight decay is raised, as large models are trained with: without it the layers keep writing large updates
+   into background tokens that nobody reads, and how much a token changes says nothing about what it is worth.
+3. export: safetensors in the official layout (export.py).
 
-Both training steps write checkpoints into --work and go on from them.
+demo is trained from nothing, demo-video from the weights of demo (warm_start.py). Both training steps write checkpoints into
+--work and go on from them.
 """
 
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..config import TextConfig, VLMConfig
+from ..arrange import arrange_video
+from ..config import LlavaConfig, TextConfig, VLMConfig
 from ..decoder import Rotary, rotary_table
 from ..images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
-from ..vlm import LlavaModel
-from .data import PATCH_WORDS, VISION, InstructBatches, TowerBatches, corpus, llama_tokenizer, normalised, word_tokens
+from ..vlm import LlavaModel, LlavaOnevisionModel
+from . import clips
+from .data import (
+    CLIPS,
+    PATCH_WORDS,
+    SCENES,
+    VISION,
+    InstructBatches,
+    TowerBatches,
+    World,
+    corpus,
+    llama_tokenizer,
+    normalised,
+    qwen2_tokenizer,
+    video_corpus,
+    word_tokens,
+)
+from .export import SIGLIP_IMAGE_MEAN, SIGLIP_IMAGE_STD, export_llava, export_onevision, onevision_settings
+from .warm_start import warm_start
+
+Model = LlavaModel | LlavaOnevisionModel
+QUERY_BLOCKS = 3  # parts that masked_layer takes its queries in
 
 
 @dataclass(frozen=True)
@@ -50,14 +74,14 @@ class Recipe:
     late_weight_decay: float = 1.5  # from late_step on: takes away what training left in the layers without a use
     late_step: int = 1250
     stop_step: int = 2000  # an earlier one exports what has been learnt by then
-    text_tokens: int = 136  # room for the questions of one picture
+    text_tokens: int = 136  # room for the questions of one picture or clip
     seed: int = 0
 
 
 def demo_config(tokenizer: Tokenizer) -> VLMConfig:
     """12 layers, so that the paper's drop depths (10 %, 50 %, 70 %) fall on different layers."""
     text = TextConfig(
-        vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
+        vocab_size=padded_vocabulary(tokenizer),
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=12,
@@ -65,7 +89,104 @@ def demo_config(tokenizer: Tokenizer) -> VLMConfig:
         max_position_embeddings=1024,
         rms_norm_eps=1e-5,
     )
-    return VLMConfig(VISION, text, image_token_id=tokenizer.get_vocab()["<image>"])
+    return LlavaConfig(text, tokenizer.get_vocab()["<image>"], vision_config=VISION)
+
+
+def demo_video_config(tokenizer: Tokenizer) -> VLMConfig:
+    """The decoder of the demo with Qwen2's biases; tower and projector as wide as the demo's, in SigLIP's layout."""
+    settings = onevision_settings(tokenizer, padded_vocabulary(tokenizer))
+    return VLMConfig.from_official(settings["config.json"], settings["generation_config.json"]["eos_token_id"])
+
+
+def padded_vocabulary(tokenizer: Tokenizer) -> int:
+    return -(-tokenizer.get_vocab_size() // 64) * 64
+
+
+def picture_features(model: LlavaModel, seen: Tensor) -> Tensor:
+    """What the tower saw in N pictures (N, P, V) -> vision tokens (N, P, D)."""
+    return model.multi_modal_projector(seen)
+
+
+def clip_features(model: LlavaOnevisionModel, seen: Tensor) -> Tensor:
+    """What the tower saw in N clips (N * F, P, V) -> vision tokens (N, F * pooled patches + 1, D)."""
+    frames = model.multi_modal_projector(seen).unflatten(0, (-1, clips.FRAMES))
+    newline = model.image_newline.to(frames.dtype)
+    return torch.stack([arrange_video(clip, newline) for clip in frames])
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What differs between the two demos.
+
+    `media_features` makes a batch's vision tokens, in the decoder's order, of what the frozen tower saw in its pictures;
+    `warm` says whether training starts from the weights of demo.
+    """
+
+    world: World
+    make_tokenizer: Callable[[], Tokenizer]
+    make_config: Callable[[Tokenizer], VLMConfig]
+    make_model: Callable[[VLMConfig], Any]
+    media_features: Callable[[Any, Tensor], Tensor]
+    export: Callable[[Any, Tokenizer, Path], None]
+    vision_tokens: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    recipe: Recipe
+    warm: bool = False
+
+    def pixel_values(self, pictures: Tensor) -> Tensor:
+        """(N, 144, 144, 3) or (N, F, 144, 144, 3) uint8 -> (N or N * F, 3, 144, 144) float32"""
+        return normalised(pictures.reshape(-1, *pictures.shape[-3:]), self.image_mean, self.image_std)
+
+    def instruct_batches(self, tokenizer: Tokenizer, recipe: Recipe, seed: int) -> InstructBatches:
+        eos_token = self.make_config(tokenizer).eos_token_ids[0]
+        return InstructBatches(
+            self.world,
+            tokenizer,
+            eos_token=eos_token,
+            vision_tokens=self.vision_tokens,
+            batch=recipe.instruct_batch,
+            text_tokens=recipe.text_tokens,
+            seed=seed,
+        )
+
+
+DEMOS = {
+    "demo": Demo(
+        world=SCENES,
+        make_tokenizer=lambda: llama_tokenizer(corpus()),
+        make_config=demo_config,
+        make_model=LlavaModel,
+        media_features=picture_features,
+        export=export_llava,
+        vision_tokens=VISION.num_patches,
+        image_mean=CLIP_IMAGE_MEAN,
+        image_std=CLIP_IMAGE_STD,
+        recipe=Recipe(),
+    ),
+    "demo-video": Demo(
+        world=CLIPS,
+        make_tokenizer=lambda: qwen2_tokenizer(video_corpus()),
+        make_config=demo_video_config,
+        make_model=LlavaOnevisionModel,
+        media_features=clip_features,
+        export=export_onevision,
+        vision_tokens=clips.FRAMES * (-(-VISION.grid_size // 2)) ** 2 + 1,
+        image_mean=SIGLIP_IMAGE_MEAN,
+        image_std=SIGLIP_IMAGE_STD,
+        recipe=Recipe(
+            tower_steps=600,
+            tower_rate=1e-3,
+            instruct_steps=1200,
+            instruct_batch=16,
+            muon_rate=2e-3,
+            adam_rate=1e-3,
+            late_step=750,
+            text_tokens=192,
+        ),
+        warm=True,
+    ),
+}
 
 
 def initialise(model: nn.Module) -> None:
@@ -80,11 +201,10 @@ def initialise(model: nn.Module) -> None:
 
 
 def patch_losses(
-    model: LlavaModel, coordinates: nn.Linear, word_ids: list[Tensor], batch: list[Tensor]
+    model: Model, coordinates: nn.Linear, word_ids: list[Tensor], pixel_values: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of the patch words plus where the patch is; and the accuracies on patches that show something (3,)."""
-    pictures, labels = batch
-    features = model.encode_images(normalised(pictures))  # (N, P, D)
+    features = model.multi_modal_projector(model.vision_tower(pixel_values))  # (N, P, D)
     embeddings = model.language_model.embed_tokens.weight
     loss, accuracies = features.new_zeros(()), []
     for group, ids in enumerate(word_ids):
@@ -94,22 +214,23 @@ def patch_losses(
         accuracies.append((logits.argmax(-1) == wanted)[shown].float().mean())
     axis = torch.linspace(-1, 1, VISION.grid_size)
     wanted_place = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).flatten(0, 1)
-    return loss + F.mse_loss(coordinates(features).float(), wanted_place.expand(len(pictures), -1, -1)), torch.stack(accuracies)
+    return loss + F.mse_loss(coordinates(features).float(), wanted_place.expand(len(features), -1, -1)), torch.stack(accuracies)
 
 
-def train_tower(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work: Path) -> None:
+def train_tower(demo: Demo, model: Model, tokenizer: Tokenizer, recipe: Recipe, work: Path) -> None:
     """Step 1; leaves `work`/tower.pt."""
-    coordinates = nn.Linear(model.config.text_config.hidden_size, 2)
+    coordinates = nn.Linear(model.multi_modal_projector.linear_2.out_features, 2)
     word_ids = [word_tokens(tokenizer, words) for words in PATCH_WORDS]
     parts = (model.vision_tower, model.multi_modal_projector, coordinates, model.language_model.embed_tokens)
     trained = [parameter for part in parts for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(trained, recipe.tower_rate, betas=(0.9, 0.98), weight_decay=0.01)
     batches = torch.utils.data.DataLoader(TowerBatches(recipe.tower_batch, recipe.seed), batch_size=None, num_workers=1)
     log = Log(work / "tower.jsonl")
-    for step, batch in enumerate(islice(batches, recipe.tower_steps)):
+    for step, (pictures, labels) in enumerate(islice(batches, recipe.tower_steps)):
         set_rate([optimizer], step, recipe.tower_steps)
+        pixel_values = demo.pixel_values(pictures)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, accuracies = patch_losses(model, coordinates, word_ids, batch)
+            loss, accuracies = patch_losses(model, coordinates, word_ids, pixel_values, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -118,17 +239,19 @@ def train_tower(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work: P
     torch.save(model.state_dict(), work / "tower.pt")
 
 
-def answer_loss(model: LlavaModel, features: Tensor, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Cross entropy over the answers' tokens, and the share of those tokens that is right. features: (N, P, D)."""
-    _, ids, turns, positions, labels = batch
+def answer_loss(model: Model, features: Tensor, start: int, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Cross entropy over the answers' tokens, and the share of those tokens that is right.
+
+    features: (N, vision tokens, D), which stand at `start` of every row in the place of the media token.
+    """
+    ids, turns, positions, labels = batch
     decoder = model.language_model
-    image_token = model.config.image_token_id
-    hidden_states = decoder.embed_tokens(ids.masked_fill(ids == image_token, 0))
-    start = int((ids[0] == image_token).nonzero()[0])
-    hidden_states = torch.cat([hidden_states[:, :start], features, hidden_states[:, start + features.shape[1] :]], 1)
+    stop = start + features.shape[1]
+    before, behind = decoder.embed_tokens(ids[:, :start]), decoder.embed_tokens(ids[:, stop:])
+    hidden_states = torch.cat([before, features, behind], 1)
     rows, length = ids.shape
     bias = turn_bias(turns)
-    rotary = rotary_table(model.config.text_config, positions.flatten(), torch.bfloat16)
+    rotary = rotary_table(decoder.config, positions.flatten(), torch.bfloat16)
     hidden_states = hidden_states.flatten(0, 1)
     for layer in decoder.layers:
         hidden_states = masked_layer(layer, hidden_states, rotary, bias)
@@ -148,22 +271,26 @@ def turn_bias(turns: Tensor) -> Tensor:
 
 @torch.compile
 def masked_layer(layer: nn.Module, hidden_states: Tensor, rotary: Rotary, bias: Tensor) -> Tensor:
-    """One decoder layer with an attention bias. hidden_states: (N * L, D), packed.
+    """One decoder layer with an attention bias that is causal at least. hidden_states: (N * L, D), packed.
 
     Plain matrix products: on this CPU their backward pass is twice as fast as scaled_dot_product_attention's, and compiled
-    the whole layer takes a third less.
+    the whole layer takes a third less. Queries go in blocks, since early ones need no late keys.
     """
     rows, length = bias.shape[0], bias.shape[-1]
+    ends = [length * block // QUERY_BLOCKS for block in range(QUERY_BLOCKS + 1)]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (heads.unflatten(0, (rows, length)).transpose(1, 2) for heads in (q, k, v))
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2) + bias).softmax(-1)
-        return (weights @ v).transpose(1, 2).flatten(0, 1)
+        q, k, v = (heads.unflatten(0, (rows, length)).transpose(1, 2) for heads in (q * q.shape[-1] ** -0.5, k, v))
+        blocks = [
+            (q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2) + bias[:, :, start:end, :end]).softmax(-1) @ v[:, :, :end]
+            for start, end in pairwise(ends)
+        ]
+        return torch.cat(blocks, 2).transpose(1, 2).flatten(0, 1)
 
     return layer(hidden_states, rotary, attend)
 
 
-def train_instruct(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work: Path) -> None:
+def train_instruct(demo: Demo, model: Model, tokenizer: Tokenizer, recipe: Recipe, work: Path) -> None:
     """Step 2; writes `work`/instruct.pt every 250 steps and goes on from it."""
     model.vision_tower.requires_grad_(False)
     decoder = model.language_model
@@ -176,18 +303,18 @@ def train_instruct(model: LlavaModel, tokenizer: Tokenizer, recipe: Recipe, work
     ]
     start = resume(work / "instruct.pt", model, optimizers)
     seed = recipe.seed + 1000 + start  # new pictures after an interruption
-    data = InstructBatches(tokenizer, model.config, recipe.instruct_batch, recipe.text_tokens, seed)
+    data = demo.instruct_batches(tokenizer, recipe, seed)
     batches = torch.utils.data.DataLoader(data, batch_size=None, num_workers=1)
     log = Log(work / "instruct.jsonl")
     stop = min(recipe.stop_step, recipe.instruct_steps)
-    for step, batch in enumerate(islice(batches, max(stop - start, 0)), start):
+    for step, (pictures, *rows) in enumerate(islice(batches, max(stop - start, 0)), start):
         set_rate(optimizers, step, recipe.instruct_steps)
         for group in optimizers[0].param_groups:
             group["weight_decay"] = recipe.weight_decay if step < recipe.late_step else recipe.late_weight_decay
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                seen = model.vision_tower(normalised(batch[0]))
-            loss, accuracy = answer_loss(model, model.multi_modal_projector(seen), batch)
+                seen = model.vision_tower(demo.pixel_values(pictures))
+            loss, accuracy = answer_loss(model, demo.media_features(model, seen), len(data.prefix), rows)
         loss.backward()
         nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
         for optimizer in optimizers:
@@ -237,110 +364,29 @@ class Log:
             self.since, self.sums = now, {}
 
 
-def export(model: LlavaModel, tokenizer: Tokenizer, output: Path) -> None:
-    """Step 3: the files that llava-hf publishes, in float16 and under its names."""
-    output.mkdir(parents=True, exist_ok=True)
-    tensors = {official_name(name): value.half().contiguous() for name, value in model.state_dict().items()}
-    save_file({**unused_tensors(tensors), **tensors}, output / "model.safetensors", {"format": "pt"})
-    tokenizer.save(str(output / "tokenizer.json"))
-    for name, content in official_settings(model.config, tokenizer).items():
-        (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def official_name(name: str) -> str:
-    """Our parameter name as llava-hf stores it."""
-    if name.startswith("language_model."):
-        inner = name.removeprefix("language_model.")
-        return name if inner.startswith("lm_head") else f"language_model.model.{inner}"
-    return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-
-
-def unused_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the layout holds and LLaVA never reads: the tower's last block (zeros: it would change nothing) and its norm."""
-    tower, last = "vision_tower.vision_model.", VISION.num_hidden_layers - 1
-    first_block = f"{tower}encoder.layers.0."
-    block = {
-        name.replace(".layers.0.", f".layers.{last}."): torch.zeros_like(value)
-        for name, value in tensors.items()
-        if name.startswith(first_block)
-    }
-    norm, width = f"{tower}post_layernorm.", VISION.hidden_size
-    return {**block, f"{norm}weight": torch.ones(width).half(), f"{norm}bias": torch.zeros(width).half()}
-
-
-def official_settings(config: VLMConfig, tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
-    """config.json and its companions, as llava-hf/llava-1.5-7b-hf has them."""
-    size, pad = config.vision_config.image_size, tokenizer.get_vocab()["<pad>"]
-    text = {**asdict(config.text_config), "model_type": "llama", "torch_dtype": "float16"}
-    derived = ("qkv_bias", "mrope_section")  # ours, not Hugging Face's
-    return {
-        "config.json": {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
-            "image_token_index": config.image_token_id,
-            "pad_token_id": pad,
-            "projector_hidden_act": "gelu",
-            "text_config": {name: value for name, value in text.items() if name not in derived},
-            "torch_dtype": "float16",
-            "vision_config": {**asdict(config.vision_config), "model_type": "clip_vision_model"},
-            "vision_feature_layer": config.vision_feature_layer,
-            "vision_feature_select_strategy": "default",
-        },
-        "generation_config.json": {"bos_token_id": 1, "eos_token_id": config.eos_token_ids[0], "pad_token_id": pad},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "pad_token": "<pad>",
-            "model_max_length": config.text_config.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-        },
-        "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": size},
-            "crop_size": {"height": size, "width": size},
-            "image_mean": list(CLIP_IMAGE_MEAN),
-            "image_std": list(CLIP_IMAGE_STD),
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "do_center_crop": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "resample": 3,
-            "rescale_factor": 1 / 255,
-        },
-        "processor_config.json": {
-            "processor_class": "LlavaProcessor",
-            "patch_size": VISION.patch_size,
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": "default",
-            "image_token": "<image>",
-        },
-    }
-
-
 def main() -> None:
-    recipe = Recipe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(DEMOS), required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint in the official layout")
     parser.add_argument("--work", type=Path, required=True, help="folder for training checkpoints and logs")
     for name in ("tower_steps", "instruct_steps", "late_step", "stop_step", "seed"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(recipe, name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the model's recipe")
     arguments = vars(parser.parse_args())
-    output, work = arguments.pop("output"), arguments.pop("work")
+    demo, output, work = DEMOS[arguments.pop("model")], arguments.pop("output"), arguments.pop("work")
     work.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(**{**asdict(recipe), **arguments})
+    recipe = replace(demo.recipe, **{name: value for name, value in arguments.items() if value is not None})
     torch.manual_seed(recipe.seed)
-    tokenizer = llama_tokenizer(corpus())
-    model = LlavaModel(demo_config(tokenizer))
+    tokenizer = demo.make_tokenizer()
+    model = demo.make_model(demo.make_config(tokenizer))
     initialise(model)
+    if demo.warm:
+        warm_start(model, tokenizer)
     tower = work / "tower.pt"
     if not tower.is_file():
-        train_tower(model, tokenizer, recipe, work)
+        train_tower(demo, model, tokenizer, recipe, work)
     model.load_state_dict(torch.load(tower, weights_only=True))
-    train_instruct(model, tokenizer, recipe, work)
-    export(model, tokenizer, output)
+    train_instruct(demo, model, tokenizer, recipe, work)
+    demo.export(model, tokenizer, output)
 
 
 if __name__ == "__main__":

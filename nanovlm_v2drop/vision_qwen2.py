@@ -1,0 +1,286 @@
+"""Qwen2-VL's vision tower, and the positions that its decoder gives to vision tokens.
+
+Shapes: L patches of all pictures packed, D embed_dim, H heads, T tokens of one prompt; t, h, w are frames (groups of
+temporal_patch_size pictures), rows and columns of patches.
+
+Pictures keep their own size and stand one behind the other, without padding; attention stays inside each frame. Patches come
+in merge order: the four that will become one vision token are neighbours. Parameter names are the official ones below
+`visual.`.
+Source: transformers models/qwen2_vl/modeling_qwen2_vl.py.
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
+from math import prod
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import cumulative, resolve_backend
+from .config import Qwen2VLVisionConfig
+from .decoder import Rotary, apply_rotary
+from .vision import ACTIVATIONS
+
+Grid = tuple[int, int, int]
+
+LAYER_NORM_EPS = 1e-6  # not in the official config: the model's code fixes both
+ROPE_THETA = 10000.0
+WEIGHTS_BYTES = 64 * 2**20  # attention weights that `received_attention` holds at once
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel, on patches that are cut already: one matrix product."""
+
+    def __init__(self, config: Qwen2VLVisionConfig) -> None:
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        return F.linear(pixel_values.to(weight.dtype), weight)  # (L, D)
+
+
+class Qwen2VLVisionAttention(nn.Module):
+    def __init__(self, config: Qwen2VLVisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, hidden_states: Tensor, rotary: Rotary, seqlens: Sequence[int], backend: str) -> Tensor:
+        q, k, v = self.rotated(hidden_states, rotary)
+        return self.proj(full_attention(q, k, v, seqlens, backend).flatten(1))
+
+    def rotated(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys with their positions, and values, (L, H, head_dim) each."""
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        # The table is float32, so the rotation runs in it, as the official one: bf16 would blur neighbouring positions.
+        return apply_rotary(q, rotary).to(v.dtype), apply_rotary(k, rotary).to(v.dtype), v
+
+
+class Qwen2VLVisionMLP(nn.Module):
+    def __init__(self, config: Qwen2VLVisionConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.embed_dim, config.embed_dim * config.mlp_ratio)
+        self.fc2 = nn.Linear(config.embed_dim * config.mlp_ratio, config.embed_dim)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class Qwen2VLVisionBlock(nn.Module):
+    def __init__(self, config: Qwen2VLVisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
+        self.attn = Qwen2VLVisionAttention(config)
+        self.mlp = Qwen2VLVisionMLP(config)
+
+    def forward(self, hidden_states: Tensor, rotary: Rotary, seqlens: Sequence[int], backend: str) -> Tensor:
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotary, seqlens, backend)
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class PatchMerger(nn.Module):
+    """Each square of neighbouring patches becomes one token of the decoder's width. The GELU is the erf one."""
+
+    def __init__(self, config: Qwen2VLVisionConfig) -> None:
+        super().__init__()
+        self.merged_size = config.embed_dim * config.spatial_merge_size**2
+        self.ln_q = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.merged_size, self.merged_size), nn.GELU(), nn.Linear(self.merged_size, config.hidden_size)
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.mlp(self.ln_q(hidden_states).view(-1, self.merged_size))
+
+
+class Qwen2VLVisionTower(nn.Module):
+    """Packed patches to vision tokens. `attention` is a back end by name, or "auto"; see attention.resolve_backend.
+
+    Every method takes `grid_thw`: frames, rows and columns of patches of each picture or video, in order. Raises ValueError
+    for grids that do not hold the patches, that cannot be merged, or an activation that is not known.
+    """
+
+    def __init__(self, config: Qwen2VLVisionConfig, attention: str = "auto") -> None:
+        super().__init__()
+        if config.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+        self.config = config
+        self.attention = attention
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Qwen2VLVisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+
+    @property
+    def last_block(self) -> Qwen2VLVisionBlock:
+        return cast(Qwen2VLVisionBlock, self.blocks[-1])
+
+    def forward(self, pixel_values: Tensor, grid_thw: Sequence[Grid]) -> Tensor:
+        """(L, C * temporal_patch_size * patch_size ** 2) -> (L / spatial_merge_size ** 2, hidden_size)"""
+        return self.merger(self.encode(pixel_values, grid_thw)[1])
+
+    def encode(self, pixel_values: Tensor, grid_thw: Sequence[Grid]) -> tuple[Tensor, Tensor]:
+        """Input and output of the last block, before the merger, (L, D) each."""
+        self.check_patches(pixel_values, grid_thw)
+        hidden_states = self.patch_embed(pixel_values)
+        rotary, seqlens = self.rotary_table(grid_thw, hidden_states.device), frame_lengths(grid_thw)
+        backend = resolve_backend(self.attention, hidden_states.device, hidden_states.dtype)
+        before = hidden_states
+        for block in self.blocks:
+            before, hidden_states = hidden_states, block(hidden_states, rotary, seqlens, backend)
+        return before, hidden_states
+
+    def received_attention(self, block_input: Tensor, grid_thw: Sequence[Grid]) -> Tensor:
+        """(H, L): softmax attention that each patch gets in the last block, the mean over all patches of its frame.
+
+        `block_input` (L, D) is the input of that block. Some queries at a time: WEIGHTS_BYTES bound the weights in memory.
+        """
+        q, k, _ = self.last_rotated(block_input, grid_thw)
+        seqlens = frame_lengths(grid_thw)
+        frames = zip(q.split(seqlens), k.split(seqlens), strict=True)
+        return torch.cat([received_in_frame(*frame) for frame in frames], dim=-1)
+
+    def keys(self, block_input: Tensor, grid_thw: Sequence[Grid]) -> Tensor:
+        """(H, L, head_dim): keys of the last block, rotated as its attention reads them, given its input (L, D)."""
+        return self.last_rotated(block_input, grid_thw)[1].transpose(0, 1)
+
+    def last_rotated(self, block_input: Tensor, grid_thw: Sequence[Grid]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (L, H, head_dim) of the last block."""
+        rotary = self.rotary_table(grid_thw, block_input.device)
+        return self.last_block.attn.rotated(self.last_block.norm1(block_input), rotary)
+
+    def rotary_table(self, grid_thw: Sequence[Grid], device: torch.device) -> Rotary:
+        """Cosines and sines (L, 1, head_dim) in float32: half of the angles from the row, half from the column."""
+        half = self.config.embed_dim // self.config.num_heads // 2
+        frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, device=device).float() / half)
+        places = torch.cat([patch_places(grid, self.config.spatial_merge_size, device) for grid in grid_thw])
+        angles = (places[..., None].float() * frequencies).flatten(1)  # (L, head_dim / 2)
+        angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+        return angles.cos(), angles.sin()
+
+    def check_patches(self, pixel_values: Tensor, grid_thw: Sequence[Grid]) -> None:
+        """Raise ValueError unless the grids hold the patches, and every frame can be merged."""
+        config = self.config
+        for grid in grid_thw:
+            if min(grid) < 1 or any(side % config.spatial_merge_size for side in grid[1:]):
+                raise ValueError(
+                    f"grid {tuple(grid)} (frames, rows, columns of patches) must be positive, and rows and columns "
+                    f"multiples of spatial_merge_size {config.spatial_merge_size}; Qwen2VLImageProcessor makes such grids"
+                )
+        shape = (sum(map(prod, grid_thw)), config.in_channels * config.temporal_patch_size * config.patch_size**2)
+        if pixel_values.shape != shape or not shape[0]:
+            raise ValueError(f"pixel_values {tuple(pixel_values.shape)} must be {shape} for the grids {list(grid_thw)}")
+
+
+def patch_places(grid: Grid, merge_size: int, device: torch.device) -> Tensor:
+    """Row and column (L, 2) of each patch of one picture or video, in merge order; every frame has the same."""
+    frames, rows, columns = grid
+    axes = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # (h, w, 2)
+    squares = places.unflatten(1, (-1, merge_size)).unflatten(0, (-1, merge_size)).transpose(1, 2)
+    return squares.reshape(-1, 2).repeat(frames, 1)
+
+
+def frame_lengths(grid_thw: Sequence[Grid]) -> list[int]:
+    """Patches of every frame of every picture, in order: the stretches that attention does not leave."""
+    return [rows * columns for frames, rows, columns in grid_thw for _ in range(frames)]
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], backend: str) -> Tensor:
+    """Attention inside each packed stretch, without a causal mask: (L, H, head_dim) each -> (L, H, head_dim)."""
+    if backend == "sdpa":
+        return sdpa_full_attention(q, k, v, seqlens)
+    if backend == "eager":
+        return eager_full_attention(q, k, v, seqlens)
+    cu_seqlens, longest = cumulative(seqlens, q.device), max(seqlens)
+    if backend == "flash-attn":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=False)
+    from torch.nn.attention.varlen import varlen_attn
+
+    return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest))
+
+
+def sdpa_full_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
+    """The twin that runs everywhere: neighbouring stretches of equal length, such as a video's frames, go in one call."""
+    runs = [(length, len(list(run))) for length, run in groupby(seqlens)]
+    parts = zip(*(packed.split([length * count for length, count in runs]) for packed in (q, k, v)), strict=True)
+    attended = []
+    for (length, _), part in zip(runs, parts, strict=True):
+        batched = (packed.unflatten(0, (-1, length)).transpose(1, 2) for packed in part)  # (frames, H, length, head_dim)
+        attended.append(F.scaled_dot_product_attention(*batched).transpose(1, 2).flatten(0, 1))
+    return torch.cat(attended)
+
+
+def eager_full_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
+    """Every attention weight (H, length, length) of a stretch in memory at once."""
+    parts = zip(*(packed.split(list(seqlens)) for packed in (q, k, v)), strict=True)
+    return torch.cat([torch.einsum("hqk,khd->qhd", softmax_weights(*part[:2]).to(v.dtype), part[2]) for part in parts])
+
+
+def softmax_weights(q: Tensor, k: Tensor) -> Tensor:
+    """(H, Q, K): attention of the queries (Q, H, head_dim) to all keys (K, H, head_dim), softmax in float32 at least."""
+    scores = torch.einsum("qhd,khd->hqk", q, k)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(q.shape[-1] ** -0.5).softmax(-1)
+
+
+def received_in_frame(q: Tensor, k: Tensor) -> Tensor:
+    """(H, K): mean over the queries (Q, H, head_dim) of one frame of the attention to each key (K, H, head_dim)."""
+    row_bytes = 2 * k.shape[1] * len(k) * torch.promote_types(k.dtype, torch.float32).itemsize  # scores, and their softmax
+    chunks = q.split(max(1, WEIGHTS_BYTES // row_bytes))
+    return cast(Tensor, sum(softmax_weights(chunk, k).sum(1) for chunk in chunks)) / len(q)
+
+
+def multimodal_positions(token_ids: Sequence[int], grids: Sequence[Grid], vision_token_ids: Collection[int]) -> Tensor:
+    """Positions (3, T), int64, of one prompt: time, row and column (M-RoPE, Qwen2-VL paper, section 2.1).
+
+    `grids`: frames, rows and columns of the vision tokens (after merging) of each picture or video, in prompt order. Their
+    tokens, which stand in `token_ids` as ids of `vision_token_ids`, count from where the text stopped; the text goes on
+    behind the largest position so far. So it does behind a video too, as in training and in transformers up to 4.57;
+    transformers 5 looks at rows and columns only there, and gives smaller positions where a video has more frames than either.
+    Raises ValueError where a run of vision tokens is not the sum of the next grids.
+    """
+    pending = deque(grids)
+    blocks, following = [torch.empty(3, 0, dtype=torch.int64)], 0
+    for is_vision, length in token_runs(token_ids, vision_token_ids):
+        text = torch.arange(length).expand(3, -1)
+        for block in map(grid_positions, grids_of_run(length, pending)) if is_vision else (text,):
+            blocks.append(following + block)
+            following += int(block.max()) + 1
+    if pending:
+        raise ValueError(f"the prompt has no vision tokens for the last {len(pending)} of the grids {list(grids)}")
+    return torch.cat(blocks, dim=1)
+
+
+def grid_positions(grid: Grid) -> Tensor:
+    """(3, t * h * w): frame, row and column of each token of one picture or video, from 0."""
+    return torch.cartesian_prod(*map(torch.arange, grid)).T
+
+
+def token_runs(token_ids: Sequence[int], vision_token_ids: Collection[int]) -> Iterator[tuple[bool, int]]:
+    """(is vision, length) of each run: one vision id repeated, or text."""
+    kinds = (token if token in vision_token_ids else None for token in token_ids)
+    for kind, run in groupby(kinds):
+        yield kind is not None, len(list(run))
+
+
+def grids_of_run(length: int, pending: deque[Grid]) -> list[Grid]:
+    """Take from `pending` the grids that fill a run of `length` vision tokens exactly."""
+    taken: list[Grid] = []
+    while pending and sum(map(prod, taken)) < length:
+        taken.append(pending.popleft())
+    held = sum(map(prod, taken))
+    if held != length:
+        raise ValueError(
+            f"a run of {length} vision tokens does not match the next grids {taken}, which hold {held}; repeat the vision "
+            "token of each picture or video once for every vision token that it has, in the order of the grids"
+        )
+    return taken
