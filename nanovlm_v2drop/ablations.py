@@ -63,6 +63,7 @@ def layer_plans(shape: Shape) -> list[Plan]:
 
 def step_plans(shape: Shape) -> list[Plan]:
     """V2Drop in three steps, and all at once at the first of them, at the same mean: 192 of 576 tokens."""
+    size = shape.num_vision_tokens, shape.num_layers
     budget, layers = share_of_paper(192, shape), layers_at_depths(shape.num_layers)
     choices = {"progressive": (layers, V2Drop.leanest), "one-shot": (layers[:1], (0.0,))}
     return [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .dropping import DROPPERS, DropSchedule, TokenDropper
-from .dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS, OutOfReach
+from .dropping.schedule import PAPER_VISION_TOKENS, OutOfReach
 from .prompts import Request
 from .zoo import VisionLanguageModel
 
@@ -167,16 +167,17 @@ def official_plans(names: Sequence[str], shape: Shape, seeds: Sequence[int]) -> 
     Raises ValueError for an unknown method, and for one without a published setting that was asked for by name.
     """
     plans = []
-    is_papers = (shape.num_vision_tokens, shape.num_layers) == (PAPER_VISION_TOKENS, PAPER_LAYERS)
-    note = "" if is_papers else "mapped from 32 layers and 576 tokens"
     for method in find_methods(names):
         if method is None:
             plans.append(Plan(DENSE))
         elif not method.published and ALL not in names:
             raise ValueError(f"{method.name} has no published setting; compare it with --accounting equal")
         else:
-            for setting, (schedule, options) in method.published.items():
-                mapped, label = schedule.mapped(shape.num_layers, shape.num_vision_tokens), f"{method.name} {setting}"
+            for setting, (schedule, options, num_layers) in method.published.items():
+                mapped = schedule.mapped(shape.num_layers, shape.num_vision_tokens, num_layers)
+                is_papers = (shape.num_vision_tokens, shape.num_layers) == (PAPER_VISION_TOKENS, num_layers)
+                note = "" if is_papers else f"mapped from {num_layers} layers and {PAPER_VISION_TOKENS} tokens"
+                label = f"{method.name} {setting}"
                 droppers = make_droppers(method, mapped, seeds, options)
                 plans += [Plan(label, dropper, note=note) for dropper in droppers]
     return plans

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from tiny import one_prompt, pack_together, tiny_decoder, tiny_prompts
+from tiny import FAMILIES, one_prompt, pack_together, tiny_decoder, tiny_prompts
 
 from nanovlm_v2drop.decoder import rotary_table
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
 from nanovlm_v2drop.inference import Sampling, decode_one_token, decode_tokens, decode_until, prefill
 
 SCHEDULE = DropSchedule({1: 0.5, 3: 0.3, 4: 0.0})
+every_family = pytest.mark.parametrize("family", FAMILIES)
 every_method = pytest.mark.parametrize("name", DROPPERS)
 # What a method averages is not in the prompt, so no masked forward can have it; the authors' codes are their twins.
 every_method_that_only_drops = pytest.mark.parametrize("name", [name for name in DROPPERS if not DROPPERS[name].merges])
@@ -24,8 +25,9 @@ def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False):
     """The slow twin: every token through every layer, dropped ones hidden as keys from their drop point on.
 
     Returns the logits of every position of one sequence, prompt and `more_tokens`, without any cache. With `renumbers`,
-    the positions in a layer count only the tokens that are left there.
+    the positions in a layer count only the tokens that are left there, unless they are places in a grid.
     """
+    renumbers = renumbers and packed.position_ids.dim() == 1
     embeds = torch.cat([packed.inputs_embeds, decoder.embed_tokens(torch.tensor(more_tokens, dtype=torch.long))])
     length = len(embeds)
     visible = torch.ones(length, length, dtype=torch.bool).tril()
@@ -38,7 +40,8 @@ def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False):
             visible[:, vision_rows[sorted(gone)]] = False
             visible.fill_diagonal_(True)  # a dropped row may see itself: nobody reads it
             alive[vision_rows[sorted(gone)]] = 0 if renumbers else 1
-        rotary = rotary_table(decoder.config, alive.cumsum(0) - 1, embeds.dtype)
+        positions = alive.cumsum(0) - 1 if packed.position_ids.dim() == 1 else places_and_more(packed, length)
+        rotary = rotary_table(decoder.config, positions, embeds.dtype)
 
         def attend(q, k, v):
             groups = q.shape[1] // k.shape[1]
@@ -51,23 +54,33 @@ def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False):
     return decoder.lm_head(decoder.norm(hidden))
 
 
-def test_prefill_without_a_dropper_equals_a_plain_full_forward():
-    decoder, packed = tiny_decoder(), one_prompt(5, 24, 7)
+def places_and_more(packed, length):
+    """(3, length): the prompt's places in a grid, then on all axes one more than the largest, and so on."""
+    positions = packed.position_ids
+    more = positions.max() + 1 + torch.arange(length - positions.shape[-1])
+    return torch.cat([positions, more.expand(3, -1)], dim=-1)
+
+
+@every_family
+def test_prefill_without_a_dropper_equals_a_plain_full_forward(family):
+    decoder, packed = tiny_decoder(**FAMILIES[family]), one_prompt(5, 24, 7, family=family)
     torch.testing.assert_close(prefill(decoder, packed).logits[0], masked_forward(decoder, packed)[-1], atol=1e-4, rtol=0)
 
 
+@every_family
 @every_method
 @pytest.mark.filterwarnings("ignore:.*dropped nothing")
-def test_keeping_everything_is_bit_identical_to_no_dropper(name):
-    decoder, packed = tiny_decoder(), pack_together(tiny_prompts())
+def test_keeping_everything_is_bit_identical_to_no_dropper(name, family):
+    decoder, packed = tiny_decoder(**FAMILIES[family]), pack_together(tiny_prompts(family=family))
     dense = prefill(decoder, packed)
     kept_all = prefill(decoder, packed, make(name, share=1.0))
     assert torch.equal(dense.logits, kept_all.logits)
 
 
+@every_family
 @every_method_that_only_drops
-def test_dropping_equals_masking_the_same_keys_from_that_layer_on(name):
-    decoder, packed, dropper = tiny_decoder(), one_prompt(5, 24, 7), make(name)
+def test_dropping_equals_masking_the_same_keys_from_that_layer_on(name, family):
+    decoder, packed, dropper = tiny_decoder(**FAMILIES[family]), one_prompt(5, 24, 7, family=family), make(name)
     out = prefill(decoder, packed, dropper)
     wanted = masked_forward(decoder, packed, out.kept, renumbers=dropper.renumbers)[-1]
     assert [len(kept[0]) for _, kept in out.kept] == [12, 3, 1][: len(dropper.schedule)]
@@ -75,9 +88,10 @@ def test_dropping_equals_masking_the_same_keys_from_that_layer_on(name):
     assert not torch.allclose(out.logits, prefill(decoder, packed).logits, atol=1e-2)
 
 
+@every_family
 @every_method_that_only_drops
-def test_cached_decode_after_dropping_equals_one_masked_full_forward(name):
-    decoder, packed, dropper = tiny_decoder(), one_prompt(5, 24, 7), make(name)
+def test_cached_decode_after_dropping_equals_one_masked_full_forward(name, family):
+    decoder, packed, dropper = tiny_decoder(**FAMILIES[family]), one_prompt(5, 24, 7, family=family), make(name)
     out = prefill(decoder, packed, dropper, max_new_tokens=3)
     out.cache.pruning = None
     tokens = [7, 11, 42, 0, 5]  # more than the cache was allocated for: it must grow
@@ -86,9 +100,10 @@ def test_cached_decode_after_dropping_equals_one_masked_full_forward(name):
     torch.testing.assert_close(torch.stack(logits), wanted, atol=1e-4, rtol=0)
 
 
+@every_family
 @every_method
-def test_a_packed_batch_equals_its_samples_one_by_one(name):
-    decoder, parts = tiny_decoder(), tiny_prompts()
+def test_a_packed_batch_equals_its_samples_one_by_one(name, family):
+    decoder, parts = tiny_decoder(**FAMILIES[family]), tiny_prompts(family=family)
     together = prefill(decoder, pack_together(parts), make(name), max_new_tokens=1)
     steps = [torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9])]
     batched = [together.logits, *(decode_one_token(decoder, tokens, together.cache) for tokens in steps)]
@@ -102,9 +117,10 @@ def test_a_packed_batch_equals_its_samples_one_by_one(name):
     assert together.cache.seqlens[-1] == (12 + left[0] + 2, 7 + left[1] + 2, 15 + 2)
 
 
+@every_family
 @every_method
-def test_an_attention_matrix_written_out_gives_the_same_answers(name):
-    decoder, packed = tiny_decoder(), pack_together(tiny_prompts())
+def test_an_attention_matrix_written_out_gives_the_same_answers(name, family):
+    decoder, packed = tiny_decoder(**FAMILIES[family]), pack_together(tiny_prompts(family=family))
     fast = prefill(decoder, packed, make(name))
     decoder.attention = "eager"
     written_out = prefill(decoder, packed, make(name))

@@ -70,6 +70,19 @@ def test_published_settings_are_mapped_by_depth_and_share_and_say_so():
     assert list(plans["pdrop 8/16/24 lambda 0.5"].schedule) == [3, 6, 9]
     assert plans["visionzip 64"].schedule.mean_tokens(144, 12) == 16
     assert plans["visionzip 64"].note == "mapped from 32 layers and 576 tokens"
+    assert plans["v2drop released-qwen2-vl"].note == "mapped from 28 layers and 576 tokens"
+
+
+def test_the_setting_for_qwen2_vl_keeps_its_layers_on_28():
+    plans = {plan.label: plan for plan in official_plans(["v2drop"], Shape(391, 28), seeds=[0])}
+    assert plans["v2drop released-qwen2-vl"].schedule == {3: 0.25, 16: 0.05, 22: 0.0}
+
+
+def test_the_papers_video_budgets_are_met_at_28_layers():
+    for share in (0.25, 0.2, 0.15):
+        (plan,) = equal_budget_plans(["v2drop"], [share * 6273], Shape(6273, 28, 32), seeds=[0])
+        assert list(plan.schedule) == [3, 15, 19]
+        assert plan.schedule.mean_tokens(6273, 28) == pytest.approx(share * 6273, abs=0.5)
 
 
 def test_a_users_own_file_gives_a_method(tmp_path: Path):

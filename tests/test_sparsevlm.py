@@ -61,7 +61,7 @@ def two_pictures() -> PackedInputs:
     ("name", "method", "setting"), [("sparsevlm_v1_b", SparseVLM, "192"), ("sparsevlm_v2_b", SparseVLMPlus, "192")]
 )
 def test_raters_scores_kept_tokens_logits_cache_and_decode_equal_the_authors_code(name, method, setting):
-    golden, (schedule, options) = Golden.open(name), method.published[setting]
+    golden, (schedule, options, _) = Golden.open(name), method.published[setting]
     dropper = watched(method, schedule, **options)
     out = check_run(golden, golden.decoder(), golden.packed(golden.inputs_embeds()), dropper)
     start, count = golden.tensors["vision_span"].tolist()
@@ -90,7 +90,7 @@ def test_merged_tokens_equal_the_authors_code_and_stand_behind_the_last_kept_one
 
 
 def test_the_heads_are_those_of_the_authors_code():
-    golden, (schedule, options) = Golden.open("sparsevlm_v2_b"), SparseVLMPlus.published["192"]
+    golden, (schedule, options, _) = Golden.open("sparsevlm_v2_b"), SparseVLMPlus.published["192"]
     dropper = watched(SparseVLMPlus, schedule, **options)
     prefill(golden.decoder(), golden.packed(golden.inputs_embeds()), dropper)
     assert [heads.tolist() for heads in dropper.heads] == [golden.tensors[f"heads{stage}"].tolist() for stage in range(3)]

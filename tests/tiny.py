@@ -1,14 +1,23 @@
 """Tiny random decoders and packed prompts, the same on every run."""
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 
 from nanovlm_v2drop.config import TextConfig
 from nanovlm_v2drop.decoder import Decoder
 from nanovlm_v2drop.dropping.base import VisionTrace
+from nanovlm_v2drop.vision_qwen2 import multimodal_positions
 from nanovlm_v2drop.vlm import PackedInputs
 
 PROMPTS = ((5, 24, 7), (3, 12, 4), (6, 0, 9))  # text before, vision tokens, text behind
+# What tells the families apart behind the splice: the decoder's arithmetic, the positions, and the grids of a prompt.
+FAMILIES: dict[str, dict[str, object]] = {
+    "llava-1.5": {},
+    "llava-onevision": {"qkv_bias": True},
+    "qwen2-vl": {"qkv_bias": True, "mrope_section": (1, 1, 2)},
+}
 
 
 def tiny_decoder(**changes: object) -> Decoder:
@@ -21,21 +30,37 @@ def tiny_decoder(**changes: object) -> Decoder:
     return decoder.eval()
 
 
-def tiny_prompts(prompts=PROMPTS, hidden_size: int = 32) -> list[PackedInputs]:
+def tiny_prompts(prompts=PROMPTS, hidden_size: int = 32, family: str = "llava-1.5") -> list[PackedInputs]:
     """One PackedInputs a prompt."""
-    return [one_prompt(*prompt, seed=seed, hidden_size=hidden_size) for seed, prompt in enumerate(prompts, 1)]
+    sizes = {"hidden_size": hidden_size, "family": family}
+    return [one_prompt(*prompt, seed=seed, **sizes) for seed, prompt in enumerate(prompts, 1)]
 
 
-def one_prompt(before: int, vision: int, behind: int, seed: int = 1, hidden_size: int = 32) -> PackedInputs:
-    """One prompt whose vision tokens are a video of four frames where they can be, with what a tower would leave of it."""
+def one_prompt(
+    before: int, vision: int, behind: int, seed: int = 1, hidden_size: int = 32, family: str = "llava-1.5"
+) -> PackedInputs:
+    """One prompt whose vision tokens are a video of four frames where they can be, with what a tower would leave of it.
+
+    LLaVA-OneVision's has four tokens of another grid behind it, as newlines and tiles are; Qwen2-VL's has places in a grid.
+    """
     length = before + vision + behind
     embeds = torch.randn(length, hidden_size, generator=torch.Generator().manual_seed(seed))
     rows = torch.arange(length)
     mask = (rows >= before) & (rows < before + vision)
-    frames = 1 if vision % 4 else 4
-    grids, traces = ((frames, 1, vision // frames),), (tiny_trace(embeds[mask], seed),)
+    grids = tiny_grids(vision, family)
+    traces = tuple(tiny_trace(part, seed) for part in embeds[mask].split([prod(grid) for grid in grids]))
     pictures = {"vision_grids": (grids,), "vision": traces} if vision else {}
-    return PackedInputs(embeds, rows, mask, [length], seeds=(seed,), **pictures)
+    token_ids = [0] * before + [1] * vision + [0] * behind
+    positions = multimodal_positions(token_ids, grids if vision else (), {1}) if family == "qwen2-vl" else rows
+    return PackedInputs(embeds, positions, mask, [length], seeds=(seed,), **pictures)
+
+
+def tiny_grids(vision: int, family: str) -> tuple[tuple[int, int, int], ...]:
+    apart = 4 if family == "llava-onevision" and vision > 8 else 0
+    frames = 1 if (vision - apart) % 4 else 4
+    tokens = (vision - apart) // frames
+    video = (frames, 2, tokens // 2) if tokens % 2 == 0 else (frames, 1, tokens)
+    return (video, (1, 2, 2)) if apart else (video,)
 
 
 def tiny_trace(features: Tensor, seed: int) -> VisionTrace:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import LEANEST_RATIOS, PAPER_DEPTHS, DropSchedule, layers_at_depths
+from .schedule import LEANEST_RATIOS, PAPER_DEPTHS, PAPER_LAYERS, DropSchedule, layers_at_depths
 
 MERGED = -2  # in `vision_indices`: a row that several vision tokens were averaged into
 
@@ -150,10 +150,11 @@ class PrefillState:
 
 
 class Published(NamedTuple):
-    """A setting of the authors' released code, for the 32 layers and 576 vision tokens of LLaVA-1.5-7B."""
+    """A setting of the authors' released code, for the 576 vision tokens of LLaVA-1.5-7B where counts are meant."""
 
     schedule: DropSchedule
     options: Mapping[str, Any] = MappingProxyType({})  # further arguments of the method
+    num_layers: int = PAPER_LAYERS  # of the decoder that the schedule's layers are of
 
 
 class TokenDropper:
@@ -184,7 +185,7 @@ class TokenDropper:
             raise NotImplementedError(f"{cls.__name__} has no released code to follow; give it a DropSchedule")
         if setting is not None and setting not in cls.published:
             raise ValueError(f"{cls.name} has no published setting {setting!r}; it has: {', '.join(cls.published)}")
-        schedule, options = cls.published[setting or next(iter(cls.published))]
+        schedule, options, _ = cls.published[setting or next(iter(cls.published))]
         return cls(schedule, **options)
 
     @classmethod

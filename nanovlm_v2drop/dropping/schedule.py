@@ -56,14 +56,14 @@ class DropSchedule(Mapping[int, float]):
                     f"{num_layers}-layer decoder; DropSchedule.for_mean_tokens maps a schedule to any depth"
                 )
 
-    def mapped(self, num_layers: int, num_vision_tokens: int) -> "DropSchedule":
-        """This schedule of LLaVA-1.5-7B (32 layers, 576 vision tokens) at the same depths of another decoder.
+    def mapped(self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS) -> "DropSchedule":
+        """This schedule of a decoder of `from_layers` (and 576 vision tokens) at the same depths of another decoder.
 
         Raises ValueError where two drop points would fall on one layer.
         """
-        layers = [layers_at_depths(num_layers, [layer / PAPER_LAYERS])[0] for layer in self]
+        layers = [layers_at_depths(num_layers, [layer / from_layers])[0] for layer in self]
         if len(set(layers)) < len(layers):
-            raise ValueError(f"drop layers {list(self)} of {PAPER_LAYERS} fall on layers {layers} of {num_layers}: too shallow")
+            raise ValueError(f"drop layers {list(self)} of {from_layers} fall on layers {layers} of {num_layers}: too shallow")
         return self.with_values(dict(zip(layers, self.values(), strict=True)), num_vision_tokens / PAPER_VISION_TOKENS)
 
     def with_values(self, keep_ratios: Mapping[int, float], scale: float) -> "DropSchedule":

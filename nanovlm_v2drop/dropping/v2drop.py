@@ -36,7 +36,8 @@ class V2Drop(TokenDropper):
 
     name = "v2drop"
     published: ClassVar[Mapping[str, Published]] = {
-        setting: Published(schedule) for setting, schedule in PUBLISHED_SCHEDULES.items()
+        **{setting: Published(schedule) for setting, schedule in PUBLISHED_SCHEDULES.items()},
+        "released-qwen2-vl": Published(DropSchedule({3: 0.25, 16: 0.05, 22: 0.0}), num_layers=28),
     }
     earliest_layer = 1  # layer 0 has no layer before it
 
