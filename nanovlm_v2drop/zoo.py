@@ -38,7 +38,7 @@ class MediaProcessor(Protocol):
     """Turns pictures and frames into what a model's tower reads."""
 
     def image(self, picture: ImageSource, alone: bool = True) -> VisionInput:
-        """One picture; `alone`: it is the only one of its request, and no video is with it."""
+        """One picture; `alone`: it is the only one of its request, where a video may be too."""
 
     def video(self, frames: Sequence[Image.Image]) -> VisionInput:
         """The sampled frames of one video; raises ValueError where the model takes none."""
@@ -98,6 +98,7 @@ MODELS = {
     spec.name: spec
     for spec in (
         ModelSpec("demo", "small LLaVA trained on synthetic scenes, shipped in weights/demo"),
+        ModelSpec("demo-video", "small LLaVA-OneVision trained on synthetic clips, shipped in weights/demo-video"),
         ModelSpec("llava-1.5-7b", "LLaVA-1.5 on Vicuna 7B, 14 GB to download", "llava-hf/llava-1.5-7b-hf"),
         ModelSpec("llava-1.5-13b", "LLaVA-1.5 on Vicuna 13B, 27 GB to download", "llava-hf/llava-1.5-13b-hf"),
         ModelSpec("llava-onevision-qwen2-0.5b-ov", "LLaVA-OneVision 0.5B", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"),
@@ -153,7 +154,7 @@ class VisionLanguageModel:
 
     def tokens_and_media(self, request: Request) -> tuple[list[int], list[VisionInput]]:
         """A request's token ids, and its pictures and video in the order of their tokens; raises as `prepare`."""
-        alone = len(request.images) == 1 and request.video is None
+        alone = len(request.images) == 1
         media = {self.config.image_token_id: [self.image_processor.image(image, alone) for image in request.images]}
         if request.video is not None:
             if self.config.video_token_id is None:

@@ -6,14 +6,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
 from nanovlm_v2drop.plans import Plan
-from nanovlm_v2drop.report.gallery import CELL, Board, GalleryRow, describe_gallery, draw_gallery, fade_dropped
+from nanovlm_v2drop.report.gallery import CELL, Board, GalleryRow, board_cells, describe_gallery, draw_gallery, fade_dropped
 from nanovlm_v2drop.report.tables import print_run
 from nanovlm_v2drop.tasks import Sample
+from nanovlm_v2drop.vlm import VisionInput
 
 
 def test_kept_patches_stay_as_they_are_and_dropped_ones_fade():
@@ -45,7 +47,7 @@ ROW = {
 DENSE = {**ROW, "method": "dense", "label": "dense", "asked_tokens": None, "items_per_s": 25.0}
 BIAS = {
     "task": "demo", "method": "v2drop", "label": "v2drop l1", "asked_tokens": 48.0, "layer": 1, "kept_share": 0.33,
-    "bins": [0.25, None, *[0.4] * 8], "kl_bits": 0.1234, "chi_square": 56.7,
+    "bins": [0.25, None, *[0.4] * 8], "kl_bits": 0.1234, "chi_square": 56.7, "frames": [0.3],
 }  # fmt: skip
 
 
@@ -78,6 +80,22 @@ def test_position_bias_is_a_table_of_tenths_and_an_empty_tenth_is_a_dash():
     text = printed([ROW], [BIAS])
     cells = [cell.strip() for cell in text.splitlines()[-2].strip("│").split("│")]
     assert cells == ["v2drop l1", "48", "1", "33", "25", "-", *["40"] * 8, "0.1234", "57"]
+
+
+def test_what_is_kept_of_each_frame_is_a_table_for_videos_only():
+    assert "by frame" not in printed([ROW], [BIAS])
+    text = printed([ROW], [{**BIAS, "frames": [0.5, 0.25, *[0.1] * 30]}])
+    cells = [cell.strip() for cell in text.splitlines()[-2].strip("│").split("│")]
+    assert cells == ["v2drop l1", "48", "1", "50", *["10"] * 15]  # every second of 32
+
+
+def test_frames_of_a_video_lie_side_by_side_on_a_board_and_newlines_nowhere():
+    """Four frames in a row and one below, each of 1 x 2 tokens, then a newline and a picture cut otherwise."""
+    video = VisionInput(torch.zeros(0), ((5, 1, 2), (1, 1, 1)), (2, 4), is_video=True)
+    other = VisionInput(torch.zeros(0), ((1, 2, 2),), (4, 4))
+    cells = board_cells([video, other], across=4)
+    assert cells == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, -1, -1, -1, -1, -1]
+    assert Board(Image.new("RGB", (96, 24)), (2, 8), cells).places([0, 9, 10, 14]) == [0, 9]
 
 
 def test_a_gallery_entry_counts_merged_tokens_and_lists_the_original_ones():

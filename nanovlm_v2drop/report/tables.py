@@ -22,6 +22,8 @@ def print_run(rows: Sequence[Row], bias: Sequence[Row], console: Console) -> Non
         print_table(f"{task}: time and memory", own, efficiency_columns(own), console)
         biased = [entry for entry in bias if entry["task"] == task]
         print_table(f"{task}: kept at the first drop point, by tenth of the vision tokens, %", biased, BIAS, console)
+        videos = [entry for entry in biased if len(entry["frames"]) > 1]
+        print_table(f"{task}: kept at the first drop point, by frame, %", videos, frame_columns(videos), console)
 
 
 def print_scores(rows: Sequence[Row], console: Console) -> None:
@@ -74,9 +76,16 @@ def with_interval(value: float | None, bounds: Sequence[float] | None) -> str:
     return "-" if value is None or bounds is None else f"{value:.1f} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
 
 
-def percent_of_bin(index: int) -> Cell:
-    """Probability of being kept in one tenth of the sequence; prompts of fewer than ten vision tokens leave some empty."""
-    return lambda entry: "-" if entry["bins"][index] is None else f"{100 * entry['bins'][index]:.0f}"
+def percent(name: str, index: int) -> Cell:
+    """Probability of being kept in one tenth of the sequence, or one frame; prompts of few vision tokens leave some empty."""
+    return lambda entry: "-" if entry[name][index] is None else f"{100 * entry[name][index]:.0f}"
+
+
+def frame_columns(entries: Sequence[Row]) -> Columns:
+    """One a frame, or one of every few where there are many: a table has room for sixteen."""
+    frames = min((len(entry["frames"]) for entry in entries), default=0)
+    shown = range(0, frames, -(-frames // 16) or 1)
+    return {"layer": number("layer", "d"), **{str(frame + 1): percent("frames", frame) for frame in shown}}
 
 
 SCORES: Columns = {
@@ -98,7 +107,7 @@ TIMES: Columns = {
 BIAS: Columns = {
     "layer": number("layer", "d"),
     "kept": lambda entry: f"{100 * entry['kept_share']:.0f}",
-    **{str(index + 1): percent_of_bin(index) for index in range(10)},
+    **{str(index + 1): percent("bins", index) for index in range(10)},
     "KL bits": number("kl_bits", ".4f"),
     "chi-square": number("chi_square", ".0f"),
 }

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from .base import DatasetUnavailable, Sample, Task
 from .demo import Demo
+from .demo_video import DemoVideo
 from .mme import Mme
 from .pope import Pope
 
-__all__ = ["TASKS", "DatasetUnavailable", "Demo", "Mme", "Pope", "Sample", "Task", "load_task"]
+__all__ = ["TASKS", "DatasetUnavailable", "Demo", "DemoVideo", "Mme", "Pope", "Sample", "Task", "load_task"]
 
-TASKS: dict[str, type[Task]] = {"demo": Demo, "pope": Pope, "mme": Mme}
+TASKS: dict[str, type[Task]] = {"demo": Demo, "demo-video": DemoVideo, "pope": Pope, "mme": Mme}
 
 
 def load_task(name: str, data_dir: Path | None = None) -> Task:
