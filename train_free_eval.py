@@ -1,6 +1,7 @@
 """Measure what dropping vision tokens costs and saves, without any training.
 
     python train_free_eval.py                                             the shipped demo model
+    python train_free_eval.py --model demo-video                          the shipped video model, every method
     python train_free_eval.py --methods all                               every method at equal budgets
     python train_free_eval.py --methods all --accounting official         every method with its published settings
     python train_free_eval.py --ablation metric,layers,steps,schedules    the paper's ablations
@@ -49,7 +50,7 @@ from nanovlm_v2drop.zoo import DTYPES, MODELS, VisionLanguageModel, WeightsUnava
 
 ACCOUNTINGS = ("equal", "official")
 RETAIN = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of 576 tokens, the paper's three budgets
-RETAIN_OF_VIDEO = (0.25, 0.2, 0.15)  # the paper's three for LLaVA-OneVision on video
+RETAIN_OF_VIDEO = (0.25, 0.15)  # the largest and the smallest of the paper's for LLaVA-OneVision on video
 PICTURES = 4  # samples whose kept tokens are drawn
 
 
@@ -60,13 +61,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", type=Path, help="folder with the official checkpoint of --model, instead of the Hub")
     add("--data", type=Path, help="folder with the benchmarks' parquet files, instead of the Hub")
     methods = f"from {', '.join([DENSE, *DROPPERS])}; {ALL}; or your own as FILE.py:CLASS"
-    add("--methods", type=names, default=[DENSE, "v2drop", "random"], help=methods)
+    add("--methods", type=names, help=f"{methods}; default dense,v2drop,random, and {ALL} for demo-video")
     add("--accounting", choices=ACCOUNTINGS, default=ACCOUNTINGS[0], help="equal budgets, or each method's published settings")
     add("--ablation", type=names, help=f"the paper's ablations instead of methods, from {', '.join(ABLATIONS)}")
     add("--tasks", type=names, help=f"from {', '.join(TASKS)}; default demo for the demo model, else pope,mme")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--tokens", type=numbers, help="budgets: mean vision tokens a layer, e.g. 192,128,64")
-    budget.add_argument("--retain", type=numbers, help="budgets as shares of the picture's tokens; default 1/3, 2/9, 1/9")
+    shares = "budgets as shares of the prompt's vision tokens; default 1/3, 2/9, 1/9, and 0.25, 0.15 for video"
+    budget.add_argument("--retain", type=numbers, help=shares)
     add("--limit", type=int, help="samples of each task")
     add("--batch-size", type=int, default=1, help="samples that go through one packed prefill")
     add("--claims", action="store_true", help="put the paper's claims to the test on the demo; takes some minutes")
@@ -85,6 +87,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-pixels", type=int, help="the most that Qwen2-VL leaves of a picture or frame; default the checkpoint's own")
     add("--frames", type=int, help="frames of a video, evenly spaced; default as the model was released with")
     arguments = parser.parse_args(argv)
+    arguments.methods = arguments.methods or default_methods(arguments.model)
     if (arguments.image is None and arguments.video is None) != (arguments.prompt is None):
         parser.error("--image or --video belongs together with --prompt")
     if arguments.resume and arguments.output is None:
@@ -178,6 +181,10 @@ def provenance(vlm: VisionLanguageModel, arguments: argparse.Namespace) -> dict[
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("nanovlm-v2drop", "torch")}},
     }
+
+
+def default_methods(model: str) -> list[str]:
+    return [ALL] if Path(model).name == "demo-video" else [DENSE, "v2drop", "random"]
 
 
 def default_tasks(model: str) -> list[str]:

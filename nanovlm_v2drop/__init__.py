@@ -7,12 +7,12 @@
     (answer,) = generate(vlm, [request], V2Drop(DropSchedule.for_mean_tokens(32, 144, 12)))
 """
 
-from .config import LlavaConfig, LlavaOnevisionConfig, Qwen2VLConfig, TextConfig, VisionConfig, VLMConfig
+from .config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, TextConfig, VisionConfig, VLMConfig
 from .decoder import Decoder
 from .dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, PrefillState, Random, TokenDropper, V2Drop
 from .inference import Answer, KVCache, NothingDropped, Prefilled, Sampling, decode_one_token, generate, prefill, stream
 from .prompts import Request
-from .vlm import LlavaModel, LlavaOnevisionModel, PackedInputs, Qwen2VLModel
+from .vlm import LlavaModel, LlavaNextModel, LlavaOnevisionModel, PackedInputs, Qwen2VLModel
 from .zoo import MODELS, VisionLanguageModel, load
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "KVCache",
     "LlavaConfig",
     "LlavaModel",
+    "LlavaNextConfig",
+    "LlavaNextModel",
     "LlavaOnevisionConfig",
     "LlavaOnevisionModel",
     "NothingDropped",

@@ -28,7 +28,7 @@ RENAMES: tuple[tuple[str, str | None], ...] = (
     (r".*\bposition_ids$", None),  # 0, 1, 2, ...: old versions saved it
     (r".*\brotary_emb\.inv_freq$", None),  # computed from rope_theta
     (r"(model\.)?vision_tower\.(.*\.)?post_layernorm\.", None),  # behind the layer that LLaVA reads
-    (r"(model\.)?vision_tower\.(.*\.)?vision_model\.head\.", None),  # SigLIP's pooling
+    (r"(model\.)?vision_tower\.(.*\.)?head\.", None),  # SigLIP's pooling
     (r"(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower."),
     (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
     (r"(language_model\.)?(model\.)?image_newline$", "image_newline"),
@@ -215,7 +215,7 @@ def check_nothing_missing(sources: dict[str, StoredTensor], model: VLM, folder: 
     missing = [name for name in model.state_dict() if name not in sources and name not in optional]
     if not missing:
         return
-    if not any(name.startswith("vision_tower.") for name in sources):
+    if isinstance(model.config, LlavaConfig) and not any(name.startswith("vision_tower.") for name in sources):
         raise CheckpointError(
             f"{folder} stores no vision tower: the original LLaVA checkpoints leave CLIP's weights out; "
             f"use the twin from llava-hf, which has them: {SAFETENSORS_TWINS}"

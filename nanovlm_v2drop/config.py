@@ -17,7 +17,28 @@ Config = TypeVar("Config")
 TEXT_MODEL_TYPES = ("llama", "llava", "llava_llama", "llava_qwen", "qwen2", "qwen2_vl", "qwen2_vl_text")
 # What transformers' Qwen2Config has otherwise than LlamaConfig, and files leave out.
 QWEN2_DEFAULTS = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+# The same of Qwen2VLTextConfig.
+QWEN2_VL_DEFAULTS = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
 QWEN2_EOS_TOKEN_IDS = [151645, 151643]  # <|im_end|>, <|endoftext|>
+# What transformers' SiglipVisionConfig has otherwise than the tower that LLaVA-OneVision has where a file names none.
+SIGLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -211,7 +232,8 @@ class LlavaConfig(VLMConfig):
 
     @classmethod
     def supported(cls, raw: dict[str, Any]) -> list[tuple[str, Any, tuple[Any, ...]]]:
-        return llava_settings(raw, "clip_vision_model", "default")
+        merge_type = ("mm_patch_merge_type", raw.get("mm_patch_merge_type", "flat"), ("flat",))  # LLaVA-1.6's original says
+        return [*llava_settings(raw, "clip_vision_model", "default"), merge_type]
 
     @classmethod
     def own_fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -232,11 +254,35 @@ class LlavaConfig(VLMConfig):
 
 
 @dataclass(frozen=True)
-class LlavaOnevisionConfig(LlavaConfig):
+class LlavaNextConfig(LlavaConfig):
+    """LLaVA-1.6 (LLaVA-NeXT): LLaVA-1.5 with pictures in tiles.
+
+    `image_grid_pinpoints` (height, width) in pixels: the sizes that a picture may be resized to.
+    """
+
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for side in {side for pinpoint in self.image_grid_pinpoints for side in pinpoint}:
+            require_divisible("image_grid_pinpoints", side, "image_size", self.vision_config.image_size)
+
+    @property
+    def max_tiles(self) -> int:
+        """A picture of more tiles than this is scaled down to about as many: as many as there can be, so never."""
+        return max(height * width for height, width in self.image_grid_pinpoints) // self.vision_config.image_size**2
+
+    @classmethod
+    def own_fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        pinpoints = read_pinpoints(raw.get("image_grid_pinpoints"))
+        return {**super().own_fields(raw), **({} if pinpoints is None else {"image_grid_pinpoints": pinpoints})}
+
+
+@dataclass(frozen=True)
+class LlavaOnevisionConfig(LlavaNextConfig):
     """LLaVA-OneVision: SigLIP, projector, Qwen2; pictures in tiles, several pictures, video.
 
-    `image_grid_pinpoints` (height, width) in pixels: the sizes that a picture may be resized to. The released towers have 26
-    blocks, one less than SigLIP, and all of them run.
+    The released towers have 26 blocks, one less than SigLIP, and all of them run.
     """
 
     image_token_id: int = 151646
@@ -251,8 +297,6 @@ class LlavaOnevisionConfig(LlavaConfig):
         super().__post_init__()
         if re.fullmatch(r"anyres_max_\d+", self.vision_aspect_ratio) is None:
             raise ValueError(f"vision_aspect_ratio {self.vision_aspect_ratio!r} is not supported; known: anyres_max_N")
-        for side in {side for pinpoint in self.image_grid_pinpoints for side in pinpoint}:
-            require_divisible("image_grid_pinpoints", side, "image_size", self.vision_config.image_size)
 
     @property
     def max_tiles(self) -> int:
@@ -280,8 +324,17 @@ class LlavaOnevisionConfig(LlavaConfig):
             "image_grid_pinpoints": read_pinpoints(raw.get("image_grid_pinpoints")),
         }
         fields = {name: defaults[name] if value is None else value for name, value in given.items()}
-        tower = raw.get("vision_config", {})
-        return {**fields, "vision_config": from_fields(SiglipVisionConfig, {"num_hidden_layers": 26, **tower})}
+        tower = {**SIGLIP_DEFAULTS, **raw["vision_config"]} if "vision_config" in raw else {"num_hidden_layers": 26}
+        return {**fields, "vision_config": from_fields(SiglipVisionConfig, tower)}
+
+    @classmethod
+    def text_defaults(cls) -> dict[str, Any]:
+        """As Qwen2Config's, whose key/value heads do not follow the attention heads."""
+        return {**QWEN2_DEFAULTS, "num_key_value_heads": 32}
+
+    @classmethod
+    def default_eos(cls) -> int | list[int]:
+        return QWEN2_EOS_TOKEN_IDS
 
 
 @dataclass(frozen=True)
@@ -319,10 +372,16 @@ class Qwen2VLConfig(VLMConfig):
             "video_token_id": raw.get("video_token_id", cls.video_token_id),
         }
 
+    @classmethod
+    def text_defaults(cls) -> dict[str, Any]:
+        """As Qwen2VLTextConfig's, which are the sizes of the 72B; files that only say what differs leave them out."""
+        return QWEN2_VL_DEFAULTS
+
 
 MODEL_TYPES: dict[str, type[VLMConfig]] = {
     "llava": LlavaConfig,
     "llava_llama": LlavaConfig,
+    "llava_next": LlavaNextConfig,
     "llava_onevision": LlavaOnevisionConfig,
     "llava_qwen": LlavaOnevisionConfig,
     "qwen2_vl": Qwen2VLConfig,

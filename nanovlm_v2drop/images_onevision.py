@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .arrange import pooled_grid, select_best_resolution, unpadded_grid
 from .images import (
+    CLIP_IMAGE_MEAN,
+    CLIP_IMAGE_STD,
     FIXED_SETTINGS,
     ImageProcessor,
     ImageSource,
@@ -88,8 +90,8 @@ class OnevisionImageProcessor:
         if _pinpoints(settings.get("image_grid_pinpoints", pinpoints)) != pinpoints:
             raise ValueError(f"{folder}: the image settings' image_grid_pinpoints are not those of the model's config.json")
         check_settings(folder, settings, FIXED_SETTINGS)
-        mean = tuple(settings.get("image_mean", SIGLIP_IMAGE_MEAN))
-        std = tuple(settings.get("image_std", SIGLIP_IMAGE_STD))
+        mean = tuple(settings.get("image_mean", cls.image_mean))
+        std = tuple(settings.get("image_std", cls.image_std))
         return cls(image_size, pinpoints, patch_size, max_tiles, mean, std)
 
     @property
@@ -143,6 +145,25 @@ class OnevisionImageProcessor:
 
     def _normalise(self, pictures: Sequence[Image.Image]) -> Tensor:
         return torch.stack([normalise(picture, self.image_mean, self.image_std) for picture in pictures])
+
+
+@dataclass(frozen=True)
+class NextImageProcessor(OnevisionImageProcessor):
+    """LLaVA-1.6's: every picture in tiles, also where there are several, and no video.
+
+    Source: transformers models/llava_next/image_processing_pil_llava_next.py.
+    """
+
+    image_mean: tuple[float, float, float] = CLIP_IMAGE_MEAN
+    image_std: tuple[float, float, float] = CLIP_IMAGE_STD
+
+    def image(self, picture: ImageSource, alone: bool = True) -> VisionInput:
+        """One picture: (1 + tiles, 3, S, S), base tile first; whether it is alone in its request changes nothing here."""
+        return super().image(picture, alone=True)
+
+    def video(self, frames: Sequence[Image.Image]) -> VisionInput:
+        """Raises ValueError: LLaVA-1.6 was trained on pictures alone."""
+        raise ValueError("LLaVA-1.6 takes pictures only, not a video; give its frames as images")
 
 
 def fit_into(picture: Image.Image, width: int, height: int) -> Image.Image:

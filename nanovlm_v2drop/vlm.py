@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arrange import arrange_picture, arrange_single, arrange_video, select_best_resolution
-from .config import LlavaConfig, LlavaOnevisionConfig, Qwen2VLConfig, SiglipVisionConfig, VLMConfig
+from .config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, SiglipVisionConfig, VLMConfig
 from .decoder import Decoder
 from .dropping.base import VisionTrace
 from .vision import CLIPVisionTower, SiglipVisionTower
@@ -201,15 +201,12 @@ class LlavaModel(VLM):
         return Encoded(features[0], (trace,))
 
 
-class LlavaOnevisionModel(LlavaModel):
-    """LLaVA-OneVision: SigLIP tower, projector, Qwen2 decoder; pictures in tiles, several pictures, video.
+class LlavaNextModel(LlavaModel):
+    """LLaVA-1.6: LLaVA-1.5 with pictures in tiles. Source: transformers models/llava_next/modeling_llava_next.py."""
 
-    Source: transformers models/llava_onevision/modeling_llava_onevision.py.
-    """
+    config: LlavaNextConfig
 
-    config: LlavaOnevisionConfig
-
-    def __init__(self, config: LlavaOnevisionConfig, attention: str = "auto") -> None:
+    def __init__(self, config: LlavaNextConfig, attention: str = "auto") -> None:
         super().__init__(config, attention)
         self.image_newline = nn.Parameter(torch.randn(config.text_config.hidden_size))
 
@@ -222,7 +219,7 @@ class LlavaOnevisionModel(LlavaModel):
             return self.arrange(medium, values.transpose(1, 2), values.new_zeros(values.shape[1])).T
 
         def keys() -> Tensor:
-            found = tower.keys(block_input)  # (N, heads, P, head_dim)
+            found = tower.keys(block_input)[:, :, tower.num_class_tokens :]  # (N, heads, P, head_dim)
             flat = like_features(found.transpose(2, 3).flatten(1, 2))
             return flat.unflatten(0, (found.shape[1], -1)).transpose(1, 2)
 
@@ -234,14 +231,23 @@ class LlavaOnevisionModel(LlavaModel):
 
     def arrange(self, medium: VisionInput, values: Tensor, newline: Tensor) -> Tensor:
         """(N, P, C) of a medium's tiles or frames -> (n, C) in reading order, with `newline` (C,) where rows end."""
-        config = self.config
-        if medium.is_video:
-            return arrange_video(values, newline)
         if len(values) == 1:
             return arrange_single(values, newline)
-        height, width = select_best_resolution(medium.size, config.image_grid_pinpoints)
-        side = config.vision_config.image_size
-        return arrange_picture(values, medium.size, (height // side, width // side), newline, config.max_tiles)
+        height, width = select_best_resolution(medium.size, self.config.image_grid_pinpoints)
+        side = self.config.vision_config.image_size
+        return arrange_picture(values, medium.size, (height // side, width // side), newline, self.config.max_tiles)
+
+
+class LlavaOnevisionModel(LlavaNextModel):
+    """LLaVA-OneVision: SigLIP tower, projector, Qwen2 decoder; pictures in tiles, several pictures, video.
+
+    Source: transformers models/llava_onevision/modeling_llava_onevision.py.
+    """
+
+    config: LlavaOnevisionConfig
+
+    def arrange(self, medium: VisionInput, values: Tensor, newline: Tensor) -> Tensor:
+        return arrange_video(values, newline) if medium.is_video else super().arrange(medium, values, newline)
 
 
 class Qwen2VLModel(VLM):
@@ -311,6 +317,7 @@ def traces_of(
 
 MODEL_CLASSES: dict[type[VLMConfig], Callable[[Any, str], VLM]] = {
     LlavaConfig: LlavaModel,
+    LlavaNextConfig: LlavaNextModel,
     LlavaOnevisionConfig: LlavaOnevisionModel,
     Qwen2VLConfig: Qwen2VLModel,
 }

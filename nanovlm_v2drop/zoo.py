@@ -16,9 +16,9 @@ from PIL import Image
 
 from .attention import resolve_backend
 from .checkpoint import load_model
-from .config import LlavaConfig, LlavaOnevisionConfig, Qwen2VLConfig, VLMConfig
+from .config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, VLMConfig
 from .images import DEFAULT_ASPECT_RATIO, ImageProcessor, ImageSource
-from .images_onevision import OnevisionImageProcessor
+from .images_onevision import NextImageProcessor, OnevisionImageProcessor
 from .images_qwen2 import Qwen2VLImageProcessor
 from .prompts import TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
 from .video import FpsSampling, FrameSampling, UniformSampling, read_frames
@@ -54,6 +54,7 @@ class Family:
 
 FAMILIES: dict[type[VLMConfig], Family] = {
     LlavaConfig: Family("vicuna_v1", UniformSampling()),
+    LlavaNextConfig: Family("vicuna_v1", UniformSampling()),
     LlavaOnevisionConfig: Family("qwen_1_5", UniformSampling()),
     Qwen2VLConfig: Family("qwen2_vl", FpsSampling()),
 }
@@ -68,6 +69,10 @@ def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, ma
             pinpoints = config.image_grid_pinpoints
             return OnevisionImageProcessor.from_folder(
                 folder, vision.image_size, pinpoints, vision.patch_size, config.max_tiles
+            )
+        case LlavaNextConfig(vision_config=vision):
+            return NextImageProcessor.from_folder(
+                folder, vision.image_size, config.image_grid_pinpoints, vision.patch_size, config.max_tiles
             )
         case LlavaConfig(vision_config=vision):
             return ImageProcessor.from_folder(folder, vision.image_size, image_aspect_ratio, vision.patch_size)
@@ -101,6 +106,8 @@ MODELS = {
         ModelSpec("demo-video", "small LLaVA-OneVision trained on synthetic clips, shipped in weights/demo-video"),
         ModelSpec("llava-1.5-7b", "LLaVA-1.5 on Vicuna 7B, 14 GB to download", "llava-hf/llava-1.5-7b-hf"),
         ModelSpec("llava-1.5-13b", "LLaVA-1.5 on Vicuna 13B, 27 GB to download", "llava-hf/llava-1.5-13b-hf"),
+        ModelSpec("llava-v1.6-vicuna-7b", "LLaVA-1.6 on Vicuna 7B", "llava-hf/llava-v1.6-vicuna-7b-hf"),
+        ModelSpec("llava-v1.6-vicuna-13b", "LLaVA-1.6 on Vicuna 13B", "llava-hf/llava-v1.6-vicuna-13b-hf"),
         ModelSpec("llava-onevision-qwen2-0.5b-ov", "LLaVA-OneVision 0.5B", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"),
         ModelSpec("llava-onevision-qwen2-7b-ov", "LLaVA-OneVision 7B", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
         ModelSpec("llava-onevision-qwen2-72b-ov", "LLaVA-OneVision 72B", "llava-hf/llava-onevision-qwen2-72b-ov-hf"),

@@ -131,7 +131,7 @@ def test_multimodal_rotary_sections_are_read_and_qwen2_has_biases(spelling: tupl
 
 
 UNSUPPORTED: list[tuple[str, object, str]] = [
-    ("model_type", "llava_next", r"model_type 'llava_next' is not supported; known: llava, llava_llama"),
+    ("model_type", "llava_next_video", r"model_type 'llava_next_video' is not supported; known: llava, llava_llama"),
     ("text_config.hidden_act", "gelu", r"text_config\.hidden_act = 'gelu' is not supported; known: 'silu'"),
     ("text_config.attention_bias", True, r"text_config\.attention_bias = True"),
     ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}, r"rope type 'linear' is not supported"),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import resizing_horizontally_first
 from torch import Tensor
 
 from nanovlm_v2drop.images_onevision import OnevisionImageProcessor, fit_into
@@ -44,16 +45,8 @@ def official_processor(image_size: int = IMAGE_SIZE):
 
 def official_tiles(pictures: list[Image.Image], image_size: int = IMAGE_SIZE) -> Tensor:
     """What transformers makes of the pictures of one request, (pictures, tiles, 3, S, S)."""
-    resize = Image.Image.resize
-
-    def horizontal_first(picture: Image.Image, size: tuple[int, int], resample: int, **_: object) -> Image.Image:
-        return resize(resize(picture, (size[0], picture.height), resample), size, resample)
-
-    official = official_processor(image_size)
-    # Pillow 13 picks the order of its two passes by the shape, and rounds in between; the models were trained with one.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image.Image, "resize", horizontal_first)
-        return official([pictures], return_tensors="pt")["pixel_values"]
+    with resizing_horizontally_first():
+        return official_processor(image_size)([pictures], return_tensors="pt")["pixel_values"]
 
 
 def official_num_tokens(size: tuple[int, int], image_size: int, patch_size: int, max_tiles: int) -> int:

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import resizing_horizontally_first
 
 from nanovlm_v2drop.config import Qwen2VLVisionConfig
 from nanovlm_v2drop.images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from nanovlm_v2drop.images_qwen2 import MAX_PIXELS, MIN_PIXELS, Qwen2VLImageProcessor, smart_resize
 
 TOWER = Qwen2VLVisionConfig(patch_size=4)
-PIL_RESIZE = Image.Image.resize
 # With a factor of 8 and 128..1024 pixels: kept, halves to the even multiple, grown, shrunk, thin both ways, one pixel.
 SIZES = [(24, 16), (20, 28), (12, 20), (5, 3), (64, 48), (301, 200), (150, 3), (3, 150), (1, 1), (200, 1)]
 
@@ -35,17 +35,11 @@ def official_module():
     return pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
 
 
-def in_two_passes(picture: Image.Image, size: tuple[int, int], resample: int, **_) -> Image.Image:
-    """Width first, as every Pillow before 13 resizes."""
-    return PIL_RESIZE(PIL_RESIZE(picture, (size[0], picture.height), resample), size, resample)
-
-
 def official(picture: Image.Image, ours: Qwen2VLImageProcessor, **bounds: int) -> tuple[torch.Tensor, list[int]]:
     """Patches and grid (frames, rows, columns of patches) of transformers' processor on Pillow."""
     sizes = {name: getattr(ours, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
     bounds = bounds or {"min_pixels": ours.min_pixels, "max_pixels": ours.max_pixels}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image.Image, "resize", in_two_passes)
+    with resizing_horizontally_first():
         made = official_module().Qwen2VLImageProcessorPil(**sizes, **bounds)(picture, return_tensors="pt")
     return made["pixel_values"], made["image_grid_thw"][0].tolist()
 

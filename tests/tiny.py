@@ -1,8 +1,12 @@
-"""Tiny random decoders and packed prompts, the same on every run."""
+"""Tiny random decoders and packed prompts, the same on every run; and Pillow as the models were trained with it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 
+import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from nanovlm_v2drop.config import TextConfig
@@ -83,3 +87,16 @@ def pack_together(parts: list[PackedInputs]) -> PackedInputs:
         vision_grids=tuple(grids for part in parts for grids in part.vision_grids),
         vision=tuple(trace for part in parts for trace in part.vision),
     )
+
+
+@contextmanager
+def resizing_horizontally_first() -> Iterator[None]:
+    """Pillow 13 picks the order of its two passes by the shape, and rounds in between; the models were trained with one."""
+    resize = Image.Image.resize
+
+    def horizontal_first(picture: Image.Image, size: tuple[int, int], resample: int, **_: object) -> Image.Image:
+        return resize(resize(picture, (size[0], picture.height), resample), size, resample)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", horizontal_first)
+        yield
