@@ -13,8 +13,10 @@ from nanovlm_v2drop.demo.data import CLIPS, PATCH_WORDS, QWEN2_SPLIT, qwen2_toke
 from nanovlm_v2drop.demo.export import export_onevision
 from nanovlm_v2drop.demo.train import DEMOS, Recipe, answer_loss, clip_features, initialise, masked_layer, turn_bias
 from nanovlm_v2drop.demo.warm_start import warm_start
+from nanovlm_v2drop.inference import generate, prefill
+from nanovlm_v2drop.prompts import Request, load_tokenizer
 from nanovlm_v2drop.tasks.demo_video import DemoVideo, chance, held_out
-from nanovlm_v2drop.zoo import load
+from nanovlm_v2drop.zoo import MODELS, load
 
 DEMO = DEMOS["demo-video"]
 
@@ -324,3 +326,50 @@ def test_transformers_loads_what_is_exported_and_gives_the_logits_that_are_train
     features = clip_features(model, model.vision_tower(pixel_values))
     loss, _ = answer_loss(model, features, 14, [ids[None], turns[None], rows[2], second_only])
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(wanted[:-1], answered), atol=0.03, rtol=0)
+
+
+def test_the_shipped_weights_are_small_and_in_the_official_layout():
+    files = {file.name: file.stat().st_size for file in MODELS["demo-video"].folder.iterdir()}
+    assert sum(files.values()) < 25e6
+    assert {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"} <= files.keys()
+
+
+def test_the_shipped_tokenizer_is_the_one_that_the_code_makes(tokenizer):
+    shipped = load_tokenizer(MODELS["demo-video"].folder)
+    text = "<|im_start|>What color is the object that vanishes?<|im_end|>\n<video>\nDescribe the image."
+    assert shipped.encode(text) == tokenizer.encode(text).ids
+    assert len(shipped) == tokenizer.get_vocab_size()
+
+
+def test_transformers_loads_the_shipped_weights_and_gives_the_same_logits():
+    transformers = pytest.importorskip("transformers")
+    official, report = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
+        MODELS["demo-video"].folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    clip = clips.Clip((actor("move", direction="down", digit=8), actor("vanish", 6, color="blue", x=100, y=100)), 3)
+    frames = clips.draw_clip(clip)
+    vlm = load("demo-video")
+    packed = vlm.prepare([Request(text="What digit is on the red circle?", video=frames)])
+    logits = prefill(vlm.model.language_model, packed).logits[0]
+    prompt = CLIPS.prompt("What digit is on the red circle?").replace("<video>", "<video>" * 289)
+    pixel_values = DEMO.pixel_values(torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])))
+    wanted = official(input_ids=torch.tensor([vlm.tokenizer.encode(prompt)]), pixel_values_videos=pixel_values[None]).logits
+    torch.testing.assert_close(logits, wanted[0, -1], atol=1e-3, rtol=0)
+    assert vlm.tokenizer.decode([int(logits.argmax())]) == "8"
+
+
+def test_the_shipped_model_answers_most_held_out_questions():
+    samples = list(DemoVideo().samples(24))
+    answers = generate(load("demo-video"), [sample.request for sample in samples], max_new_tokens=8)
+    right = [DemoVideo().correct(answer.text, sample) for answer, sample in zip(answers, samples, strict=True)]
+    assert sum(right) >= 20
+
+
+def test_the_shipped_model_sees_a_reversed_clip_move_the_other_way():
+    samples = [sample for sample in DemoVideo().samples(64) if sample.kind == "direction"]
+    requests = [Request(text=sample.text, video=sample.video[::-1]) for sample in samples]
+    opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
+    answers = [answer.text for answer in generate(load("demo-video"), requests, max_new_tokens=8)]
+    assert answers == [opposite[sample.answer] for sample in samples]

@@ -60,9 +60,8 @@ class Actor:
     def path(self) -> tuple[int, int, int, int]:
         """Left, top, right, bottom in pixels of all the ground that it ever covers."""
         last = replace(self, action="move").at(FRAMES - 1) or self.thing
-        corners = np.array([self.thing.box, last.box])
-        left, top, right, bottom = (*corners[:, :2].min(0).tolist(), *corners[:, 2:].max(0).tolist())
-        return left, top, right, bottom
+        lefts, tops, rights, bottoms = zip(self.thing.box, last.box, strict=True)
+        return min(lefts), min(tops), max(rights), max(bottoms)
 
 
 @dataclass(frozen=True)

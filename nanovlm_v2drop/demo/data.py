@@ -194,7 +194,7 @@ class InstructBatches(torch.utils.data.IterableDataset):
     ) -> None:
         self.world, self.tokenizer, self.eos_token = world, tokenizer, eos_token
         self.vision_tokens, self.batch, self.text_tokens, self.seed = vision_tokens, batch, text_tokens, seed
-        self.media_token = tokenizer.token_to_id(world.media_token)
+        self.media_token = tokenizer.get_vocab()[world.media_token]
         prompt = tokenizer.encode(world.prompt("")).ids
         self.prefix = prompt[: prompt.index(self.media_token)]
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..config import VLMConfig
+from ..config import LlavaConfig
 from ..images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from ..vlm import LlavaModel, LlavaOnevisionModel
 from .data import VISION
@@ -66,7 +66,7 @@ def unused_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**block, f"{norm}weight": torch.ones(width).half(), f"{norm}bias": torch.zeros(width).half()}
 
 
-def llava_settings(config: VLMConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+def llava_settings(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     """config.json and its companions, as llava-hf/llava-1.5-7b-hf has them."""
     size, pad = config.vision_config.image_size, tokenizer.get_vocab()["<pad>"]
     text = {**asdict(config.text_config), "model_type": "llama", "torch_dtype": "float16"}

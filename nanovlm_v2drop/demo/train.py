@@ -78,7 +78,7 @@ class Recipe:
     seed: int = 0
 
 
-def demo_config(tokenizer: Tokenizer) -> VLMConfig:
+def demo_config(tokenizer: Tokenizer) -> LlavaConfig:
     """12 layers, so that the paper's drop depths (10 %, 50 %, 70 %) fall on different layers."""
     text = TextConfig(
         vocab_size=padded_vocabulary(tokenizer),
@@ -125,7 +125,7 @@ class Demo:
     world: World
     make_tokenizer: Callable[[], Tokenizer]
     make_config: Callable[[Tokenizer], VLMConfig]
-    make_model: Callable[[VLMConfig], Any]
+    make_model: Callable[[Any], Any]
     media_features: Callable[[Any, Tensor], Tensor]
     export: Callable[[Any, Tokenizer, Path], None]
     vision_tokens: int
@@ -177,11 +177,12 @@ DEMOS = {
         recipe=Recipe(
             tower_steps=600,
             tower_rate=1e-3,
-            instruct_steps=1200,
+            instruct_steps=2200,
             instruct_batch=16,
             muon_rate=2e-3,
             adam_rate=1e-3,
-            late_step=750,
+            late_step=1400,
+            stop_step=2200,
             text_tokens=192,
         ),
         warm=True,

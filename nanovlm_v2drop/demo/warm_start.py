@@ -23,15 +23,16 @@ SAME_TOKENS = {"<|im_end|>": "</s>", "Ċ": "<0x0A>"}
 def warm_start(model: LlavaOnevisionModel, tokenizer: Tokenizer) -> None:
     """Copy what demo's weights hold into a LLaVA-OneVision of the same widths; what demo has not keeps its value."""
     demo = load("demo")
-    old = demo.model.state_dict()
-    shared = {name: value for name, value in old.items() if name in model.state_dict() and not is_row_table(name)}
-    model.load_state_dict({**model.state_dict(), **shared})
+    new, old = model.state_dict(), demo.model.state_dict()  # views: what is copied into them is in the model
+    for name in old.keys() & new.keys():
+        if not is_row_table(name):
+            new[name].copy_(old[name])
     copy_words(model.language_model, demo.model.language_model, word_pairs(tokenizer, demo.tokenizer.token_to_id))
-    embeddings, old_embeddings = model.vision_tower.embeddings, demo.model.vision_tower.embeddings
-    embeddings.position_embedding.weight.copy_(old_embeddings.position_embedding.weight[1:])  # 0 is the class token's
-    weight, bias = renormalised(old_embeddings.patch_embedding.weight)
-    embeddings.patch_embedding.weight.copy_(weight)
-    embeddings.patch_embedding.bias.copy_(bias)
+    embeddings = "vision_tower.embeddings."
+    new[f"{embeddings}position_embedding.weight"].copy_(old[f"{embeddings}position_embedding.weight"][1:])  # 0: class token
+    weight, bias = renormalised(old[f"{embeddings}patch_embedding.weight"])
+    new[f"{embeddings}patch_embedding.weight"].copy_(weight)
+    new[f"{embeddings}patch_embedding.bias"].copy_(bias)
 
 
 def is_row_table(name: str) -> bool:
