@@ -84,7 +84,7 @@ def test_on_the_demo_model_the_tokens_are_as_in_the_loops():
 
 
 def test_the_settings_are_the_budgets_of_the_comparisons():
-    assert {setting: dict(schedule) for setting, (schedule, _) in ToMe.published.items()} == {
+    assert {setting: dict(published.schedule) for setting, published in ToMe.published.items()} == {
         "64": {0: 64},
         "128": {0: 128},
         "192": {0: 192},
