@@ -1,17 +1,18 @@
-"""Causal attention over packed tokens and over a key/value cache: four back ends behind one signature.
+"""Causal attention over packed tokens and over a key/value cache: five back ends behind one signature.
 
-Shapes: T tokens of all sequences packed, B sequences, H query heads, K key/value heads, S slots of a cache.
+Shapes: T tokens of all sequences packed, B sequences, H query heads, K key/value heads, G = H / K queries that share a
+key/value head, S slots of a cache.
 
-`flash-attn` is the package, `varlen` is torch's own varlen_attn (CUDA), `sdpa` is the twin that runs everywhere and that the
-tests compare the others with; `eager` writes out the whole attention matrix, as the released codes of FastV and SparseVLM
-do, for an honest comparison of memory. A back end is chosen once and by name; one that cannot run is an error, never a quiet
-replacement.
+`flash-attn` is the package, `varlen` is torch's own varlen_attn (CUDA), `blockwise` is for bfloat16 on CPUs, where torch's
+own kernel is slow, `sdpa` is the twin that runs everywhere and that the tests compare the others with; `eager` writes out the
+whole attention matrix, as the released codes of FastV and SparseVLM do, for an honest comparison of memory. A back end is
+chosen once and by name; one that cannot run is an error, never a quiet replacement.
 """
 
 import importlib.util
 import inspect
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import cast
 
@@ -19,7 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("flash-attn", "varlen", "sdpa", "eager")  # the last is never chosen by "auto"
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
+CacheSeqlens = Sequence[int] | Tensor  # filled slots of each sequence: host integers, or (B,) int32 on the device
+
+BACKENDS = ("flash-attn", "varlen", "blockwise", "sdpa", "eager")  # the last is never chosen by "auto"
+QUERY_BLOCK = 160  # queries that `blockwise` takes at once: fewer pay for small products, more for masked ones
 
 
 @cache
@@ -42,6 +47,9 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     """What keeps a back end from running, or None."""
     if backend in ("sdpa", "eager"):
         return None
+    if backend == "blockwise":
+        fits = device.type == "cpu" and dtype == torch.bfloat16
+        return None if fits else f"it is for bfloat16 on a CPU, not {dtype} on {device.type}"
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -51,6 +59,7 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     return None if varlen_accepts("enable_gqa") else f"torch {torch.__version__} has no varlen_attn with enable_gqa"
 
 
+@cache
 def varlen_accepts(argument: str) -> bool:
     """Whether this torch's varlen_attn takes `argument`: its signature grew between releases."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
@@ -60,8 +69,9 @@ def varlen_accepts(argument: str) -> bool:
     return argument in inspect.signature(varlen_attn).parameters
 
 
-def cumulative(seqlens: Sequence[int], device: torch.device) -> Tensor:
-    """cu_seqlens (B + 1,) int32 on `device`; the copy is asynchronous where the device allows it."""
+@lru_cache(maxsize=8)
+def cumulative(seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    """cu_seqlens (B + 1,) int32 on `device`, made once for all layers; the copy is asynchronous where the device allows it."""
     cu_seqlens = torch.tensor([0, *accumulate(seqlens)], dtype=torch.int32)
     return cu_seqlens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else cu_seqlens
 
@@ -70,9 +80,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], backend: 
     """Causal attention inside each packed sequence: q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)."""
     if backend == "sdpa":
         return sdpa_attention(q, k, v, seqlens)
-    if backend == "eager":
-        return eager_attention(q, k, v, seqlens)
-    cu_seqlens, longest = cumulative(seqlens, q.device), max(seqlens)
+    if backend in ("eager", "blockwise"):
+        return on_each_sequence(eager_attention if backend == "eager" else blockwise_attention, q, k, v, seqlens)
+    cu_seqlens, longest = cumulative(tuple(seqlens), q.device), max(seqlens)
     if backend == "flash-attn":
         from flash_attn import flash_attn_varlen_func
 
@@ -85,12 +95,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], backend: 
     return cast(Tensor, attended)  # a pair only where the log-sum-exp is asked for
 
 
+def on_each_sequence(attend: Attend, q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
+    """`attend` on the rows of one sequence after the other."""
+    parts = zip(*(packed.split(tuple(seqlens)) for packed in (q, k, v)), strict=True)
+    attended = [attend(*part) for part in parts]
+    return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
     """The twin: one scaled_dot_product_attention a sequence. Equal lengths go through in one call."""
     if len(set(seqlens)) == 1:
         return sdpa_causal(*(packed.unflatten(0, (len(seqlens), -1)) for packed in (q, k, v))).flatten(0, 1)
-    parts = zip(*(packed.split(tuple(seqlens)) for packed in (q, k, v)), strict=True)
-    return torch.cat([sdpa_causal(*(part[None] for part in triple))[0] for triple in parts])
+    return on_each_sequence(lambda *part: sdpa_causal(*(rows[None] for rows in part))[0], q, k, v, seqlens)
 
 
 def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,14 +115,44 @@ def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
-    """Every attention weight (H, T, T) of a sequence in memory at once."""
-    parts = []
-    for q_part, k_part, v_part in zip(*(packed.split(tuple(seqlens)) for packed in (q, k, v)), strict=True):
-        rows = torch.arange(len(q_part), device=q.device)
-        weights = attention_weights(q_part, k_part, rows).to(v.dtype)
-        parts.append(torch.einsum("hqk,khd->qhd", weights, v_part.repeat_interleave(q.shape[1] // k.shape[1], 1)))
-    return torch.cat(parts)
+def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One sequence, with every attention weight (H, T, T) in memory at once."""
+    weights = attention_weights(q, k, torch.arange(len(q), device=q.device)).to(v.dtype)
+    return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(q.shape[1] // k.shape[1], 1))
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
+    """One sequence, some queries at a time: plain batched products with all keys, or with those up to the block's last query.
+
+    The products of a CPU in bfloat16 are several times faster than torch's fused kernel there. Scores are rounded to the
+    dtype before the softmax, as in transformers' eager attention; the softmax itself sums in float32.
+    """
+    k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()  # (K, T, head_dim)
+    attended = torch.empty_like(q)
+    for start in range(0, len(q), QUERY_BLOCK):
+        block = slice(start, min(start + QUERY_BLOCK, len(q)))
+        rows, visible = block.stop - start, block.stop if causal else len(q)
+        queries = grouped(q[block] * q.shape[-1] ** -0.5, len(k))  # (K, rows * G, head_dim)
+        scores = torch.bmm(queries, k[:, :visible].transpose(1, 2))
+        if causal:
+            scores.unflatten(1, (rows, -1))[..., start:] += causal_bias(rows, q)
+        attended[block] = ungrouped(torch.bmm(scores.softmax(-1), v[:, :visible]), rows)
+    return attended
+
+
+def grouped(q: Tensor, num_key_value_heads: int) -> Tensor:
+    """(R, H, head_dim) -> (K, R * G, head_dim): the queries that share a key/value head, together."""
+    return q.unflatten(1, (num_key_value_heads, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def ungrouped(attended: Tensor, rows: int) -> Tensor:
+    """(K, R * G, head_dim) -> (R, H, head_dim)"""
+    return attended.unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def causal_bias(rows: int, like: Tensor) -> Tensor:
+    """(R, 1, R): minus infinity for keys behind the query, else zero."""
+    return torch.full((rows, rows), -torch.inf, dtype=like.dtype, device=like.device).triu_(1)[:, None]
 
 
 def attention_weights(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
@@ -120,33 +166,59 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
 
-def attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Sequence[int], backend: str) -> Tensor:
+def attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: CacheSeqlens, backend: str) -> Tensor:
     """One new token a sequence looks at its whole cache: q (B, H, head_dim), caches (B, S, K, head_dim) -> (B, H, head_dim).
 
-    `cache_seqlens`: filled slots of each sequence, the new token's own included. torch's varlen_attn has no contiguous
-    cache, so "varlen" decodes through scaled_dot_product_attention; that is what `decode_backend` reports.
+    `cache_seqlens` counts the new token's own slot. Given on the device, nothing waits for it and no shape depends on it, as
+    a CUDA graph needs; `blockwise` takes host integers only. The back end is that of prefill; `decode_backend` says what runs.
     """
-    if decode_backend(backend) == "flash-attn":
+    backend = decode_backend(backend)
+    if backend == "blockwise":
+        rows = zip(q, k_cache, v_cache, cache_seqlens, strict=True)
+        return torch.cat([attend_to_slots(row, keys[:length], values[:length]) for row, keys, values, length in rows])
+    if backend == "sdpa":
+        return sdpa_attention_with_cache(q, k_cache, v_cache, cache_seqlens)
+    lengths = torch.as_tensor(cache_seqlens, dtype=torch.int32, device=q.device)
+    if backend == "flash-attn":
         from flash_attn import flash_attn_with_kvcache
 
-        lengths = torch.tensor(cache_seqlens, dtype=torch.int32, device=q.device)
         return flash_attn_with_kvcache(q[:, None], k_cache, v_cache, cache_seqlens=lengths)[:, 0]
-    longest = max(cache_seqlens)
-    keys, values = k_cache[:, :longest].transpose(1, 2), v_cache[:, :longest].transpose(1, 2)
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, slots, num_key_value_heads, _ = k_cache.shape
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    packed = (k_cache.flatten(0, 1), v_cache.flatten(0, 1), starts, starts * slots, 1, slots)
+    return cast(Tensor, varlen_attn(q, *packed, seqused_k=lengths, enable_gqa=q.shape[1] != num_key_value_heads))
+
+
+def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One token q (H, head_dim) to keys and values (S, K, head_dim) -> (1, H, head_dim), read where they lie, once."""
+    queries = grouped(q[None] * q.shape[-1] ** -0.5, keys.shape[1])  # (K, G, head_dim)
+    scores = torch.bmm(keys.transpose(0, 1), queries.transpose(1, 2))  # (K, S, G): the fast order for rows that are apart
+    return ungrouped(torch.bmm(scores.transpose(1, 2).softmax(-1), values.transpose(0, 1)), 1)
+
+
+def sdpa_attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: CacheSeqlens) -> Tensor:
+    if not isinstance(cache_seqlens, Tensor):
+        k_cache, v_cache = k_cache[:, : max(cache_seqlens)], v_cache[:, : max(cache_seqlens)]
+    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    mask = slot_mask(cache_seqlens, keys)
     attended = F.scaled_dot_product_attention(
-        q[:, :, None], keys, values, attn_mask=slot_mask(cache_seqlens, q.device), enable_gqa=q.shape[1] != keys.shape[1]
+        q[:, :, None], keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1]
     )
     return attended[:, :, 0]
 
 
 def decode_backend(backend: str) -> str:
     """What runs in decode when `backend` runs in prefill."""
-    return "flash-attn" if backend == "flash-attn" else "sdpa"
+    if backend == "varlen":
+        return "varlen" if varlen_accepts("seqused_k") else "sdpa"
+    return "sdpa" if backend == "eager" else backend
 
 
-def slot_mask(cache_seqlens: Sequence[int], device: torch.device) -> Tensor | None:
-    """(B, 1, 1, S) True for filled slots; None where all sequences are equally long, since then nothing is hidden."""
-    if len(set(cache_seqlens)) == 1:
+def slot_mask(cache_seqlens: CacheSeqlens, keys: Tensor) -> Tensor | None:
+    """(B, 1, 1, S) True for the filled slots of `keys` (B, K, S, head_dim); None where the host knows that all are filled."""
+    if not isinstance(cache_seqlens, Tensor) and min(cache_seqlens) == keys.shape[2]:
         return None
-    lengths = torch.tensor(cache_seqlens, device=device)
-    return (torch.arange(max(cache_seqlens), device=device) < lengths[:, None])[:, None, None]
+    lengths = torch.as_tensor(cache_seqlens, device=keys.device)
+    return (torch.arange(keys.shape[2], device=keys.device) < lengths[:, None])[:, None, None]

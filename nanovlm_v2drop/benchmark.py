@@ -274,10 +274,9 @@ def our_contenders(workload: Workload, methods: Sequence[str], budgets: Mapping[
 
 def decode_and_rewind(workload: Workload, prefilled: Prefilled) -> None:
     cache, token_ids = prefilled.cache, prefilled.logits.argmax(-1)
-    seqlens, position_ids = list(cache.seqlens), cache.position_ids
     for _ in range(workload.decode_steps):
         decode_one_token(workload.decoder, token_ids, cache)
-    cache.seqlens, cache.position_ids = seqlens, position_ids
+    cache.crop(workload.decode_steps)
 
 
 def transformers_contender(workload: Workload) -> Contender:

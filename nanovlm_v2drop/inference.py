@@ -4,7 +4,7 @@ Shapes: T tokens of all sequences packed, B sequences, D hidden_size, K key/valu
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .attention import attention, attention_with_cache, resolve_backend
+from .attention import CacheSeqlens, attention, attention_with_cache, resolve_backend
 from .decoder import Decoder, DecoderLayer, rotary_table
 from .dropping.base import DecodePruning, PrefillState, TokenDropper
 from .vlm import PackedInputs
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 64
 
+# a layer and the new token's queries (B, H, head_dim) -> the keys and values that these may see, and the filled slots
+Visible = Callable[[int, Tensor], tuple[Tensor, Tensor, CacheSeqlens]]
+
 
 class NothingDropped(UserWarning):
     """A dropper was given and pictures were there, but every vision token stayed."""
@@ -34,13 +37,13 @@ class KVCache:
     """Keys and values of each layer, allocated at that layer's own length plus `max_new_tokens`.
 
     A layer behind a drop point has fewer rows than one before it, so dropping is real memory. `seqlens[layer_idx]` holds the
-    filled slots of each sequence as host integers; `position_ids` (L, B) is the position of the next token in each layer: it
-    goes on from the undropped prompt, unless a method renumbers what it keeps. `pruning` is None, or what chooses the slots
-    that a new token sees.
+    filled slots of each sequence as host integers, `slots` (L, B) the same on the device: where the next token goes.
+    `position_ids` (L, B) is the next token's position in each layer: it goes on from the undropped prompt, unless a method
+    renumbers what it keeps. `pruning` is None, or what chooses the slots that a new token sees.
     """
 
     def __init__(self, max_new_tokens: int) -> None:
-        self.position_ids = torch.empty(0)
+        self.slots = self.position_ids = torch.empty(0)
         self.max_new_tokens = max_new_tokens
         self.pruning: DecodePruning | None = None
         self.keys: list[Tensor] = []  # (B, S, K, head_dim) each
@@ -66,20 +69,46 @@ class KVCache:
             caches.append(cache)
         self.seqlens.append(seqlens)
 
+    def finish(self, position_ids: Tensor) -> None:
+        """Behind the last layer: where decoding goes on, `position_ids` (L, B)."""
+        self.position_ids = position_ids
+        self.slots = torch.tensor(self.seqlens, device=position_ids.device)
+
+    @property
+    def is_full(self) -> bool:
+        return any(max(lengths) == keys.shape[1] for lengths, keys in zip(self.seqlens, self.keys, strict=True))
+
+    def grow(self) -> None:
+        """Room for `max_new_tokens` more in every layer."""
+        for caches in (self.keys, self.values):
+            for layer_idx, cache in enumerate(caches):
+                room = cache.new_zeros(len(cache), max(self.max_new_tokens, 1), *cache.shape[2:])
+                caches[layer_idx] = torch.cat([cache, room], dim=1)
+
     def append(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
-        """One new token a sequence: k and v (B, K, head_dim). A full cache grows by `max_new_tokens` slots."""
-        lengths = self.seqlens[layer_idx]
+        """One new token a sequence: k and v (B, K, head_dim), into the next slots of a layer that has room."""
+        sequences = torch.arange(len(k), device=k.device)
         for caches, new in ((self.keys, k), (self.values, v)):
-            if max(lengths) == caches[layer_idx].shape[1]:
-                room = caches[layer_idx].new_zeros(len(lengths), max(self.max_new_tokens, 1), *new.shape[1:])
-                caches[layer_idx] = torch.cat([caches[layer_idx], room], dim=1)
-            for slots, length, row in zip(caches[layer_idx], lengths, new, strict=True):
-                slots[length] = row
-        self.seqlens[layer_idx] = tuple(length + 1 for length in lengths)
+            caches[layer_idx].index_put_((sequences, self.slots[layer_idx]), new)
+
+    def advance(self, count: int = 1) -> None:
+        """Tell the host that `count` tokens were appended in every layer, or forgotten where it is negative."""
+        self.seqlens = [tuple(length + count for length in lengths) for lengths in self.seqlens]
+
+    def advance_on_device(self, count: int = 1) -> None:
+        """The same on the device, in place: a CUDA graph does it in every replay."""
+        self.slots += count
+        self.position_ids += count
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens that were decoded."""
+        self.advance(-count)
+        self.advance_on_device(-count)
 
     def visible(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Keys and values (B, S, K, head_dim) that the new token's queries q (B, H, head_dim) may see, and how many slots."""
-        keys, values, seqlens = self.keys[layer_idx], self.values[layer_idx], self.seqlens[layer_idx]
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        seqlens = tuple(length + 1 for length in self.seqlens[layer_idx])  # its own slot is filled already
         slots = None if self.pruning is None else self.pruning(layer_idx, q, keys, seqlens)
         if slots is None:
             return keys, values, seqlens
@@ -138,7 +167,7 @@ def prefill(
             survivors.append((layer_idx, state.vision_indices.split(state.seqlens)))
         positions.append(next_position)
         state.previous, state.hidden_states = state.hidden_states, layer(state.hidden_states, rotary, attend)
-    cache.position_ids = torch.stack(positions)
+    cache.finish(torch.stack(positions))
     if dropper is not None:
         cache.pruning = dropper.decode_pruning(state)
         warn_if_nothing_dropped(dropper, packed, state)
@@ -182,6 +211,15 @@ def next_positions(state: PrefillState) -> Tensor:
 @torch.no_grad()
 def decode_one_token(decoder: Decoder, token_ids: Tensor, cache: KVCache) -> Tensor:
     """Feed one token a sequence (B,) and return the logits of the next (B, V). The cache grows by one row a layer."""
+    if cache.is_full:
+        cache.grow()
+    logits = decode_step(decoder, token_ids, cache, cache.visible)
+    cache.advance()
+    return logits
+
+
+def decode_step(decoder: Decoder, token_ids: Tensor, cache: KVCache, visible: Visible) -> Tensor:
+    """What the device does for one token: it appends to the cache, which must have room, and counts on."""
     hidden_states = decoder.embed_tokens(token_ids)  # (B, D)
     backend = resolve_backend(decoder.attention, hidden_states.device, hidden_states.dtype)
     cos, sin = rotary_table(decoder.config, cache.position_ids.flatten(), hidden_states.dtype)
@@ -190,10 +228,10 @@ def decode_one_token(decoder: Decoder, token_ids: Tensor, cache: KVCache) -> Ten
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer_idx: int = layer_idx) -> Tensor:
             cache.append(layer_idx, k, v)
-            return attention_with_cache(q, *cache.visible(layer_idx, q), backend)
+            return attention_with_cache(q, *visible(layer_idx, q), backend)
 
         hidden_states = layer(hidden_states, rotary, attend)
-    cache.position_ids = cache.position_ids + 1
+    cache.advance_on_device()
     return decoder.lm_head(decoder.norm(hidden_states))
 
 

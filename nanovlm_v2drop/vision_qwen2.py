@@ -11,6 +11,7 @@ Source: transformers models/qwen2_vl/modeling_qwen2_vl.py.
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from math import prod
 from typing import cast
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import cumulative, resolve_backend
+from .attention import blockwise_attention, cumulative, on_each_sequence, resolve_backend
 from .config import Qwen2VLVisionConfig
 from .decoder import Rotary, apply_rotary
 from .vision import ACTIVATIONS
@@ -197,9 +198,10 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], back
     """Attention inside each packed stretch, without a causal mask: (L, H, head_dim) each -> (L, H, head_dim)."""
     if backend == "sdpa":
         return sdpa_full_attention(q, k, v, seqlens)
-    if backend == "eager":
-        return eager_full_attention(q, k, v, seqlens)
-    cu_seqlens, longest = cumulative(seqlens, q.device), max(seqlens)
+    if backend in ("eager", "blockwise"):
+        attend = eager_full_attention if backend == "eager" else partial(blockwise_attention, causal=False)
+        return on_each_sequence(attend, q, k, v, seqlens)
+    cu_seqlens, longest = cumulative(tuple(seqlens), q.device), max(seqlens)
     if backend == "flash-attn":
         from flash_attn import flash_attn_varlen_func
 
@@ -220,10 +222,9 @@ def sdpa_full_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int])
     return torch.cat(attended)
 
 
-def eager_full_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
-    """Every attention weight (H, length, length) of a stretch in memory at once."""
-    parts = zip(*(packed.split(list(seqlens)) for packed in (q, k, v)), strict=True)
-    return torch.cat([torch.einsum("hqk,khd->qhd", softmax_weights(*part[:2]).to(v.dtype), part[2]) for part in parts])
+def eager_full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One stretch, with every attention weight (H, length, length) in memory at once."""
+    return torch.einsum("hqk,khd->qhd", softmax_weights(q, k).to(v.dtype), v)
 
 
 def softmax_weights(q: Tensor, k: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nanovlm_v2drop import attention as module
-from nanovlm_v2drop.attention import BACKENDS, attention, attention_with_cache, obstacle, resolve_backend
+from nanovlm_v2drop.attention import BACKENDS, attention, attention_with_cache, blockwise_attention, obstacle, resolve_backend
 
 HEAD_DIM = 8
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -32,7 +32,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(rows).view(q.shape)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "blockwise"])
 @settings(deadline=None, max_examples=40)
 @given(seqlens=lengths, heads=heads)
 @example(seqlens=[4, 4, 4], heads=(4, 2))  # equal lengths go through in one call
@@ -46,12 +46,14 @@ def test_packed_attention_equals_a_naive_softmax_inside_each_sequence(
     torch.testing.assert_close(attention(q, k, v, seqlens, backend).double(), wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("backend", "on_device"), [("sdpa", False), ("sdpa", True), ("blockwise", False)])
 @settings(deadline=None, max_examples=40)
 @given(cache_seqlens=lengths, heads=heads, room=st.integers(0, 3))
 @example(cache_seqlens=[4, 4], heads=(4, 2), room=2)
+@example(cache_seqlens=[4, 4], heads=(4, 2), room=0)
 @example(cache_seqlens=[1, 6, 3], heads=(4, 2), room=0)
 def test_a_new_token_sees_the_filled_slots_of_its_own_cache_and_no_others(
-    cache_seqlens: list[int], heads: tuple[int, int], room: int
+    backend: str, on_device: bool, cache_seqlens: list[int], heads: tuple[int, int], room: int
 ) -> None:
     batch, slots = len(cache_seqlens), max(cache_seqlens) + room
     q = random_heads(batch, heads[0], HEAD_DIM, seed=0)
@@ -62,13 +64,25 @@ def test_a_new_token_sees_the_filled_slots_of_its_own_cache_and_no_others(
     v_cache[filled] /= 100
     rows = zip(q, k_cache, v_cache, cache_seqlens, strict=True)
     wanted = torch.cat([naive_attention(row[None], k[:length], v[:length]) for row, k, v, length in rows])
-    attended = attention_with_cache(q, k_cache, v_cache, cache_seqlens, "sdpa")
+    given_seqlens = torch.tensor(cache_seqlens, dtype=torch.int32) if on_device else cache_seqlens
+    attended = attention_with_cache(q, k_cache, v_cache, given_seqlens, backend)
     torch.testing.assert_close(attended.double(), wanted, atol=1e-5, rtol=0)
 
 
-def test_auto_is_sdpa_on_a_cpu() -> None:
-    assert resolve_backend("auto", CPU, torch.bfloat16) == "sdpa"
-    assert resolve_backend("sdpa", CPU, torch.float32) == "sdpa"
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_queries_in_several_blocks_see_what_queries_in_one_see(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    seqlens = [5, 23, 16]
+    q, k, v = (random_heads(sum(seqlens), h, HEAD_DIM, seed=i) for i, h in enumerate((heads[0], heads[1], heads[1])))
+    wanted, unmasked = attention(q, k, v, seqlens, "sdpa"), blockwise_attention(q, k, v, causal=False)
+    monkeypatch.setattr(module, "QUERY_BLOCK", 8)
+    torch.testing.assert_close(attention(q, k, v, seqlens, "blockwise"), wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(blockwise_attention(q, k, v, causal=False), unmasked, atol=1e-6, rtol=0)
+
+
+def test_auto_on_a_cpu_is_blockwise_in_bfloat16_and_else_sdpa() -> None:
+    assert resolve_backend("auto", CPU, torch.bfloat16) == "blockwise"
+    assert resolve_backend("auto", CPU, torch.float32) == "sdpa"
+    assert resolve_backend("sdpa", CPU, torch.bfloat16) == "sdpa"
 
 
 @pytest.mark.parametrize("available", [BACKENDS, ("varlen", "sdpa", "eager"), ("sdpa", "eager")])
@@ -94,12 +108,21 @@ def test_a_back_end_that_cannot_run_is_refused_with_the_reason(
         resolve_backend(backend, device, dtype)
 
 
+@pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.float32), (CUDA, torch.bfloat16)])
+def test_blockwise_is_refused_where_it_is_no_gain(device: torch.device, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"it is for bfloat16 on a CPU, not {dtype} on {device}"):
+        resolve_backend("blockwise", device, dtype)
+
+
 def test_a_missing_package_and_an_old_torch_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    module.varlen_accepts.cache_clear()
     with pytest.raises(ValueError, match="the package flash-attn is not installed"):
         resolve_backend("flash-attn", CUDA, torch.bfloat16)
     with pytest.raises(ValueError, match=r"torch .* has no varlen_attn with enable_gqa"):
         resolve_backend("varlen", CUDA, torch.bfloat16)
+    assert module.decode_backend("varlen") == "sdpa"  # nor has it seqused_k
+    module.varlen_accepts.cache_clear()
 
 
 def test_an_unknown_back_end_is_refused_with_the_known_ones() -> None:

@@ -216,7 +216,7 @@ def test_no_stretch_sees_another_and_every_row_sees_its_whole_stretch(seqlens):
     scores = torch.einsum("qhd,khd->hqk", q, k) / 4
     weights = scores.masked_fill(stretch[:, None] != stretch, -torch.inf).softmax(-1)
     wanted = torch.einsum("hqk,khd->qhd", weights, v)
-    for backend in ("sdpa", "eager"):
+    for backend in ("sdpa", "eager", "blockwise"):
         torch.testing.assert_close(full_attention(q, k, v, seqlens, backend), wanted, atol=1e-5, rtol=0)
 
 
