@@ -170,12 +170,11 @@ def attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seql
     """One new token a sequence looks at its whole cache: q (B, H, head_dim), caches (B, S, K, head_dim) -> (B, H, head_dim).
 
     `cache_seqlens` counts the new token's own slot. Given on the device, nothing waits for it and no shape depends on it, as
-    a CUDA graph needs; `blockwise` takes host integers only. The back end is that of prefill; `decode_backend` says what runs.
+    a CUDA graph needs. The back end is that of prefill; `decode_backend` says what runs.
     """
     backend = decode_backend(backend)
     if backend == "blockwise":
-        rows = zip(q, k_cache, v_cache, cache_seqlens, strict=True)
-        return torch.cat([attend_to_slots(row, keys[:length], values[:length]) for row, keys, values, length in rows])
+        return plain_attention_with_cache(q, k_cache, v_cache, cache_seqlens)
     if backend == "sdpa":
         return sdpa_attention_with_cache(q, k_cache, v_cache, cache_seqlens)
     lengths = torch.as_tensor(cache_seqlens, dtype=torch.int32, device=q.device)
@@ -191,11 +190,15 @@ def attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seql
     return cast(Tensor, varlen_attn(q, *packed, seqused_k=lengths, enable_gqa=q.shape[1] != num_key_value_heads))
 
 
-def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One token q (H, head_dim) to keys and values (S, K, head_dim) -> (1, H, head_dim), read where they lie, once."""
-    queries = grouped(q[None] * q.shape[-1] ** -0.5, keys.shape[1])  # (K, G, head_dim)
-    scores = torch.bmm(keys.transpose(0, 1), queries.transpose(1, 2))  # (K, S, G): the fast order for rows that are apart
-    return ungrouped(torch.bmm(scores.transpose(1, 2).softmax(-1), values.transpose(0, 1)), 1)
+def plain_attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: CacheSeqlens) -> Tensor:
+    """Two batched products over all slots, empty ones included: only whole, heads-first caches are read where they lie."""
+    batch, _, num_key_value_heads, head_dim = k_cache.shape
+    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # (B, K, S, head_dim)
+    queries = (q * head_dim**-0.5).view(batch * num_key_value_heads, -1, head_dim)  # (B * K, G, head_dim)
+    scores = torch.bmm(queries, keys.flatten(0, 1).transpose(1, 2)).unflatten(0, (batch, -1))
+    if (mask := slot_mask(cache_seqlens, keys)) is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    return torch.bmm(scores.softmax(-1).flatten(0, 1), values.flatten(0, 1)).view_as(q)
 
 
 def sdpa_attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: CacheSeqlens) -> Tensor:
@@ -214,6 +217,11 @@ def decode_backend(backend: str) -> str:
     if backend == "varlen":
         return "varlen" if varlen_accepts("seqused_k") else "sdpa"
     return "sdpa" if backend == "eager" else backend
+
+
+def reads_heads_first(backend: str) -> bool:
+    """Whether decoding is faster where all slots of a head lie together, (B, K, S, head_dim) in memory."""
+    return decode_backend(backend) in ("blockwise", "sdpa")
 
 
 def slot_mask(cache_seqlens: CacheSeqlens, keys: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import LlavaConfig, VLMConfig, read_json_object
 from .decoder import Decoder
+from .linear import can_prepack, prepack
 from .vlm import MODEL_CLASSES, VLM
 
 # Stored name -> ours. The first pattern that matches decides; None is left out on purpose; a name that none matches
@@ -71,7 +72,8 @@ def load_model(
     """Read an official checkpoint into a model that is ready for inference (eval mode, no gradients).
 
     The weights never exist twice: each tensor goes straight from the mapped file to `device` and `dtype`. On the CPU,
-    in the dtype of the file, it stays a view of the file, which must then not be overwritten while the model lives.
+    in the dtype of the file, it stays a view of the file, which must then not be overwritten while the model lives. In
+    bfloat16 on a CPU, matrices are prepacked; see linear.py.
 
     Args:
         folder: holds model.safetensors, or shards with model.safetensors.index.json, or one other *.safetensors file.
@@ -92,7 +94,10 @@ def load_model(
     if config.text_config.tie_word_embeddings:
         tie_head(model.language_model)
     check_materialised(model)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if can_prepack(device, dtype):
+        prepack(model)
+    return model
 
 
 def list_tensors(folder: Path) -> list[StoredTensor]:

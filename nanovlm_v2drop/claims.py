@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import benchmark
 from .ablations import LAYER_NUMBERS, ablation_plans, share_of_paper
+from .benchmark.run import build_parser, run_benchmark
 from .bootstrap import Resampled, difference, resample
 from .config import TextConfig
 from .demo import scenes
@@ -216,8 +216,8 @@ def measure_costs(vision_tokens: int, share: float) -> dict[str, dict[str, Any]]
     budget = f"{share * vision_tokens:g}"
     options = ["--no-transformers", "--methods", "v2drop", "--tokens", budget, "--vision-tokens", str(vision_tokens)]
     sizes = ["--layers", str(LAYERS), "--repeats", "3", "--decode-steps", "1"]
-    arguments: argparse.Namespace = benchmark.build_parser().parse_args([*options, *sizes])
-    return {row["prefill"].partition("@")[0]: row for row in benchmark.run_benchmark(arguments)["prefill"]}
+    arguments: argparse.Namespace = build_parser().parse_args([*options, *sizes])
+    return {row["prefill"].partition("@")[0]: row for row in run_benchmark(arguments)["prefill"]}
 
 
 def cost_findings(long: int = 1728, share: float = 0.4) -> Iterator[Finding]:

@@ -27,8 +27,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(hidden_states.dtype)
+        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(hidden_states.dtype)
 
 
 def rotary_table(config: TextConfig, position_ids: Tensor, dtype: torch.dtype) -> Rotary:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .attention import CacheSeqlens, attention, attention_with_cache, resolve_backend
+from .attention import CacheSeqlens, attention, attention_with_cache, reads_heads_first, resolve_backend
 from .decoder import Decoder, DecoderLayer, rotary_table
 from .dropping.base import DecodePruning, PrefillState, TokenDropper
 from .vlm import PackedInputs
@@ -39,12 +39,13 @@ class KVCache:
     A layer behind a drop point has fewer rows than one before it, so dropping is real memory. `seqlens[layer_idx]` holds the
     filled slots of each sequence as host integers, `slots` (L, B) the same on the device: where the next token goes.
     `position_ids` (L, B) is the next token's position in each layer: it goes on from the undropped prompt, unless a method
-    renumbers what it keeps. `pruning` is None, or what chooses the slots that a new token sees.
+    renumbers what it keeps. `pruning` is None, or what chooses the slots that a new token sees. `heads_first` says how a cache
+    lies in memory, (B, K, S, head_dim) or (B, S, K, head_dim); its shape is the latter either way.
     """
 
-    def __init__(self, max_new_tokens: int) -> None:
+    def __init__(self, max_new_tokens: int, heads_first: bool) -> None:
         self.slots = self.position_ids = torch.empty(0)
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.heads_first = max_new_tokens, heads_first
         self.pruning: DecodePruning | None = None
         self.keys: list[Tensor] = []  # (B, S, K, head_dim) each
         self.values: list[Tensor] = []
@@ -62,12 +63,19 @@ class KVCache:
     def fill(self, k: Tensor, v: Tensor, seqlens: tuple[int, ...]) -> None:
         """Add the next layer with the packed keys and values (T, K, head_dim) of its prompt tokens."""
         for caches, packed in ((self.keys, k), (self.values, v)):
-            cache = packed.new_empty(len(seqlens), max(seqlens) + self.max_new_tokens, *packed.shape[1:])
+            cache = self.allocate(packed, len(seqlens), max(seqlens) + self.max_new_tokens)
             for slots, rows in zip(cache, packed.split(seqlens), strict=True):
                 slots[: len(rows)] = rows
                 slots[len(rows) :] = 0  # a masked slot still meets its weight of zero, and 0 * NaN is NaN
             caches.append(cache)
         self.seqlens.append(seqlens)
+
+    def allocate(self, like: Tensor, batch: int, slots: int) -> Tensor:
+        """Memory (B, S, K, head_dim) for heads as those of `like`."""
+        num_key_value_heads, head_dim = like.shape[-2:]
+        if self.heads_first:
+            return like.new_empty(batch, num_key_value_heads, slots, head_dim).transpose(1, 2)
+        return like.new_empty(batch, slots, num_key_value_heads, head_dim)
 
     def finish(self, position_ids: Tensor) -> None:
         """Behind the last layer: where decoding goes on, `position_ids` (L, B)."""
@@ -82,8 +90,9 @@ class KVCache:
         """Room for `max_new_tokens` more in every layer."""
         for caches in (self.keys, self.values):
             for layer_idx, cache in enumerate(caches):
-                room = cache.new_zeros(len(cache), max(self.max_new_tokens, 1), *cache.shape[2:])
-                caches[layer_idx] = torch.cat([cache, room], dim=1)
+                batch, slots = cache.shape[:2]
+                caches[layer_idx] = self.allocate(cache, batch, slots + max(self.max_new_tokens, 1))
+                caches[layer_idx][:, :slots], caches[layer_idx][:, slots:] = cache, 0
 
     def append(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
         """One new token a sequence: k and v (B, K, head_dim), into the next slots of a layer that has room."""
@@ -148,7 +157,7 @@ def prefill(
         layers_read = {layer - 1 for layer in dropper.schedule} if dropper.reads_attention else layers_read
         state = dropper.begin(state)
     rotary = rotary_table(config, state.position_ids, state.hidden_states.dtype)
-    cache, next_position = KVCache(max_new_tokens), next_positions(state)
+    cache, next_position = KVCache(max_new_tokens, reads_heads_first(backend)), next_positions(state)
     positions, survivors = [], []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

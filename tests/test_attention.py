@@ -46,7 +46,7 @@ def test_packed_attention_equals_a_naive_softmax_inside_each_sequence(
     torch.testing.assert_close(attention(q, k, v, seqlens, backend).double(), wanted, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("backend", "on_device"), [("sdpa", False), ("sdpa", True), ("blockwise", False)])
+@pytest.mark.parametrize(("backend", "on_device"), [("sdpa", False), ("sdpa", True), ("blockwise", False), ("blockwise", True)])
 @settings(deadline=None, max_examples=40)
 @given(cache_seqlens=lengths, heads=heads, room=st.integers(0, 3))
 @example(cache_seqlens=[4, 4], heads=(4, 2), room=2)

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovlm_v2drop import benchmark
+from nanovlm_v2drop.benchmark.contenders import (
+    at_same_depths,
+    check_logits,
+    compare_logits,
+    decoding_contenders,
+    our_contenders,
+    transformers_contender,
+)
+from nanovlm_v2drop.benchmark.measure import drop_points_run, gemm_products, gemm_run, plain_gemm_run, time_rounds
+from nanovlm_v2drop.benchmark.run import budgets_of, build_parser, main
+from nanovlm_v2drop.benchmark.workload import SHAPES, Workload, make_workload, prompt_grids
 from nanovlm_v2drop.config import TextConfig
 from nanovlm_v2drop.decoder import Decoder
 from nanovlm_v2drop.dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, V2Drop
@@ -19,6 +29,7 @@ from nanovlm_v2drop.zoo import MODELS
 SIZES = {"layers": 6, "text-tokens": 9, "repeats": 2, "decode-steps": 3}
 ARGUMENTS = ["--model=tiny", "--dtype=float32", *(f"--{name}={size}" for name, size in SIZES.items())]
 PICTURE, BUDGETS = "--vision-tokens=24", "--tokens=16,12"
+REFERENCES = ["transformers eager", "transformers sdpa"]
 METHODS = ["dense", "v2drop@16", "random@16", "v2drop@12", "random@12"]
 VIDEO_MODELS = ["llava-onevision-tiny", "qwen2-vl-tiny"]
 
@@ -49,21 +60,21 @@ def tiny_shape(monkeypatch):
         rope_theta=500.0,
     )
     qwen2 = replace(shape, qkv_bias=True, num_hidden_layers=12)
-    monkeypatch.setitem(benchmark.SHAPES, "tiny", shape)
-    monkeypatch.setitem(benchmark.SHAPES, "tiny-of-32-layers", replace(shape, num_hidden_layers=32))
-    monkeypatch.setitem(benchmark.SHAPES, "llava-onevision-tiny", replace(qwen2, tie_word_embeddings=True))
-    monkeypatch.setitem(benchmark.SHAPES, "qwen2-vl-tiny", replace(qwen2, mrope_section=(1, 1, 2)))
+    monkeypatch.setitem(SHAPES, "tiny", shape)
+    monkeypatch.setitem(SHAPES, "tiny-of-32-layers", replace(shape, num_hidden_layers=32))
+    monkeypatch.setitem(SHAPES, "llava-onevision-tiny", replace(qwen2, tie_word_embeddings=True))
+    monkeypatch.setitem(SHAPES, "qwen2-vl-tiny", replace(qwen2, mrope_section=(1, 1, 2)))
 
 
-def tiny_workload(*options: str) -> benchmark.Workload:
+def tiny_workload(*options: str) -> Workload:
     torch.manual_seed(0)
     prompt = [] if any(option.startswith("--frames") for option in options) else [PICTURE]
-    return benchmark.make_workload(benchmark.build_parser().parse_args([*ARGUMENTS, *prompt, *options]))
+    return make_workload(build_parser().parse_args([*ARGUMENTS, *prompt, *options]))
 
 
 def run(capsys, *options: str, prompt: tuple[str, ...] = (PICTURE, BUDGETS)) -> tuple[dict, str]:
     """The report, and everything on stdout before it."""
-    benchmark.main([*ARGUMENTS, *prompt, *options])
+    main([*ARGUMENTS, *prompt, *options])
     *lines, last = capsys.readouterr().out.strip().split("\n")
     return json.loads(last), "\n".join(lines)
 
@@ -71,8 +82,8 @@ def run(capsys, *options: str, prompt: tuple[str, ...] = (PICTURE, BUDGETS)) -> 
 def test_a_run_ends_with_one_json_object_that_has_every_contender(capsys):
     pytest.importorskip("transformers")
     report, table = run(capsys)
-    assert [row["prefill"] for row in report["prefill"]] == [*METHODS, "transformers"]
-    assert [row["decode"] for row in report["decode"]] == ["dense", "v2drop@16", "v2drop@12", "transformers"]
+    assert [row["prefill"] for row in report["prefill"]] == [*METHODS, *REFERENCES]
+    assert [row["decode"] for row in report["decode"]] == ["dense", "v2drop@16", "v2drop@12", *REFERENCES]
     assert all(len(row["rounds_ms"]) == 2 for row in report["prefill"] + report["decode"])
     assert all(row["speedup"] == 1 for row in (report["prefill"][0], report["decode"][0]))
     assert report["logits_check"]["max_difference"] < 1e-3
@@ -107,11 +118,22 @@ def test_ratios_and_sizes_of_a_row_are_those_of_the_one_accounting_and_of_the_re
 
 def test_gemm_products_are_every_matrix_of_the_decoder_once():
     decoder = tiny_workload().decoder
-    products = benchmark.gemm_products(decoder, range(10, 16))
+    products = gemm_products(decoder, range(10, 16))
     matrices = [weight for name, weight in decoder.named_parameters() if weight.dim() == 2 and "embed" not in name]
-    assert sorted(id(weight) for weight, _ in products) == sorted(map(id, matrices))
+    assert sorted(id(module.weight) for module, _ in products) == sorted(map(id, matrices))
     assert [rows for _, rows in products] == [rows for rows in range(10, 16) for _ in range(7)] + [1]
-    benchmark.gemm_run(products)()
+    gemm_run(products, torch.empty(0))()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_both_kinds_of_weights_are_equally_many(dtype, monkeypatch):
+    workload = tiny_workload("--dtype", dtype)
+    plain = plain_gemm_run(workload.plain, workload.packed.inputs_embeds)
+    met, original = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *two, out: met.append((*two[1].t().shape, len(two[0]))) or original(*two, out=out))
+    plain()
+    ours = gemm_products(workload.decoder, [9 + 24] * 6)
+    assert sorted(met) == sorted((module.out_features, module.in_features, rows) for module, rows in ours)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -119,28 +141,28 @@ def test_gemm_products_are_every_matrix_of_the_decoder_once():
 def test_transformers_gives_the_same_logits_from_the_same_tensors(model, dtype):
     pytest.importorskip("transformers")
     workload = tiny_workload("--dtype", dtype, "--model", model)
-    reference = benchmark.transformers_contender(workload)
+    reference = transformers_contender(workload, "sdpa")
     with torch.inference_mode():
-        before = benchmark.check_logits(workload, reference)
+        before = check_logits(workload, reference)
         workload.decoder.norm.weight.mul_(2)  # seen by both only if nothing was copied
-        after = benchmark.check_logits(workload, reference)
+        after = check_logits(workload, reference)
     assert after["largest_logit"] == pytest.approx(2 * before["largest_logit"], rel=1e-2)
 
 
 def test_qwen2s_biases_are_in_the_comparison():
     pytest.importorskip("transformers")
     workload = tiny_workload("--model", "qwen2-vl-tiny")
-    reference = benchmark.transformers_contender(workload)
+    reference = transformers_contender(workload, "sdpa")
     workload.decoder.layers[0].self_attn.v_proj.bias = torch.nn.Parameter(torch.zeros(16))  # ours alone
     with torch.inference_mode(), pytest.raises(RuntimeError, match="unequal work"):
-        benchmark.check_logits(workload, reference)
+        check_logits(workload, reference)
 
 
 def test_logits_that_differ_stop_the_run():
     with pytest.raises(RuntimeError, match="unequal work"):
-        benchmark.compare_logits(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.9]))
+        compare_logits(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.9]))
     with pytest.raises(RuntimeError, match="nan"):
-        benchmark.compare_logits(torch.full((4,), torch.nan), torch.ones(4))
+        compare_logits(torch.full((4,), torch.nan), torch.ones(4))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +170,7 @@ def test_logits_that_differ_stop_the_run():
 )
 def test_decoding_leaves_the_cache_as_it_was(options, methods):
     workload = tiny_workload(*options)
-    for contender in benchmark.our_contenders(workload, methods, {"40%": 0.4 * workload.sizes[2]}):
+    for contender in our_contenders(workload, methods, {"40%": 0.4 * workload.sizes[2]}):
         cache = (prefilled := contender.prefill()).cache
         seqlens, positions = list(cache.seqlens), cache.position_ids.clone()
         contender.decode(prefilled)
@@ -158,7 +180,7 @@ def test_decoding_leaves_the_cache_as_it_was(options, methods):
 
 def test_transformers_decoding_leaves_the_cache_as_it_was():
     pytest.importorskip("transformers")
-    contender = benchmark.transformers_contender(tiny_workload())
+    contender = transformers_contender(tiny_workload(), "sdpa")
     with torch.inference_mode():
         output = contender.prefill()
         contender.decode(output)
@@ -169,23 +191,23 @@ def test_transformers_decoding_leaves_the_cache_as_it_was():
 def test_drop_points_alone_keep_as_many_tokens_as_in_prefill(method):
     workload = tiny_workload()
     schedule = DropSchedule({1: 0.5, 3: 0.3, 4: 0.0})
-    states = benchmark.drop_points_run(workload, DROPPERS[method](schedule))()
+    states = drop_points_run(workload, DROPPERS[method](schedule))()
     tokens = workload.tokens_per_layer(schedule)
     assert [state.seqlens for state in states] == [(tokens[layer],) for layer in schedule]
 
 
 def test_every_model_that_is_not_shipped_has_a_shape_with_the_published_number_of_weights():
     assert PUBLISHED_WEIGHTS.keys() == {spec.name for spec in MODELS.values() if spec.repo_id is not None}
-    assert PUBLISHED_WEIGHTS.keys() == {name for name in benchmark.SHAPES if "tiny" not in name}
+    assert PUBLISHED_WEIGHTS.keys() == {name for name in SHAPES if "tiny" not in name}
     for name, published in PUBLISHED_WEIGHTS.items():
         with torch.device("meta"):
-            decoder = Decoder(replace(benchmark.SHAPES[name], num_hidden_layers=1))
-        inside = sum(weight.numel() for weight in decoder.layers.parameters()) * benchmark.SHAPES[name].num_hidden_layers
+            decoder = Decoder(replace(SHAPES[name], num_hidden_layers=1))
+        inside = sum(weight.numel() for weight in decoder.layers.parameters()) * SHAPES[name].num_hidden_layers
         assert inside + decoder.norm.weight.numel() == published, name
 
 
 def test_shapes_differ_from_llama_where_qwen2_does():
-    for name, shape in benchmark.SHAPES.items():
+    for name, shape in SHAPES.items():
         is_llama = name.startswith(("llava-1.5", "llava-v1.6"))
         if "tiny" not in name:
             assert (shape.rope_theta, shape.rms_norm_eps) == ((1e4, 1e-5) if is_llama else (1e6, 1e-6)), name
@@ -223,8 +245,8 @@ def test_positions_of_qwen2_vl_are_time_row_and_column():
 
 @given(st.integers(1, 3000))
 def test_a_picture_is_as_square_as_its_tokens_can_be(tokens):
-    arguments = benchmark.build_parser().parse_args(["--vision-tokens", str(tokens)])
-    ((frames, rows, columns),) = benchmark.prompt_grids(arguments)
+    arguments = build_parser().parse_args(["--vision-tokens", str(tokens)])
+    ((frames, rows, columns),) = prompt_grids(arguments)
     assert (frames, rows * columns) == (1, tokens)
     assert all(tokens % between for between in range(rows + 1, columns))
 
@@ -255,16 +277,16 @@ def test_the_note_on_positions_stands_where_transformers_ran(capsys):
 
 def test_methods_that_hide_a_part_of_the_cache_decode_for_themselves():
     workload, budgets = tiny_workload("--model=qwen2-vl-tiny", "--frames=8"), {"half": 600.0}
-    contenders = benchmark.our_contenders(workload, ["v2drop", "random", "dycoke"], budgets)
-    assert [each.name for each in benchmark.decoding_contenders(contenders)] == ["dense", "v2drop@half", "dycoke@half"]
+    contenders = our_contenders(workload, ["v2drop", "random", "dycoke"], budgets)
+    assert [each.name for each in decoding_contenders(contenders)] == ["dense", "v2drop@half", "dycoke@half"]
     dycoke = contenders[-1]
     other = replace(dycoke, name="other", dropper=DROPPERS["random"](dycoke.schedule))
-    assert benchmark.decoding_contenders([other, dycoke]) == [other, dycoke]
+    assert decoding_contenders([other, dycoke]) == [other, dycoke]
 
 
 def paper_schedule(budget: float, layers: int, *options: str) -> DropSchedule:
     workload = tiny_workload("--model=tiny-of-32-layers", "--layers", str(layers), *options)
-    (_, contender) = benchmark.our_contenders(workload, ["v2drop"], {"": budget})
+    (_, contender) = our_contenders(workload, ["v2drop"], {"": budget})
     return contender.schedule
 
 
@@ -279,10 +301,10 @@ def test_the_papers_ratios_are_for_its_576_tokens_alone():
 
 
 def test_drop_points_that_meet_in_one_layer_act_at_once():
-    schedule = benchmark.at_same_depths(DropSchedule({3: 0.5, 17: 0.4, 22: 0.0}), 32, 4)
+    schedule = at_same_depths(DropSchedule({3: 0.5, 17: 0.4, 22: 0.0}), 32, 4)
     assert schedule == DropSchedule({1: 0.5, 2: 0.4, 3: 0.0})
-    assert benchmark.at_same_depths(DropSchedule({2: 0.5, 3: 0.4, 22: 0.1}), 32, 3) == DropSchedule({1: 0.2, 2: 0.1})
-    assert benchmark.at_same_depths(DropSchedule({0: 0.5}), 32, 3) == DropSchedule({0: 0.5})
+    assert at_same_depths(DropSchedule({2: 0.5, 3: 0.4, 22: 0.1}), 32, 3) == DropSchedule({1: 0.2, 2: 0.1})
+    assert at_same_depths(DropSchedule({0: 0.5}), 32, 3) == DropSchedule({0: 0.5})
 
 
 @pytest.mark.parametrize(
@@ -295,14 +317,14 @@ def test_drop_points_that_meet_in_one_layer_act_at_once():
     ],
 )
 def test_budgets_are_numbers_for_pictures_and_shares_for_videos_unless_given(options, vision_tokens, budgets):
-    arguments = benchmark.build_parser().parse_args(options)
-    assert benchmark.budgets_of(arguments, vision_tokens) == pytest.approx(budgets)
+    arguments = build_parser().parse_args(options)
+    assert budgets_of(arguments, vision_tokens) == pytest.approx(budgets)
 
 
 def test_every_round_runs_everything_once_in_rotating_order():
     order: list[str] = []
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = benchmark.time_rounds(runs, 3, torch.device("cpu"))
+    seconds = time_rounds(runs, 3, torch.device("cpu"))
     assert "".join(order) == "cababcbcacab"
     assert [len(seconds[name]) for name in "abc"] == [3, 3, 3]
 
@@ -325,6 +347,6 @@ def test_every_round_runs_everything_once_in_rotating_order():
 )
 def test_options_that_cannot_be_are_explained(capsys, options, message):
     with pytest.raises(SystemExit) as stopped:
-        benchmark.main([*ARGUMENTS, *options])
+        main([*ARGUMENTS, *options])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err

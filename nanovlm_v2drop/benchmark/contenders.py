@@ -1,0 +1,147 @@
+"""What is timed side by side: our dense model, our methods at every budget, and transformers on the very same tensors."""
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dropping import PUBLISHED_SCHEDULES, DropSchedule, TokenDropper
+from ..dropping.schedule import PAPER_DEPTHS, PAPER_VISION_TOKENS, layers_at_depths
+from ..inference import Prefilled, decode_one_token, prefill
+from ..plans import DENSE, find_methods
+from .workload import Workload
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`decode` takes what `prefill` returned, decodes, and rewinds the cache, so that every round meets the same one.
+
+    `model_schedule` is that of the whole model, of which the dropper has as much as the layers that run.
+    """
+
+    name: str
+    prefill: Run
+    decode: Callable[[Any], None]
+    dropper: TokenDropper | None = None
+    model_schedule: DropSchedule | None = None
+
+    @property
+    def schedule(self) -> DropSchedule:
+        return DropSchedule({}) if self.dropper is None else self.dropper.schedule
+
+
+def model_schedule(method: type[TokenDropper], budget: float, workload: Workload) -> DropSchedule:
+    """For the whole model: the paper's keep ratios at its depths where it has this budget, else the solver's schedule.
+
+    Raises ValueError where the method cannot reach the budget.
+    """
+    _, _, vision_tokens = workload.sizes
+    published = PUBLISHED_SCHEDULES.get(f"paper-{budget:g}") if vision_tokens == PAPER_VISION_TOKENS else None
+    if published is not None and method.depths == PAPER_DEPTHS:
+        return published.mapped(workload.model_layers, vision_tokens)
+    return method.schedule_for(budget, vision_tokens, workload.model_layers, workload.frames)
+
+
+def at_same_depths(schedule: DropSchedule, model_layers: int, layers: int) -> DropSchedule:
+    """The schedule of a model in `layers` of its `model_layers`; drop points that meet in one layer act at once."""
+    shares: dict[int, float] = {}
+    for layer, share in schedule.items():
+        (place,) = layers_at_depths(layers, [layer / model_layers])
+        shares[place] = shares.get(place, 1.0) * share
+    return schedule.with_values(shares, 1.0) if layers < model_layers else schedule
+
+
+def our_contenders(workload: Workload, methods: Sequence[str], budgets: Mapping[str, float]) -> list[Contender]:
+    """Dense, then every method at every budget; raises ValueError for an unknown method, or a budget that it cannot reach."""
+    depths = workload.model_layers, workload.decoder.config.num_hidden_layers
+    run = partial(prefill, workload.decoder, workload.packed, max_new_tokens=workload.decode_steps)
+    decode = partial(decode_and_rewind, workload)
+    contenders = [Contender(DENSE, run, decode)]
+    for label, budget in budgets.items():
+        for method in filter(None, find_methods(methods)):
+            whole = model_schedule(method, budget, workload)
+            dropper = method(at_same_depths(whole, *depths))
+            contenders.append(Contender(f"{method.name}@{label}", partial(run, dropper), decode, dropper, whole))
+    return contenders
+
+
+def decode_and_rewind(workload: Workload, prefilled: Prefilled) -> None:
+    cache, token_ids = prefilled.cache, prefilled.logits.argmax(-1)
+    for _ in range(workload.decode_steps):
+        decode_one_token(workload.decoder, token_ids, cache)
+    cache.crop(workload.decode_steps)
+
+
+def transformers_contenders(workload: Workload) -> list[Contender]:
+    """transformers with every attention of its own that runs here, SDPA last: the one that logits are compared with."""
+    on_gpu = workload.device.type == "cuda"
+    flash = ["flash_attention_2"] if on_gpu and importlib.util.find_spec("flash_attn") else []
+    return [transformers_contender(workload, attention) for attention in ("eager", *flash, "sdpa")]
+
+
+def transformers_contender(workload: Workload, attention: str) -> Contender:
+    """LlamaForCausalLM or Qwen2ForCausalLM around the decoder's own tensors: nothing is copied."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    assert workload.plain is not None
+    settings: dict[str, Any] = {**asdict(workload.decoder.config), "attn_implementation": attention}
+    is_qwen2 = workload.decoder.config.qkv_bias
+    config: Any = (Qwen2Config if is_qwen2 else LlamaConfig)(**settings)
+    with torch.device("meta"):
+        model = (Qwen2ForCausalLM if is_qwen2 else LlamaForCausalLM)(config).eval()
+    plain = {name: workload.plain[name.removeprefix("model.")] for name in model.state_dict()}
+    model.load_state_dict(plain, assign=True)
+    # The rotary frequencies are in no state dict, so they are still on the meta device.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(workload.device)
+    inputs_embeds = workload.packed.inputs_embeds[None]
+
+    def run() -> Any:
+        output = model.model(inputs_embeds=inputs_embeds, past_key_values=DynamicCache(), use_cache=True)
+        # Not its logits_to_keep=1: that slice of (1, T, D) meets a very slow bfloat16 product on CPUs, and would flatter us.
+        output.logits = model.lm_head(output.last_hidden_state[:, -1])
+        return output
+
+    def decode(output: Any) -> None:
+        token_ids = output.logits.argmax(-1, keepdim=True)
+        for _ in range(workload.decode_steps):
+            model(input_ids=token_ids, past_key_values=output.past_key_values, use_cache=True)
+        output.past_key_values.crop(-workload.decode_steps)
+
+    return Contender(f"transformers {attention}", run, decode)
+
+
+def check_logits(workload: Workload, reference: Contender) -> dict[str, float]:
+    """Compare dense logits with the reference's, which counts positions 0, 1, 2, ...; raises as `compare_logits`."""
+    rows = torch.arange(len(workload.packed.inputs_embeds), device=workload.device)
+    ours = prefill(workload.decoder, replace(workload.packed, position_ids=rows)).logits[0]
+    return compare_logits(ours, reference.prefill().logits[0])
+
+
+def compare_logits(ours: Tensor, reference: Tensor) -> dict[str, float]:
+    """How far two contenders' last logits (V,) are apart; raises RuntimeError where rounding cannot explain it."""
+    difference, largest = (ours - reference).abs().max().item(), reference.abs().max().item()
+    if not difference <= torch.finfo(ours.dtype).eps ** 0.5 * largest:
+        raise RuntimeError(
+            f"dense logits and transformers' differ by {difference:.3g} where the largest is {largest:.3g}: unequal work"
+        )
+    return {"max_difference": difference, "largest_logit": largest}
+
+
+def decoding_contenders(contenders: Sequence[Contender]) -> list[Contender]:
+    """Of methods whose caches are alike, one; every method that hides a part of its cache; and what is no method."""
+
+    def kind(contender: Contender) -> str:
+        dropper = contender.dropper
+        hides = dropper is not None and type(dropper).decode_pruning is not TokenDropper.decode_pruning
+        return contender.name if dropper is None or hides else str(contender.schedule)
+
+    firsts = {kind(contender): contender.name for contender in reversed(contenders)}
+    return [contender for contender in contenders if contender.name in firsts.values()]
+
+

@@ -1,0 +1,174 @@
+"""The stopwatch: everything once a round in an order that rotates, beside what this machine can do in the same rounds."""
+
+import gc
+import sys
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from functools import partial
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..decoder import Decoder
+from ..dropping import DropSchedule, PrefillState, TokenDropper
+from ..evaluate import peak_memory_mb, reset_peak_memory, timestamp
+from ..inference import prefill
+from ..linear import PrepackedLinear
+from ..plans import DENSE
+from .contenders import Contender, Run
+from .workload import Workload
+
+Linear = nn.Linear | PrepackedLinear
+READ_BYTES = 2**30  # as much as the bandwidth is measured with: many times what any cache holds
+
+def gemm_products(decoder: Decoder, tokens_per_layer: Sequence[int]) -> list[tuple[Linear, int]]:
+    """Every linear layer of a prefill with the number of rows it meets; the head meets one."""
+    pairs = zip(decoder.layers, tokens_per_layer, strict=True)
+    linears = [(module, rows) for layer, rows in pairs for module in layer.modules() if isinstance(module, Linear)]
+    return [*linears, (decoder.lm_head, 1)]
+
+
+def gemm_run(products: Sequence[tuple[Linear, int]], like: Tensor) -> Run:
+    """The products alone, in the dtype and on the device of `like`; inputs of the same shape are one tensor."""
+    shapes = {(rows, module.in_features) for module, rows in products}
+    inputs = {shape: torch.randn(shape, dtype=like.dtype, device=like.device) for shape in shapes}
+
+    def run() -> None:
+        for module, rows in products:
+            module(inputs[rows, module.in_features])
+
+    return run
+
+
+def plain_gemm_run(tensors: Mapping[str, Tensor], inputs_embeds: Tensor) -> Run:
+    """The products of a dense prefill (T, D) with plain weights, outputs allocated beforehand: transformers' ceiling."""
+    weights = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 2 and "embed" not in name}
+    sizes = {size for weight in weights.values() for size in weight.shape}
+    inputs, outputs = ({size: torch.randn(len(inputs_embeds), size).to(inputs_embeds) for size in sizes} for _ in range(2))
+
+    def run() -> None:
+        for name, weight in weights.items():
+            rows = slice(1 if name.startswith("lm_head") else None)
+            torch.mm(inputs[weight.shape[1]][rows], weight.t(), out=outputs[weight.shape[0]][rows])
+
+    return run
+
+
+def read_run(num_bytes: int, device: torch.device) -> Run:
+    """Read memory once, as fast as torch does it."""
+    buffer = torch.ones(num_bytes // 4, device=device)
+    return lambda: buffer.sum()
+
+
+def drop_points_run(workload: Workload, dropper: TokenDropper) -> Run:
+    """The drop points alone, on what arrives at each in a prefill."""
+    states = []
+
+    class Recording(type(dropper)):  # type: ignore[misc]
+        def __call__(self, state: PrefillState) -> PrefillState:
+            states.append(replace(state))
+            return super().__call__(state)
+
+    recording = copy(dropper)
+    recording.__class__ = Recording
+    prefill(workload.decoder, workload.packed, recording)
+    return lambda: [dropper(state) for state in states]
+
+
+def time_rounds(runs: Mapping[str, Run], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every run in every round, behind one round that is not counted. Garbage is collected before and after."""
+    names, seconds = list(runs), {name: [0.0] * repeats for name in runs}
+    gc.collect()
+    gc.disable()
+    try:
+        for round_idx in range(-1, repeats):
+            start = round_idx % len(names)
+            for name in names[start:] + names[:start]:
+                started = timestamp(device)
+                result = runs[name]()
+                seconds[name][max(round_idx, 0)] = timestamp(device) - started
+                del result  # frees a cache: not a part of what is timed
+            print(f"round {round_idx + 1} of {repeats}", file=sys.stderr, flush=True)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    return median(one / other for one, other in zip(numerators, denominators, strict=True))
+
+
+def peak_of(run: Run, device: torch.device) -> float:
+    """MB at the highest point of one run."""
+    reset_peak_memory(device)
+    run()
+    return peak_memory_mb(device)
+
+
+def prefill_rows(workload: Workload, contenders: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
+    """Time the contenders, the matrix products of each schedule and the drop points of each method."""
+    peaks = {contender.name: peak_of(contender.prefill, workload.device) for contender in contenders}
+    runs: dict[str, Run] = {contender.name: contender.prefill for contender in contenders}
+    for each in contenders:
+        products = gemm_products(workload.decoder, workload.tokens_per_layer(each.schedule))
+        runs.setdefault(f"products {each.schedule}", gemm_run(products, workload.packed.inputs_embeds))
+        runs[f"drop points {each.name}"] = drop_points_run(workload, each.dropper) if each.dropper else list
+    if workload.plain is not None:
+        runs["plain products"] = plain_gemm_run(workload.plain, workload.packed.inputs_embeds)
+    seconds = time_rounds(runs, repeats, workload.device)
+    plain_ms = 1e3 * median(seconds["plain products"]) if "plain products" in seconds else None
+    shared = {"plain_gemm_ms": plain_ms}
+    return [{**prefill_row(workload, each, seconds), "peak_memory_mb": peaks[each.name], **shared} for each in contenders]
+
+
+def prefill_row(workload: Workload, contender: Contender, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    names = contender.name, DENSE, f"drop points {contender.name}", f"products {contender.schedule}"
+    own, dense, drop_points, products = (seconds[name] for name in names)
+    flops, dense_flops = (each.prefill_flops(*workload.sizes) for each in (contender.schedule, DropSchedule({})))
+    config, _, vision_tokens = workload.sizes
+    return {
+        "prefill": contender.name,
+        "schedule": {str(layer): ratio for layer, ratio in contender.schedule.items()},
+        "mean_vision_tokens": contender.schedule.mean_tokens(vision_tokens, config.num_hidden_layers),
+        "prefill_ms": 1e3 * median(own),
+        "gemm_ms": 1e3 * median(products),
+        "gemm_percent": 100 * median_ratio(products, own),
+        "tflop_per_s": flops / median(own) / 1e12,
+        "speedup": median_ratio(dense, own),
+        "flops_ratio": dense_flops / flops,
+        "achieved_percent": 100 * median_ratio(dense, own) * flops / dense_flops,
+        "drop_points_ms": 1e3 * median(drop_points),
+        "drop_points_percent": 100 * median_ratio(drop_points, own),
+        "kv_cache_mb": workload.cache_bytes(contender.schedule) / 1e6,
+        "rounds_ms": [1e3 * value for value in own],
+    }
+
+
+def decode_rows(workload: Workload, contenders: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
+    """Time the contenders' decoding, each from the cache of its own prefill, and one reading of the weights."""
+    runs: dict[str, Run] = {contender.name: partial(contender.decode, contender.prefill()) for contender in contenders}
+    runs["read"] = read_run(min(workload.decode_weight_bytes, READ_BYTES), workload.device)
+    seconds = time_rounds(runs, repeats, workload.device)
+    return [decode_row(workload, contender, seconds) for contender in contenders]
+
+
+def decode_row(workload: Workload, contender: Contender, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    own = [value / workload.decode_steps for value in seconds[contender.name]]
+    weight_bytes, read_bytes = workload.decode_weight_bytes, min(workload.decode_weight_bytes, READ_BYTES)
+    # The cache grows by one token a step: the mean over the steps is that of the first and the last.
+    touched = weight_bytes + fmean(workload.cache_bytes(contender.schedule, step) for step in (1, workload.decode_steps))
+    return {
+        "decode": contender.name,
+        "decode_ms_per_token": 1e3 * median(own),
+        "touched_mb": touched / 1e6,
+        "gb_per_s": touched / median(own) / 1e9,
+        "read_gb_per_s": read_bytes / median(seconds["read"]) / 1e9,
+        "bandwidth_percent": 100 * median_ratio(seconds["read"], own) * touched / read_bytes,
+        "speedup": median_ratio(seconds[DENSE], seconds[contender.name]),
+        "rounds_ms": [1e3 * value for value in own],
+    }
+
+

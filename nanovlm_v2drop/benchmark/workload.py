@@ -1,0 +1,181 @@
+"""The decoders and prompts that are timed: random weights at the official layer shapes, one prompt with a picture or video."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil, isqrt, prod
+
+import torch
+from torch import Tensor
+
+from ..attention import resolve_backend
+from ..config import TextConfig
+from ..decoder import Decoder
+from ..dropping import DropSchedule
+from ..linear import can_prepack, prepack
+from ..vision_qwen2 import multimodal_positions
+from ..vlm import PackedInputs
+from ..zoo import as_device, as_dtype
+
+Grids = tuple[tuple[int, int, int], ...]  # frames, rows and columns of vision tokens
+
+VICUNA_7B = TextConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
+VICUNA_13B = replace(
+    VICUNA_7B, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40
+)
+QWEN2 = partial(TextConfig, vocab_size=152064, max_position_embeddings=32768, rope_theta=1e6, qkv_bias=True)
+QWEN2_7B = partial(
+    QWEN2,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+)
+QWEN2_72B = partial(
+    QWEN2,
+    hidden_size=8192,
+    intermediate_size=29568,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+)
+MROPE_SECTION = (16, 24, 24)
+# The decoders in the config.json of llava-hf/llava-1.5-*-hf, llava-hf/llava-v1.6-vicuna-*-hf, Qwen/Qwen2-VL-*-Instruct and
+# lmms-lab/llava-onevision-qwen2-*-ov, of which llava-hf's conversions only pad the vocabulary.
+SHAPES = {
+    "llava-1.5-7b": VICUNA_7B,
+    "llava-1.5-13b": VICUNA_13B,
+    "llava-v1.6-vicuna-7b": VICUNA_7B,
+    "llava-v1.6-vicuna-13b": VICUNA_13B,
+    "llava-onevision-qwen2-0.5b-ov": QWEN2(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "llava-onevision-qwen2-7b-ov": QWEN2_7B(),
+    "llava-onevision-qwen2-72b-ov": QWEN2_72B(),
+    "qwen2-vl-2b": QWEN2(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        mrope_section=MROPE_SECTION,
+    ),
+    "qwen2-vl-7b": QWEN2_7B(mrope_section=MROPE_SECTION),
+    "qwen2-vl-72b": QWEN2_72B(mrope_section=MROPE_SECTION),
+}
+# Vision tokens of a video, by the beginning of a model's name: pooled frames and a newline; merged patches of pairs of frames
+# of 360 x 640 pixels.
+VIDEO_GRIDS: dict[str, Callable[[int], Grids]] = {
+    "llava-onevision": lambda frames: ((frames, 14, 14), (1, 1, 1)),
+    "qwen2-vl": lambda frames: ((ceil(frames / 2), 13, 23),),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One prompt through one decoder, with `decode_steps` tokens behind it. The whole model has `model_layers` layers.
+
+    `plain`: the decoder's tensors by name, in plain order, where transformers shall multiply them too.
+    """
+
+    decoder: Decoder
+    packed: PackedInputs
+    decode_steps: int
+    model_layers: int
+    plain: Mapping[str, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.inputs_embeds.device
+
+    @property
+    def sizes(self) -> tuple[TextConfig, int, int]:
+        """Config, text tokens and vision tokens, as DropSchedule counts costs from them."""
+        vision_tokens = sum(self.packed.vision_counts)
+        return self.decoder.config, sum(self.packed.seqlens) - vision_tokens, vision_tokens
+
+    @property
+    def frames(self) -> int:
+        return max(frames for grids in self.packed.vision_grids for frames, _, _ in grids)
+
+    @property
+    def decode_weight_bytes(self) -> int:
+        """What a decoded token reads of the weights: all but the embedding table, of which it reads one row."""
+        with torch.device("meta"):
+            plain = Decoder(self.decoder.config)
+        weights = [weight for module in (plain.layers, plain.norm, plain.lm_head) for weight in module.parameters()]
+        return sum(weight.numel() for weight in weights) * self.packed.inputs_embeds.element_size()
+
+    def tokens_per_layer(self, schedule: DropSchedule) -> list[int]:
+        config, text_tokens, vision_tokens = self.sizes
+        counts = schedule.vision_tokens_per_layer(vision_tokens, config.num_hidden_layers)
+        return [text_tokens + count for count in counts]
+
+    def cache_bytes(self, schedule: DropSchedule, decoded: int = 0) -> int:
+        config, text_tokens, vision_tokens = self.sizes
+        value_bytes = self.packed.inputs_embeds.element_size()
+        return schedule.kv_cache_bytes(config, text_tokens + decoded, vision_tokens, value_bytes)
+
+
+def make_workload(args: argparse.Namespace) -> Workload:
+    """The decoder and prompt asked for; raises ValueError for an unknown model, device, dtype, back end or number of layers."""
+    if args.model not in SHAPES:
+        raise ValueError(f"unknown model {args.model!r}; choose one of: {', '.join(SHAPES)}")
+    shape = SHAPES[args.model]
+    if args.layers > shape.num_hidden_layers:
+        raise ValueError(f"{args.model} has {shape.num_hidden_layers} layers, not {args.layers}; lower --layers")
+    config, grids = replace(shape, num_hidden_layers=args.layers), prompt_grids(args)
+    device, dtype = as_device(args.device), as_dtype(args.dtype)
+    decoder = random_decoder(config, device, dtype, args.attention)
+    plain = decoder.state_dict() if args.transformers else None
+    if can_prepack(device, dtype):
+        prepack(decoder)
+    packed = random_prompt(args.text_tokens, grids, decoder)
+    return Workload(decoder, packed, args.decode_steps, shape.num_hidden_layers, plain)
+
+
+def prompt_grids(args: argparse.Namespace) -> Grids:
+    """Of the video, or of one picture, as square as its tokens can be; raises ValueError where the model takes no video."""
+    if args.frames is None:
+        rows = next(rows for rows in range(isqrt(args.vision_tokens), 0, -1) if args.vision_tokens % rows == 0)
+        return ((1, rows, args.vision_tokens // rows),)
+    for family, video_grids in VIDEO_GRIDS.items():
+        if args.model.startswith(family):
+            return video_grids(args.frames)
+    raise ValueError(f"{args.model} takes pictures only, not {args.frames} frames of a video; give --vision-tokens instead")
+
+
+def random_decoder(config: TextConfig, device: torch.device, dtype: torch.dtype, attention: str) -> Decoder:
+    """Weights and biases of noise under which wrong work shows in the logits: activations stay near one in size."""
+    with torch.device("meta"):
+        decoder = Decoder(config, resolve_backend(attention, device, dtype))
+    decoder = decoder.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    if config.tie_word_embeddings:  # memory of its own for every tensor: the two have come apart
+        decoder.lm_head.weight = decoder.embed_tokens.weight
+    for name, weight in decoder.named_parameters():
+        is_matrix = weight.dim() == 2
+        weight.normal_(*((1.0, 0.1) if "norm" in name else (0.0, weight.shape[-1] ** -0.5 if is_matrix else 1.0)))
+    return decoder
+
+
+def random_prompt(text_tokens: int, grids: Grids, decoder: Decoder) -> PackedInputs:
+    """One prompt of noise for the decoder, the vision tokens of `grids` amid the text, with positions as its model has them."""
+    like, vision_tokens = decoder.embed_tokens.weight, sum(map(prod, grids))
+    inputs_embeds = torch.randn(text_tokens + vision_tokens, like.shape[-1], dtype=like.dtype, device=like.device)
+    rows = torch.arange(len(inputs_embeds), device=like.device)
+    vision_mask = (rows >= text_tokens // 2) & (rows < text_tokens // 2 + vision_tokens)
+    has_places = decoder.config.mrope_section is not None
+    position_ids = multimodal_positions(vision_mask.tolist(), grids, {True}).to(like.device) if has_places else rows
+    return PackedInputs(inputs_embeds, position_ids, vision_mask, [len(rows)], (vision_tokens,), vision_grids=(grids,))
+
+
