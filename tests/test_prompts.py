@@ -183,7 +183,7 @@ def test_templated_prompt_passes_unchanged():
     assert build_prompt(Request(prompt=prompt, images=[picture()])) == prompt
 
 
-@given(text=st.text(min_size=1).filter(str.strip))
+@given(text=st.text(min_size=1).filter(lambda text: text.strip() and "<video>" not in text))
 @settings(max_examples=50, deadline=None)
 def test_every_text_stands_in_the_prompt_verbatim(text):
     assert text in build_prompt(Request(text=text, images=[picture()] * max(1, text.count("<image>"))))
