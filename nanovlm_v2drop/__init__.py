@@ -9,8 +9,9 @@
 
 from .config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, TextConfig, VisionConfig, VLMConfig
 from .decoder import Decoder
-from .dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, PrefillState, Random, TokenDropper, V2Drop
-from .inference import Answer, KVCache, NothingDropped, Prefilled, Sampling, decode_one_token, generate, prefill, stream
+from .dropping import DROPPERS, PUBLISHED_SCHEDULES, BatchSchedule, DropSchedule, PrefillState, Random, TokenDropper, V2Drop
+from .inference import Answer, NothingDropped, Prefilled, Sampling, decode_one_token, generate, prefill, stream
+from .kv_cache import KVCache
 from .prompts import Request
 from .vlm import LlavaModel, LlavaNextModel, LlavaOnevisionModel, PackedInputs, Qwen2VLModel
 from .zoo import MODELS, VisionLanguageModel, load
@@ -20,6 +21,7 @@ __all__ = [
     "MODELS",
     "PUBLISHED_SCHEDULES",
     "Answer",
+    "BatchSchedule",
     "Decoder",
     "DropSchedule",
     "KVCache",

@@ -124,6 +124,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention  # back end asked for; see attention.resolve_backend
+        self.cuda_graph = False  # decode by a CUDA graph; see inference.GraphedSteps
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -1,4 +1,4 @@
-"""The prefill loop with its drop points, the ragged key/value cache, and generation.
+"""The prefill loop with its drop points, decoding, and generation.
 
 Shapes: T tokens of all sequences packed, B sequences, D hidden_size, K key/value heads, S slots of a cache, V vocabulary.
 """
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .attention import CacheSeqlens, attention, attention_with_cache, reads_heads_first, resolve_backend
 from .decoder import Decoder, DecoderLayer, rotary_table
-from .dropping.base import DecodePruning, PrefillState, TokenDropper
+from .dropping.base import PrefillState, TokenDropper
+from .kv_cache import KVCache
 from .vlm import PackedInputs
 
 if TYPE_CHECKING:
@@ -31,99 +31,6 @@ Visible = Callable[[int, Tensor], tuple[Tensor, Tensor, CacheSeqlens]]
 
 class NothingDropped(UserWarning):
     """A dropper was given and pictures were there, but every vision token stayed."""
-
-
-class KVCache:
-    """Keys and values of each layer, allocated at that layer's own length plus `max_new_tokens`.
-
-    A layer behind a drop point has fewer rows than one before it, so dropping is real memory. `seqlens[layer_idx]` holds the
-    filled slots of each sequence as host integers, `slots` (L, B) the same on the device: where the next token goes.
-    `position_ids` (L, B) is the next token's position in each layer: it goes on from the undropped prompt, unless a method
-    renumbers what it keeps. `pruning` is None, or what chooses the slots that a new token sees. `heads_first` says how a cache
-    lies in memory, (B, K, S, head_dim) or (B, S, K, head_dim); its shape is the latter either way.
-    """
-
-    def __init__(self, max_new_tokens: int, heads_first: bool) -> None:
-        self.slots = self.position_ids = torch.empty(0)
-        self.max_new_tokens, self.heads_first = max_new_tokens, heads_first
-        self.pruning: DecodePruning | None = None
-        self.keys: list[Tensor] = []  # (B, S, K, head_dim) each
-        self.values: list[Tensor] = []
-        self.seqlens: list[tuple[int, ...]] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the filled slots."""
-        return sum(self.nbytes_of(index) for index in range(len(self.seqlens[0])))
-
-    def nbytes_of(self, index: int) -> int:
-        """Bytes that one sequence fills."""
-        return 2 * sum(lengths[index] * keys[0, 0].nbytes for lengths, keys in zip(self.seqlens, self.keys, strict=True))
-
-    def fill(self, k: Tensor, v: Tensor, seqlens: tuple[int, ...]) -> None:
-        """Add the next layer with the packed keys and values (T, K, head_dim) of its prompt tokens."""
-        for caches, packed in ((self.keys, k), (self.values, v)):
-            cache = self.allocate(packed, len(seqlens), max(seqlens) + self.max_new_tokens)
-            for slots, rows in zip(cache, packed.split(seqlens), strict=True):
-                slots[: len(rows)] = rows
-                slots[len(rows) :] = 0  # a masked slot still meets its weight of zero, and 0 * NaN is NaN
-            caches.append(cache)
-        self.seqlens.append(seqlens)
-
-    def allocate(self, like: Tensor, batch: int, slots: int) -> Tensor:
-        """Memory (B, S, K, head_dim) for heads as those of `like`."""
-        num_key_value_heads, head_dim = like.shape[-2:]
-        if self.heads_first:
-            return like.new_empty(batch, num_key_value_heads, slots, head_dim).transpose(1, 2)
-        return like.new_empty(batch, slots, num_key_value_heads, head_dim)
-
-    def finish(self, position_ids: Tensor) -> None:
-        """Behind the last layer: where decoding goes on, `position_ids` (L, B)."""
-        self.position_ids = position_ids
-        self.slots = torch.tensor(self.seqlens, device=position_ids.device)
-
-    @property
-    def is_full(self) -> bool:
-        return any(max(lengths) == keys.shape[1] for lengths, keys in zip(self.seqlens, self.keys, strict=True))
-
-    def grow(self) -> None:
-        """Room for `max_new_tokens` more in every layer."""
-        for caches in (self.keys, self.values):
-            for layer_idx, cache in enumerate(caches):
-                batch, slots = cache.shape[:2]
-                caches[layer_idx] = self.allocate(cache, batch, slots + max(self.max_new_tokens, 1))
-                caches[layer_idx][:, :slots], caches[layer_idx][:, slots:] = cache, 0
-
-    def append(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
-        """One new token a sequence: k and v (B, K, head_dim), into the next slots of a layer that has room."""
-        sequences = torch.arange(len(k), device=k.device)
-        for caches, new in ((self.keys, k), (self.values, v)):
-            caches[layer_idx].index_put_((sequences, self.slots[layer_idx]), new)
-
-    def advance(self, count: int = 1) -> None:
-        """Tell the host that `count` tokens were appended in every layer, or forgotten where it is negative."""
-        self.seqlens = [tuple(length + count for length in lengths) for lengths in self.seqlens]
-
-    def advance_on_device(self, count: int = 1) -> None:
-        """The same on the device, in place: a CUDA graph does it in every replay."""
-        self.slots += count
-        self.position_ids += count
-
-    def crop(self, count: int) -> None:
-        """Forget the last `count` tokens that were decoded."""
-        self.advance(-count)
-        self.advance_on_device(-count)
-
-    def visible(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Keys and values (B, S, K, head_dim) that the new token's queries q (B, H, head_dim) may see, and how many slots."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        seqlens = tuple(length + 1 for length in self.seqlens[layer_idx])  # its own slot is filled already
-        slots = None if self.pruning is None else self.pruning(layer_idx, q, keys, seqlens)
-        if slots is None:
-            return keys, values, seqlens
-        index = pad_sequence(list(slots), batch_first=True)
-        sequences = torch.arange(len(index), device=index.device)[:, None]
-        return keys[sequences, index], values[sequences, index], tuple(map(len, slots))
 
 
 @dataclass
@@ -244,6 +151,54 @@ def decode_step(decoder: Decoder, token_ids: Tensor, cache: KVCache, visible: Vi
     return decoder.lm_head(decoder.norm(hidden_states))
 
 
+class GraphedSteps:
+    """`decode_one_token` of one cache as a CUDA graph: launched whole, a token takes the GPU's time and not the launches'.
+
+    Called with token ids (B,), gives logits (B, V), which the next call overwrites. Captured at the first call, and again when
+    a full cache has grown. A cache whose slots are chosen for each token (`pruning`) cannot be captured.
+    """
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        if cache.pruning is not None:
+            raise ValueError("a method that prunes while decoding chooses slots on the host; decode it without a CUDA graph")
+        self.decoder, self.cache = decoder, cache
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        if self.cache.is_full:
+            self.cache.grow()
+            self.graph = None
+        self.graph = self.graph or self.capture(token_ids)
+        self.token_ids.copy_(token_ids)
+        self.graph.replay()
+        self.cache.advance()
+        return self.logits
+
+    def capture(self, token_ids: Tensor) -> torch.cuda.CUDAGraph:
+        self.token_ids = token_ids.clone()
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):  # libraries choose their kernels in a first run, which must not be recorded
+            self.step()
+            self.cache.advance_on_device(-1)
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self.step()
+        return graph
+
+    def step(self) -> Tensor:
+        return decode_step(self.decoder, self.token_ids, self.cache, self.cache.visible_on_device)
+
+
+def decode_steps(decoder: Decoder, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """What feeds a token a sequence (B,) and gives the next logits (B, V), by a CUDA graph where `decoder.cuda_graph` asks."""
+    if decoder.cuda_graph and cache.pruning is None:
+        return GraphedSteps(decoder, cache)
+    return partial(decode_one_token, decoder, cache=cache)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen: temperature 0 is greedy; otherwise from the smallest set that holds `top_p` mass."""
@@ -272,11 +227,11 @@ GREEDY = Sampling()
 def decode_tokens(decoder: Decoder, prefilled: Prefilled, sampling: Sampling = GREEDY) -> Iterator[list[int]]:
     """Endless stream of the next token of every sequence; take as many as you need."""
     generator = torch.Generator(prefilled.logits.device).manual_seed(sampling.seed)
-    logits = prefilled.logits
+    logits, step = prefilled.logits, decode_steps(decoder, prefilled.cache)
     while True:
         token_ids = sampling.choose(logits, generator)
         yield token_ids.tolist()
-        logits = decode_one_token(decoder, token_ids, prefilled.cache)
+        logits = step(token_ids)
 
 
 def decode_until(tokens: Iterator[list[int]], eos_token_ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:

@@ -173,7 +173,7 @@ def test_decoding_leaves_the_cache_as_it_was(options, methods):
     for contender in our_contenders(workload, methods, {"40%": 0.4 * workload.sizes[2]}):
         cache = (prefilled := contender.prefill()).cache
         seqlens, positions = list(cache.seqlens), cache.position_ids.clone()
-        contender.decode(prefilled)
+        contender.decoding(prefilled)()
         assert cache.seqlens == seqlens
         assert torch.equal(cache.position_ids, positions)
 
@@ -183,7 +183,7 @@ def test_transformers_decoding_leaves_the_cache_as_it_was():
     contender = transformers_contender(tiny_workload(), "sdpa")
     with torch.inference_mode():
         output = contender.prefill()
-        contender.decode(output)
+        contender.decoding(output)()
     assert output.past_key_values.get_seq_length() == 33
 
 
@@ -343,6 +343,7 @@ def test_every_round_runs_everything_once_in_rotating_order():
         (["--layers", "7"], "tiny has 6 layers, not 7"),
         (["--attention", "flash-attn"], "cannot run"),
         (["--dtype", "int8"], "int8"),
+        (["--cuda-graph"], "--cuda-graph needs --device cuda"),
     ],
 )
 def test_options_that_cannot_be_are_explained(capsys, options, message):

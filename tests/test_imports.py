@@ -20,6 +20,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "images"),
     ("video", "images_onevision", "images_qwen2"),
     ("prompts",),
+    ("kv_cache",),
     ("inference",),
     ("zoo",),
     ("demo.scenes", "demo.clips"),

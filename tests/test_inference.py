@@ -1,12 +1,25 @@
 """The invariants of the prefill loop, each against its slow twin: one masked full forward."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import FAMILIES, one_prompt, pack_together, tiny_decoder, tiny_prompts
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
+from nanovlm_v2drop import inference
 from nanovlm_v2drop.decoder import rotary_table
-from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
-from nanovlm_v2drop.inference import Sampling, decode_one_token, decode_tokens, decode_until, prefill
+from nanovlm_v2drop.dropping import DROPPERS, BatchSchedule, DropSchedule
+from nanovlm_v2drop.inference import (
+    GraphedSteps,
+    Sampling,
+    decode_one_token,
+    decode_step,
+    decode_steps,
+    decode_tokens,
+    decode_until,
+    prefill,
+)
 
 SCHEDULE = DropSchedule({1: 0.5, 3: 0.3, 4: 0.0})
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -180,3 +193,112 @@ def test_packed_inputs_that_disagree_in_length_are_refused():
     packed = one_prompt(5, 24, 7)
     with pytest.raises(ValueError, match="packed inputs disagree on the number of tokens"):
         type(packed)(packed.inputs_embeds, packed.position_ids, packed.vision_mask, [30])
+
+
+def recorded_without_values(packed):
+    """The prompt on tensors that have shapes and no values, under a mode in which asking for a value is an error."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fields = {name: mode.from_tensor(getattr(packed, name)) for name in ("inputs_embeds", "position_ids", "vision_mask")}
+    return mode, replace(packed, **fields)
+
+
+@every_family
+@every_method
+def test_prefill_never_waits_for_a_value_of_the_device(name, family):
+    decoder = tiny_decoder(**FAMILIES[family])
+    mode, packed = recorded_without_values(pack_together(tiny_prompts(family=family)))
+    with mode:
+        out = prefill(decoder, packed, make(name))
+    assert isinstance(out.logits, FakeTensor)
+
+
+def test_asking_for_a_value_would_be_noticed():
+    mode, packed = recorded_without_values(one_prompt(5, 24, 7))
+
+    class Curious(DROPPERS["v2drop"]):
+        def score(self, state):
+            return super().score(state) / float(state.hidden_states.max())
+
+    with mode, pytest.raises(DataDependentOutputException):
+        prefill(tiny_decoder(), packed, Curious(SCHEDULE))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "blockwise"])
+def test_a_step_that_knows_lengths_on_the_device_alone_gives_the_same_logits(backend, monkeypatch):
+    monkeypatch.setattr(inference, "resolve_backend", lambda *_: backend)
+    decoder, packed = tiny_decoder(), pack_together(tiny_prompts())
+    known, unknown = (prefill(decoder, packed, make("v2drop"), max_new_tokens=4) for _ in range(2))
+    with torch.no_grad():
+        for tokens in (torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9])):
+            wanted = decode_one_token(decoder, tokens, known.cache)
+            logits = decode_step(decoder, tokens, unknown.cache, unknown.cache.visible_on_device)
+            torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=0)
+    assert torch.equal(unknown.cache.slots, torch.tensor(known.cache.seqlens))
+    assert torch.equal(unknown.cache.position_ids, known.cache.position_ids)
+
+
+def test_a_step_that_knows_lengths_on_the_device_alone_can_be_recorded():
+    decoder, (mode, packed) = tiny_decoder(), recorded_without_values(pack_together(tiny_prompts()))
+    with mode, torch.no_grad():
+        cache = prefill(decoder, packed, make("v2drop"), max_new_tokens=4).cache
+        logits = decode_step(decoder, torch.tensor([3, 1, 4]), cache, cache.visible_on_device)
+    assert isinstance(logits, FakeTensor)
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_how_a_cache_lies_in_memory_does_not_change_what_is_decoded(heads_first, monkeypatch):
+    decoder, packed, tokens = tiny_decoder(), pack_together(tiny_prompts()), torch.tensor([3, 1, 4])
+    wanted = [decode_one_token(decoder, tokens, out.cache) for out in [prefill(decoder, packed)] for _ in range(3)]
+    monkeypatch.setattr(inference, "reads_heads_first", lambda backend: heads_first)
+    cache = prefill(decoder, packed, max_new_tokens=1).cache  # it grows twice
+    for logits in wanted:
+        torch.testing.assert_close(decode_one_token(decoder, tokens, cache), logits, atol=1e-5, rtol=0)
+    assert all(keys.transpose(1, 2).is_contiguous() == heads_first for keys in cache.keys)
+
+
+def test_tokens_that_are_cropped_from_a_cache_were_never_there():
+    decoder, packed = tiny_decoder(), pack_together(tiny_prompts())
+    cache = prefill(decoder, packed, make("v2drop")).cache
+    wanted = decode_one_token(decoder, torch.tensor([3, 1, 4]), cache)
+    decode_one_token(decoder, torch.tensor([8, 8, 8]), cache)
+    cache.crop(2)
+    assert torch.equal(decode_one_token(decoder, torch.tensor([3, 1, 4]), cache), wanted)
+
+
+@every_method
+def test_prompts_of_one_batch_may_have_budgets_of_their_own(name):
+    decoder, parts = tiny_decoder(), tiny_prompts()
+    layers = [0] if DROPPERS[name].latest_layer == 0 else [1, 3]
+    schedules = [DropSchedule({layers[0]: 0.5}), DropSchedule(dict.fromkeys(layers, 0.8)), DropSchedule({})]
+    together = prefill(decoder, pack_together(parts), DROPPERS[name](BatchSchedule(schedules)))
+    for index, (part, schedule) in enumerate(zip(parts, schedules, strict=True)):
+        alone = prefill(decoder, part, DROPPERS[name](schedule) if schedule else None)
+        torch.testing.assert_close(together.logits[index], alone.logits[0], atol=1e-4, rtol=0)
+        assert [lengths[index] for lengths in together.cache.seqlens] == [lengths[0] for lengths in alone.cache.seqlens]
+
+
+def test_a_batch_with_another_number_of_prompts_than_schedules_is_refused():
+    with pytest.raises(ValueError, match="2 schedules for a batch of 3 prompts"):
+        prefill(tiny_decoder(), pack_together(tiny_prompts()), DROPPERS["v2drop"](BatchSchedule([SCHEDULE] * 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_decodes_what_single_launches_decode():
+    decoder, packed = tiny_decoder().cuda(), pack_together(tiny_prompts())
+    packed = replace(packed, **{n: getattr(packed, n).cuda() for n in ("inputs_embeds", "position_ids", "vision_mask")})
+    single, graphed = (prefill(decoder, packed, make("v2drop"), max_new_tokens=2) for _ in range(2))
+    step = GraphedSteps(decoder, graphed.cache)
+    for number in range(5):  # the cache grows twice
+        tokens = torch.tensor([3, 1, 4], device="cuda") + number
+        torch.testing.assert_close(step(tokens), decode_one_token(decoder, tokens, single.cache), atol=1e-4, rtol=0)
+    assert graphed.cache.seqlens == single.cache.seqlens
+
+
+def test_a_method_that_chooses_slots_for_each_token_is_not_put_into_a_cuda_graph():
+    decoder = tiny_decoder()
+    out = prefill(decoder, one_prompt(5, 24, 7), make("dycoke"))
+    decoder.cuda_graph = True
+    assert not isinstance(decode_steps(decoder, out.cache), GraphedSteps)
+    with pytest.raises(ValueError, match="without a CUDA graph"):
+        GraphedSteps(decoder, out.cache)

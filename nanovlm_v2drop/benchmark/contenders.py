@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..dropping import PUBLISHED_SCHEDULES, DropSchedule, TokenDropper
 from ..dropping.schedule import PAPER_DEPTHS, PAPER_VISION_TOKENS, layers_at_depths
-from ..inference import Prefilled, decode_one_token, prefill
+from ..inference import Prefilled, decode_steps, prefill
 from ..plans import DENSE, find_methods
 from .workload import Workload
 
@@ -20,14 +20,15 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Contender:
-    """`decode` takes what `prefill` returned, decodes, and rewinds the cache, so that every round meets the same one.
+    """`decoding` takes what `prefill` returned and gives what is timed: it decodes and rewinds the cache, which every round
+    meets the same.
 
     `model_schedule` is that of the whole model, of which the dropper has as much as the layers that run.
     """
 
     name: str
     prefill: Run
-    decode: Callable[[Any], None]
+    decoding: Callable[[Any], Run]
     dropper: TokenDropper | None = None
     model_schedule: DropSchedule | None = None
 
@@ -61,21 +62,26 @@ def our_contenders(workload: Workload, methods: Sequence[str], budgets: Mapping[
     """Dense, then every method at every budget; raises ValueError for an unknown method, or a budget that it cannot reach."""
     depths = workload.model_layers, workload.decoder.config.num_hidden_layers
     run = partial(prefill, workload.decoder, workload.packed, max_new_tokens=workload.decode_steps)
-    decode = partial(decode_and_rewind, workload)
-    contenders = [Contender(DENSE, run, decode)]
+    decoding = partial(decode_and_rewind, workload)
+    contenders = [Contender(DENSE, run, decoding)]
     for label, budget in budgets.items():
         for method in filter(None, find_methods(methods)):
             whole = model_schedule(method, budget, workload)
             dropper = method(at_same_depths(whole, *depths))
-            contenders.append(Contender(f"{method.name}@{label}", partial(run, dropper), decode, dropper, whole))
+            contenders.append(Contender(f"{method.name}@{label}", partial(run, dropper), decoding, dropper, whole))
     return contenders
 
 
-def decode_and_rewind(workload: Workload, prefilled: Prefilled) -> None:
+def decode_and_rewind(workload: Workload, prefilled: Prefilled) -> Run:
     cache, token_ids = prefilled.cache, prefilled.logits.argmax(-1)
-    for _ in range(workload.decode_steps):
-        decode_one_token(workload.decoder, token_ids, cache)
-    cache.crop(workload.decode_steps)
+    step = decode_steps(workload.decoder, cache)
+
+    def run() -> None:
+        for _ in range(workload.decode_steps):
+            step(token_ids)
+        cache.crop(workload.decode_steps)
+
+    return run
 
 
 def transformers_contenders(workload: Workload) -> list[Contender]:
@@ -113,7 +119,7 @@ def transformers_contender(workload: Workload, attention: str) -> Contender:
             model(input_ids=token_ids, past_key_values=output.past_key_values, use_cache=True)
         output.past_key_values.crop(-workload.decode_steps)
 
-    return Contender(f"transformers {attention}", run, decode)
+    return Contender(f"transformers {attention}", run, lambda output: partial(decode, output))
 
 
 def check_logits(workload: Workload, reference: Contender) -> dict[str, float]:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from statistics import fmean, median
 from typing import Any
 
@@ -149,7 +148,7 @@ def prefill_row(workload: Workload, contender: Contender, seconds: Mapping[str, 
 
 def decode_rows(workload: Workload, contenders: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
     """Time the contenders' decoding, each from the cache of its own prefill, and one reading of the weights."""
-    runs: dict[str, Run] = {contender.name: partial(contender.decode, contender.prefill()) for contender in contenders}
+    runs: dict[str, Run] = {contender.name: contender.decoding(contender.prefill()) for contender in contenders}
     runs["read"] = read_run(min(workload.decode_weight_bytes, READ_BYTES), workload.device)
     seconds = time_rounds(runs, repeats, workload.device)
     return [decode_row(workload, contender, seconds) for contender in contenders]

@@ -65,6 +65,8 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     sizes = args.layers, args.repeats, args.decode_steps, args.text_tokens, args.vision_tokens, args.frames
     if min(size for size in sizes if size is not None) < 1:
         raise ValueError("layers, repeats, decode steps, frames and numbers of tokens must be at least 1")
+    if args.cuda_graph and args.device == "cpu":
+        raise ValueError("--cuda-graph needs --device cuda")
     args.transformers = args.transformers and importlib.util.find_spec("transformers") is not None
     workload = make_workload(args)
     _, _, vision_tokens = workload.sizes
@@ -142,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     prompt.add_argument("--frames", type=int, help="of a video, instead of a picture")
     budget.add_argument("--tokens", help=f"mean vision tokens a layer; default for a picture: {PICTURE_TOKENS}")
     budget.add_argument("--retain", help=f"the same as shares of the vision tokens; default for a video: {VIDEO_SHARES}")
+    parser.add_argument("--cuda-graph", action="store_true", help="decode our models by a CUDA graph; needs --device cuda")
     parser.add_argument("--no-transformers", dest="transformers", action="store_false")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     return parser

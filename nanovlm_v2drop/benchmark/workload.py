@@ -137,6 +137,7 @@ def make_workload(args: argparse.Namespace) -> Workload:
     config, grids = replace(shape, num_hidden_layers=args.layers), prompt_grids(args)
     device, dtype = as_device(args.device), as_dtype(args.dtype)
     decoder = random_decoder(config, device, dtype, args.attention)
+    decoder.cuda_graph = args.cuda_graph
     plain = decoder.state_dict() if args.transformers else None
     if can_prepack(device, dtype):
         prepack(decoder)

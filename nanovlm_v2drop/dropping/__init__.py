@@ -6,7 +6,7 @@ import pkgutil
 
 from .base import PrefillState, TokenDropper
 from .random import Random
-from .schedule import DropSchedule
+from .schedule import BatchSchedule, DropSchedule
 from .v2drop import PUBLISHED_SCHEDULES, V2Drop
 
 
@@ -19,4 +19,13 @@ def find_droppers() -> dict[str, type[TokenDropper]]:
 
 DROPPERS = find_droppers()
 
-__all__ = ["DROPPERS", "PUBLISHED_SCHEDULES", "DropSchedule", "PrefillState", "Random", "TokenDropper", "V2Drop"]
+__all__ = [
+    "DROPPERS",
+    "PUBLISHED_SCHEDULES",
+    "BatchSchedule",
+    "DropSchedule",
+    "PrefillState",
+    "Random",
+    "TokenDropper",
+    "V2Drop",
+]

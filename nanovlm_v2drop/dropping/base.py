@@ -211,7 +211,7 @@ class TokenDropper:
 
     def __call__(self, state: PrefillState) -> PrefillState:
         """The state after this drop point. Where nothing leaves, it is the very same object."""
-        counts = tuple(self.schedule.kept_count(state.layer_idx, current) for current in state.vision_counts)
+        counts = self.schedule.kept_counts(state.layer_idx, state.vision_counts)
         if counts == state.vision_counts:
             return state
         after = self.compress(state, counts)

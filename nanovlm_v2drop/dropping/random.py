@@ -52,7 +52,7 @@ class RandomGrid(Random):
         for index, (vision, text, count) in enumerate(zip(state.vision_rows(), state.text_rows(), vision_counts, strict=True)):
             places = z_order(state.vision_grids[index]).to(vision.device)
             walk = vision[places[state.vision_indices[vision]].argsort()]
-            start = float(self.draw(1, state.seeds[index] + state.layer_idx))
+            start = self.draw(1, state.seeds[index] + state.layer_idx)
             steps = (torch.arange(count, dtype=torch.float64) + start) * len(vision) / max(count, 1)
             kept.append(torch.cat([walk[steps.long().to(vision.device)], text]).sort().values)
         return torch.cat(kept)

@@ -74,6 +74,10 @@ class DropSchedule(Mapping[int, float]):
         """Vision tokens of one sequence that stay at a drop point where `current` arrive."""
         return max(min(self.minimum, current), int(current * self[layer_idx]))
 
+    def kept_counts(self, layer_idx: int, current: Sequence[int]) -> tuple[int, ...]:
+        """The same for every sequence of a packed batch."""
+        return tuple(self.kept_count(layer_idx, count) for count in current)
+
     def vision_tokens_per_layer(self, num_vision_tokens: int, num_layers: int) -> list[int]:
         """Vision tokens entering each layer."""
         self.check(num_layers)
@@ -158,6 +162,30 @@ class CountSchedule(DropSchedule):
 
     def with_values(self, keep_ratios: Mapping[int, float], scale: float) -> "CountSchedule":
         return type(self)({layer: round(count * scale) for layer, count in keep_ratios.items()}, self.minimum)
+
+
+class BatchSchedule(DropSchedule):
+    """A schedule of its own for every prompt of a packed batch, so that budgets may differ inside it.
+
+    Its layers are those of all of them; a prompt whose own schedule has no drop point at a layer keeps everything there. Tokens
+    and costs are counted by the schedules themselves.
+    """
+
+    def __init__(self, schedules: Sequence[DropSchedule]) -> None:
+        super().__init__(dict.fromkeys(sorted({layer for schedule in schedules for layer in schedule}), 1.0))
+        self.schedules = tuple(schedules)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self.schedules)})"
+
+    def kept_counts(self, layer_idx: int, current: Sequence[int]) -> tuple[int, ...]:
+        if len(current) != len(self.schedules):
+            raise ValueError(f"{len(self.schedules)} schedules for a batch of {len(current)} prompts; give one for each")
+        pairs = zip(self.schedules, current, strict=True)
+        return tuple(schedule.kept_count(layer_idx, count) if layer_idx in schedule else count for schedule, count in pairs)
+
+    def kept_count(self, layer_idx: int, current: int) -> int:
+        raise TypeError("prompts of a batch keep different counts; ask one of `schedules`")
 
 
 class OutOfReach(ValueError):
