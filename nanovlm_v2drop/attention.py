@@ -1,4 +1,4 @@
-"""Causal attention over packed tokens and over a key/value cache: five back ends behind one signature.
+"""Attention over packed tokens and over a key/value cache: five back ends behind one signature.
 
 Shapes: T tokens of all sequences packed, B sequences, H query heads, K key/value heads, G = H / K queries that share a
 key/value head, S slots of a cache.
@@ -11,16 +11,15 @@ chosen once and by name; one that cannot run is an error, never a quiet replacem
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
 CacheSeqlens = Sequence[int] | Tensor  # filled slots of each sequence: host integers, or (B,) int32 on the device
 
 BACKENDS = ("flash-attn", "varlen", "blockwise", "sdpa", "eager")  # the last is never chosen by "auto"
@@ -76,52 +75,54 @@ def cumulative(seqlens: tuple[int, ...], device: torch.device) -> Tensor:
     return cu_seqlens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else cu_seqlens
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], backend: str) -> Tensor:
-    """Causal attention inside each packed sequence: q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], backend: str, *, causal: bool = True
+) -> Tensor:
+    """Attention inside each packed sequence: q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim).
+
+    Not `causal`, as in a vision tower, every row sees its whole sequence.
+    """
     if backend == "sdpa":
-        return sdpa_attention(q, k, v, seqlens)
+        return sdpa_attention(q, k, v, seqlens, causal)
     if backend in ("eager", "blockwise"):
-        return on_each_sequence(eager_attention if backend == "eager" else blockwise_attention, q, k, v, seqlens)
+        on_one = eager_attention if backend == "eager" else blockwise_attention
+        parts = zip(*(packed.split(tuple(seqlens)) for packed in (q, k, v)), strict=True)
+        return torch.cat([on_one(q_part, k_part, v_part, causal) for q_part, k_part, v_part in parts])
     cu_seqlens, longest = cumulative(tuple(seqlens), q.device), max(seqlens)
     if backend == "flash-attn":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=causal)
     from torch.nn.attention.varlen import varlen_attn
 
+    window_size, enable_gqa = (-1, 0 if causal else -1), q.shape[1] != k.shape[1]
     attended = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window_size, enable_gqa=enable_gqa
     )
     return cast(Tensor, attended)  # a pair only where the log-sum-exp is asked for
 
 
-def on_each_sequence(attend: Attend, q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
-    """`attend` on the rows of one sequence after the other."""
-    parts = zip(*(packed.split(tuple(seqlens)) for packed in (q, k, v)), strict=True)
-    attended = [attend(*part) for part in parts]
-    return attended[0] if len(attended) == 1 else torch.cat(attended)
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], causal: bool = True) -> Tensor:
+    """The twin that runs everywhere: neighbours of equal length, such as a video's frames, go through in one call."""
+    runs = [(length, len(list(run))) for length, run in groupby(seqlens)]
+    parts = zip(*(packed.split([length * count for length, count in runs]) for packed in (q, k, v)), strict=True)
+    attended = []
+    for (length, _), part in zip(runs, parts, strict=True):
+        query, key, value = (packed.unflatten(0, (-1, length)).transpose(1, 2) for packed in part)  # (count, heads, length, d)
+        # is_causal is safe here because queries and keys are equally many.
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        attended.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(attended)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
-    """The twin: one scaled_dot_product_attention a sequence. Equal lengths go through in one call."""
-    if len(set(seqlens)) == 1:
-        return sdpa_causal(*(packed.unflatten(0, (len(seqlens), -1)) for packed in (q, k, v))).flatten(0, 1)
-    return on_each_sequence(lambda *part: sdpa_causal(*(rows[None] for rows in part))[0], q, k, v, seqlens)
-
-
-def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, T, heads, head_dim) in and out; is_causal is safe here because queries and keys are equally many."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-
-def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
     """One sequence, with every attention weight (H, T, T) in memory at once."""
-    weights = attention_weights(q, k, torch.arange(len(q), device=q.device)).to(v.dtype)
+    rows = torch.arange(len(q), device=q.device)
+    weights = attention_weights(q, k, rows if causal else rows.fill_(len(q) - 1)).to(v.dtype)
     return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(q.shape[1] // k.shape[1], 1))
 
 
-def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
     """One sequence, some queries at a time: plain batched products with all keys, or with those up to the block's last query.
 
     The products of a CPU in bfloat16 are several times faster than torch's fused kernel there. Scores are rounded to the

@@ -7,13 +7,15 @@ queries, keys and values to `attend`, which prefill, decode and training each su
 tokens can leave between layers.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attend
 from .config import TextConfig
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, head_dim) each
 
 

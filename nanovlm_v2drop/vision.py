@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attention, resolve_backend
 from .config import VisionConfig
 
 ACTIVATIONS = {
@@ -61,10 +62,12 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        q, k, v = (self.heads(projection(hidden_states)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+    def forward(self, hidden_states: Tensor, backend: str) -> Tensor:
+        count, tokens, _ = hidden_states.shape
+        projected = (projection(hidden_states).flatten(0, 1) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (packed.unflatten(-1, (self.num_heads, -1)) for packed in projected)  # (N * tokens, heads, head_dim)
+        attended = attention(q, k, v, (tokens,) * count, backend, causal=False)
+        return self.out_proj(attended.view_as(hidden_states))
 
     def class_attention(self, hidden_states: Tensor) -> Tensor:
         """Softmax attention of the class token to the patches, (N, heads, P); what it pays to itself is left out."""
@@ -105,8 +108,8 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VisionMLP(config)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
+    def forward(self, hidden_states: Tensor, backend: str) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), backend)
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
@@ -119,27 +122,31 @@ class VisionEncoder(nn.Module):
     def last_block(self) -> VisionLayer:
         return cast(VisionLayer, self.layers[-1])
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         """Input and output of the last block."""
         before = hidden_states
         for layer in self.layers:
-            before, hidden_states = hidden_states, layer(hidden_states)
+            before, hidden_states = hidden_states, layer(hidden_states, backend)
         return before, hidden_states
 
 
 class VisionTower(nn.Module):
     """What CLIP and SigLIP have in common: embeddings of their own, then `num_layers` blocks; without the argument, all.
 
+    `attention` is a back end by name, or "auto"; see attention.resolve_backend.
     Raises ValueError for an activation that is not implemented.
     """
 
     num_class_tokens: ClassVar[int]
 
-    def __init__(self, config: VisionConfig, embeddings: nn.Module, num_layers: int | None = None) -> None:
+    def __init__(
+        self, config: VisionConfig, embeddings: nn.Module, num_layers: int | None = None, attention: str = "auto"
+    ) -> None:
         super().__init__()
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
         self.config = config
+        self.attention = attention
         self.embeddings = embeddings
         self.encoder = VisionEncoder(config, config.num_hidden_layers if num_layers is None else num_layers)
 
@@ -155,7 +162,8 @@ class VisionTower(nn.Module):
         size = self.config.image_size
         if pixel_values.dim() != 4 or pixel_values.shape[-2:] != (size, size):
             raise ValueError(f"pixel_values {tuple(pixel_values.shape)} must be (N, 3, {size}, {size})")
-        return self.encoder(self.embed(pixel_values))
+        embedded = self.embed(pixel_values)
+        return self.encoder(embedded, resolve_backend(self.attention, embedded.device, embedded.dtype))
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Input of the first block, (N, num_class_tokens + P, D)."""
@@ -176,8 +184,8 @@ class CLIPVisionTower(VisionTower):
 
     num_class_tokens = 1
 
-    def __init__(self, config: VisionConfig, num_layers: int | None = None) -> None:
-        super().__init__(config, CLIPEmbeddings(config), num_layers)
+    def __init__(self, config: VisionConfig, num_layers: int | None = None, attention: str = "auto") -> None:
+        super().__init__(config, CLIPEmbeddings(config), num_layers, attention)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
@@ -194,8 +202,8 @@ class SiglipVisionTower(VisionTower):
 
     num_class_tokens = 0
 
-    def __init__(self, config: VisionConfig, num_layers: int | None = None) -> None:
-        super().__init__(config, SiglipEmbeddings(config), num_layers)
+    def __init__(self, config: VisionConfig, num_layers: int | None = None, attention: str = "auto") -> None:
+        super().__init__(config, SiglipEmbeddings(config), num_layers, attention)
 
     def received_attention(self, block_input: Tensor) -> Tensor:
         """(N, heads, P): the mean attention that a patch receives from all patches in the last block, given its input.

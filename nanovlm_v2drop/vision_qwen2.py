@@ -11,7 +11,6 @@ Source: transformers models/qwen2_vl/modeling_qwen2_vl.py.
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from functools import partial
 from itertools import groupby
 from math import prod
 from typing import cast
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import blockwise_attention, cumulative, on_each_sequence, resolve_backend
+from .attention import attention, resolve_backend
 from .config import Qwen2VLVisionConfig
 from .decoder import Rotary, apply_rotary
 from .vision import ACTIVATIONS
@@ -54,7 +53,7 @@ class Qwen2VLVisionAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, rotary: Rotary, seqlens: Sequence[int], backend: str) -> Tensor:
         q, k, v = self.rotated(hidden_states, rotary)
-        return self.proj(full_attention(q, k, v, seqlens, backend).flatten(1))
+        return self.proj(attention(q, k, v, seqlens, backend, causal=False).flatten(1))
 
     def rotated(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys with their positions, and values, (L, H, head_dim) each."""
@@ -192,39 +191,6 @@ def patch_places(grid: Grid, merge_size: int, device: torch.device) -> Tensor:
 def frame_lengths(grid_thw: Sequence[Grid]) -> list[int]:
     """Patches of every frame of every picture, in order: the stretches that attention does not leave."""
     return [rows * columns for frames, rows, columns in grid_thw for _ in range(frames)]
-
-
-def full_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], backend: str) -> Tensor:
-    """Attention inside each packed stretch, without a causal mask: (L, H, head_dim) each -> (L, H, head_dim)."""
-    if backend == "sdpa":
-        return sdpa_full_attention(q, k, v, seqlens)
-    if backend in ("eager", "blockwise"):
-        attend = eager_full_attention if backend == "eager" else partial(blockwise_attention, causal=False)
-        return on_each_sequence(attend, q, k, v, seqlens)
-    cu_seqlens, longest = cumulative(tuple(seqlens), q.device), max(seqlens)
-    if backend == "flash-attn":
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=False)
-    from torch.nn.attention.varlen import varlen_attn
-
-    return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest))
-
-
-def sdpa_full_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int]) -> Tensor:
-    """The twin that runs everywhere: neighbouring stretches of equal length, such as a video's frames, go in one call."""
-    runs = [(length, len(list(run))) for length, run in groupby(seqlens)]
-    parts = zip(*(packed.split([length * count for length, count in runs]) for packed in (q, k, v)), strict=True)
-    attended = []
-    for (length, _), part in zip(runs, parts, strict=True):
-        batched = (packed.unflatten(0, (-1, length)).transpose(1, 2) for packed in part)  # (frames, H, length, head_dim)
-        attended.append(F.scaled_dot_product_attention(*batched).transpose(1, 2).flatten(0, 1))
-    return torch.cat(attended)
-
-
-def eager_full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One stretch, with every attention weight (H, length, length) in memory at once."""
-    return torch.einsum("hqk,khd->qhd", softmax_weights(q, k).to(v.dtype), v)
 
 
 def softmax_weights(q: Tensor, k: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ class LlavaModel(VLM):
         super().__init__()
         self.config = config
         tower = SiglipVisionTower if isinstance(config.vision_config, SiglipVisionConfig) else CLIPVisionTower
-        self.vision_tower = tower(config.vision_config, config.vision_layers_run)
+        self.vision_tower = tower(config.vision_config, config.vision_layers_run, attention)
         self.multi_modal_projector = Projector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.language_model = Decoder(config.text_config, attention)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nanovlm_v2drop import attention as module
-from nanovlm_v2drop.attention import BACKENDS, attention, attention_with_cache, blockwise_attention, obstacle, resolve_backend
+from nanovlm_v2drop.attention import BACKENDS, attention, attention_with_cache, obstacle, resolve_backend
 
 HEAD_DIM = 8
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -46,6 +46,31 @@ def test_packed_attention_equals_a_naive_softmax_inside_each_sequence(
     torch.testing.assert_close(attention(q, k, v, seqlens, backend).double(), wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "blockwise"])
+@settings(deadline=None, max_examples=40)
+@given(seqlens=lengths)
+def test_without_a_causal_mask_every_row_sees_its_whole_sequence_and_no_other(backend: str, seqlens: list[int]) -> None:
+    q, k, v = (random_heads(sum(seqlens), 3, HEAD_DIM, seed=i) for i in range(3))
+    sequence = torch.arange(len(seqlens)).repeat_interleave(torch.tensor(seqlens))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / HEAD_DIM**0.5
+    weights = scores.masked_fill(sequence[:, None] != sequence, -torch.inf).softmax(-1)
+    wanted = torch.einsum("hqk,khd->qhd", weights, v)
+    torch.testing.assert_close(attention(q, k, v, seqlens, backend, causal=False), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("seqlens", "calls"), [([4, 4, 4], 1), ([4, 4, 5, 4], 3), ([1, 2, 3], 3)])
+def test_neighbours_of_one_length_share_a_call(monkeypatch: pytest.MonkeyPatch, seqlens: list[int], calls: int) -> None:
+    made, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*heads: Tensor, **options: bool) -> Tensor:
+        made.append(1)
+        return original(*heads, **options)
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", counted)
+    attention(*(random_heads(sum(seqlens), 2, HEAD_DIM, seed=i) for i in range(3)), seqlens, "sdpa")
+    assert len(made) == calls
+
+
 @pytest.mark.parametrize(("backend", "on_device"), [("sdpa", False), ("sdpa", True), ("blockwise", False), ("blockwise", True)])
 @settings(deadline=None, max_examples=40)
 @given(cache_seqlens=lengths, heads=heads, room=st.integers(0, 3))
@@ -73,10 +98,10 @@ def test_a_new_token_sees_the_filled_slots_of_its_own_cache_and_no_others(
 def test_queries_in_several_blocks_see_what_queries_in_one_see(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     seqlens = [5, 23, 16]
     q, k, v = (random_heads(sum(seqlens), h, HEAD_DIM, seed=i) for i, h in enumerate((heads[0], heads[1], heads[1])))
-    wanted, unmasked = attention(q, k, v, seqlens, "sdpa"), blockwise_attention(q, k, v, causal=False)
+    wanted, unmasked = attention(q, k, v, seqlens, "sdpa"), attention(q, k, v, seqlens, "sdpa", causal=False)
     monkeypatch.setattr(module, "QUERY_BLOCK", 8)
     torch.testing.assert_close(attention(q, k, v, seqlens, "blockwise"), wanted, atol=1e-6, rtol=0)
-    torch.testing.assert_close(blockwise_attention(q, k, v, causal=False), unmasked, atol=1e-6, rtol=0)
+    torch.testing.assert_close(attention(q, k, v, seqlens, "blockwise", causal=False), unmasked, atol=1e-6, rtol=0)
 
 
 def test_auto_on_a_cpu_is_blockwise_in_bfloat16_and_else_sdpa() -> None:
@@ -139,8 +164,9 @@ def test_cuda_back_ends_agree_with_sdpa_in_bfloat16(backend: str, seqlens: list[
         pytest.skip(reason)
     shapes = [(sum(seqlens), heads, 64) for heads in (8, 2, 2)]
     q, k, v = (random_heads(*shape, seed=i).to(CUDA, torch.bfloat16) for i, shape in enumerate(shapes))
-    ours, twin = (attention(q, k, v, seqlens, name) for name in (backend, "sdpa"))
-    torch.testing.assert_close(ours, twin, atol=2e-2, rtol=2e-2)
+    for causal in (True, False):
+        ours, twin = (attention(q, k, v, seqlens, name, causal=causal) for name in (backend, "sdpa"))
+        torch.testing.assert_close(ours, twin, atol=2e-2, rtol=2e-2)
     caches = [tensor.new_zeros(len(seqlens), max(seqlens) + 3, 2, 64) for tensor in (k, v)]
     for cache, packed in zip(caches, (k, v), strict=True):
         for slots, rows in zip(cache, packed.split(seqlens), strict=True):

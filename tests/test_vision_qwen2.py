@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovlm_v2drop import vision_qwen2
-from nanovlm_v2drop.attention import obstacle
 from nanovlm_v2drop.config import Qwen2VLVisionConfig
-from nanovlm_v2drop.vision_qwen2 import Grid, Qwen2VLVisionTower, full_attention, multimodal_positions
+from nanovlm_v2drop.vision_qwen2 import Grid, Qwen2VLVisionTower, multimodal_positions
 
 SIZES = {"depth": 3, "embed_dim": 48, "hidden_size": 20, "mlp_ratio": 2, "num_heads": 3, "patch_size": 3}
 PICTURE, OTHER_SHAPE, CLIP = (1, 4, 6), (1, 2, 10), (3, 6, 4)
@@ -201,43 +200,6 @@ def test_received_attention_sums_to_one_in_every_frame():
 
 
 # Attention
-
-
-def heads(length: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    generator = torch.Generator().manual_seed(length)
-    return [torch.randn(length, 3, 16, generator=generator).to(device, dtype) for _ in range(3)]
-
-
-@given(seqlens=st.lists(st.integers(1, 6), min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None)
-def test_no_stretch_sees_another_and_every_row_sees_its_whole_stretch(seqlens):
-    q, k, v = heads(sum(seqlens))
-    stretch = torch.arange(len(seqlens)).repeat_interleave(torch.tensor(seqlens))
-    scores = torch.einsum("qhd,khd->hqk", q, k) / 4
-    weights = scores.masked_fill(stretch[:, None] != stretch, -torch.inf).softmax(-1)
-    wanted = torch.einsum("hqk,khd->qhd", weights, v)
-    for backend in ("sdpa", "eager", "blockwise"):
-        torch.testing.assert_close(full_attention(q, k, v, seqlens, backend), wanted, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("seqlens", "calls"), [([4, 4, 4], 1), ([4, 4, 5, 4], 3), ([1, 2, 3], 3)])
-def test_neighbouring_frames_of_one_size_share_a_call(monkeypatch, seqlens, calls):
-    made = []
-    original = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(vision_qwen2.F, "scaled_dot_product_attention", lambda *qkv: made.append(1) or original(*qkv))
-    full_attention(*heads(sum(seqlens)), seqlens, "sdpa")
-    assert len(made) == calls
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["flash-attn", "varlen"])
-def test_packed_kernels_agree_with_the_twin(backend):
-    if not torch.cuda.is_available() or obstacle(backend, torch.device("cuda"), torch.bfloat16):
-        pytest.skip(f"{backend} cannot run here")
-    seqlens = [24, 24, 70, 1, 300]
-    q, k, v = heads(sum(seqlens), torch.bfloat16, "cuda")
-    wanted = full_attention(q.float(), k.float(), v.float(), seqlens, "sdpa")
-    torch.testing.assert_close(full_attention(q, k, v, seqlens, backend).float(), wanted, atol=2e-2, rtol=0)
 
 
 # What the tower refuses
