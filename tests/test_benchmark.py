@@ -29,7 +29,7 @@ from nanovlm_v2drop.zoo import MODELS
 SIZES = {"layers": 6, "text-tokens": 9, "repeats": 2, "decode-steps": 3}
 ARGUMENTS = ["--model=tiny", "--dtype=float32", *(f"--{name}={size}" for name, size in SIZES.items())]
 PICTURE, BUDGETS = "--vision-tokens=24", "--tokens=16,12"
-REFERENCES = ["transformers eager", "transformers sdpa"]
+REFERENCES = ["transformers sdpa", "transformers eager"]
 METHODS = ["dense", "v2drop@16", "random@16", "v2drop@12", "random@12"]
 VIDEO_MODELS = ["llava-onevision-tiny", "qwen2-vl-tiny"]
 
@@ -343,6 +343,7 @@ def test_every_round_runs_everything_once_in_rotating_order():
         (["--layers", "7"], "tiny has 6 layers, not 7"),
         (["--attention", "flash-attn"], "cannot run"),
         (["--dtype", "int8"], "int8"),
+        (["--transformers", "sdpa,fast"], "unknown attention of transformers: fast"),
         (["--cuda-graph"], "--cuda-graph needs --device cuda"),
     ],
 )

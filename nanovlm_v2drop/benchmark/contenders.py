@@ -16,6 +16,7 @@ from ..plans import DENSE, find_methods
 from .workload import Workload
 
 Run = Callable[[], Any]
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # transformers' own
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,12 @@ def decode_and_rewind(workload: Workload, prefilled: Prefilled) -> Run:
     return run
 
 
-def transformers_contenders(workload: Workload) -> list[Contender]:
-    """transformers with every attention of its own that runs here, SDPA last: the one that logits are compared with."""
-    on_gpu = workload.device.type == "cuda"
-    flash = ["flash_attention_2"] if on_gpu and importlib.util.find_spec("flash_attn") else []
-    return [transformers_contender(workload, attention) for attention in ("eager", *flash, "sdpa")]
+def transformers_contenders(workload: Workload, attentions: Sequence[str]) -> list[Contender]:
+    """transformers with these attentions, less its flash-attn where that cannot run; raises ValueError for unknown ones."""
+    if unknown := set(attentions) - set(ATTENTIONS):
+        raise ValueError(f"unknown attention of transformers: {', '.join(sorted(unknown))}; it has {', '.join(ATTENTIONS)}")
+    has_flash = workload.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return [transformers_contender(workload, name) for name in attentions if has_flash or name != "flash_attention_2"]
 
 
 def transformers_contender(workload: Workload, attention: str) -> Contender:

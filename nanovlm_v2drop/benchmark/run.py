@@ -3,7 +3,7 @@
     python -m nanovlm_v2drop.benchmark                                    # 4 layers of LLaVA-1.5-7B, bfloat16, CPU
     python -m nanovlm_v2drop.benchmark --layers 32 --device cuda --repeats 21
     python -m nanovlm_v2drop.benchmark --model llava-1.5-13b --layers 2 --tokens 192 --json > speed.json
-    python -m nanovlm_v2drop.benchmark --model llava-onevision-qwen2-7b-ov --frames 32 --retain 0.25,0.2,0.15
+    python -m nanovlm_v2drop.benchmark --model llava-onevision-qwen2-7b-ov --frames 32 --retain 0.25 --transformers sdpa
 
 Random weights at the official layer shapes, no download. Before anything is timed, dense logits must equal those of
 transformers' LlamaForCausalLM or Qwen2ForCausalLM on the very same tensors; both count positions 0, 1, 2, ..., so for Qwen2-VL
@@ -41,7 +41,7 @@ from rich.table import Table
 
 from ..dropping import DropSchedule
 from ..dropping.schedule import PAPER_VISION_TOKENS
-from .contenders import Contender, check_logits, decoding_contenders, our_contenders, transformers_contenders
+from .contenders import ATTENTIONS, Contender, check_logits, decoding_contenders, our_contenders, transformers_contenders
 from .measure import decode_rows, prefill_rows
 from .workload import Workload, make_workload
 
@@ -67,14 +67,15 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("layers, repeats, decode steps, frames and numbers of tokens must be at least 1")
     if args.cuda_graph and args.device == "cpu":
         raise ValueError("--cuda-graph needs --device cuda")
-    args.transformers = args.transformers and importlib.util.find_spec("transformers") is not None
+    args.transformers = args.transformers if importlib.util.find_spec("transformers") else ""
     workload = make_workload(args)
     _, _, vision_tokens = workload.sizes
     contenders = our_contenders(workload, args.methods.split(","), budgets_of(args, vision_tokens))
     notes, check = list(depth_notes(workload, contenders)), None
     if workload.plain is not None:
-        contenders += transformers_contenders(workload)
-        check = check_logits(workload, contenders[-1])
+        references = transformers_contenders(workload, args.transformers.split(","))
+        check = check_logits(workload, references[0])
+        contenders += references
         notes += position_notes(workload)
     return {
         **vars(args),
@@ -145,7 +146,8 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--tokens", help=f"mean vision tokens a layer; default for a picture: {PICTURE_TOKENS}")
     budget.add_argument("--retain", help=f"the same as shares of the vision tokens; default for a video: {VIDEO_SHARES}")
     parser.add_argument("--cuda-graph", action="store_true", help="decode our models by a CUDA graph; needs --device cuda")
-    parser.add_argument("--no-transformers", dest="transformers", action="store_false")
+    parser.add_argument("--transformers", default=",".join(ATTENTIONS), help="its attentions; default: %(default)s")
+    parser.add_argument("--no-transformers", dest="transformers", action="store_const", const="")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     return parser
 
