@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import TextConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
+CPU_ROWS = 512
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, head_dim) each
 
 
@@ -94,6 +95,11 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        # On a CPU, what gate and up make of some rows is still in its cache when down reads it; a GPU wants all rows at once.
+        rows_at_once = CPU_ROWS if hidden_states.device.type == "cpu" else len(hidden_states)
+        return torch.cat([self.some_rows(rows) for rows in hidden_states.split(rows_at_once)])
+
+    def some_rows(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
