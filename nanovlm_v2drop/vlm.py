@@ -247,7 +247,9 @@ class LlavaOnevisionModel(LlavaNextModel):
     config: LlavaOnevisionConfig
 
     def arrange(self, medium: VisionInput, values: Tensor, newline: Tensor) -> Tensor:
-        return arrange_video(values, newline) if medium.is_video else super().arrange(medium, values, newline)
+        if medium.is_video:
+            return arrange_video(values, newline, self.config.mm_spatial_pool_mode, self.config.mm_newline_position)
+        return super().arrange(medium, values, newline)
 
 
 class Qwen2VLModel(VLM):
