@@ -302,6 +302,11 @@ class LlavaOnevisionConfig(LlavaNextConfig):
             raise ValueError(f"vision_aspect_ratio {self.vision_aspect_ratio!r} is not supported; known: anyres_max_N")
 
     @property
+    def video_layout(self) -> tuple[str, str]:
+        """How frames become tokens, as arrange.arrange_video takes it."""
+        return self.mm_spatial_pool_mode, self.mm_newline_position
+
+    @property
     def max_tiles(self) -> int:
         """A picture of more tiles than this is scaled down to about as many."""
         return int(self.vision_aspect_ratio.rpartition("_")[2])

@@ -248,7 +248,7 @@ class LlavaOnevisionModel(LlavaNextModel):
 
     def arrange(self, medium: VisionInput, values: Tensor, newline: Tensor) -> Tensor:
         if medium.is_video:
-            return arrange_video(values, newline, self.config.mm_spatial_pool_mode, self.config.mm_newline_position)
+            return arrange_video(values, newline, *self.config.video_layout)
         return super().arrange(medium, values, newline)
 
 

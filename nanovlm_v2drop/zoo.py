@@ -70,8 +70,8 @@ def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, ma
             processor = OnevisionImageProcessor.from_folder(
                 folder, vision.image_size, pinpoints, vision.patch_size, config.max_tiles
             )
-            layout = {name: getattr(config, name) for name in ("mm_spatial_pool_mode", "mm_newline_position")}
-            return replace(processor, **layout)
+            pool_mode, newline_position = config.video_layout
+            return replace(processor, mm_spatial_pool_mode=pool_mode, mm_newline_position=newline_position)
         case LlavaNextConfig(vision_config=vision):
             return NextImageProcessor.from_folder(
                 folder, vision.image_size, config.image_grid_pinpoints, vision.patch_size, config.max_tiles

@@ -5,7 +5,6 @@ by token. Source of the rule: github.com/LLaVA-VL/LLaVA-NeXT, llava/model/llava_
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,7 +105,7 @@ def test_newlines_are_vision_tokens_of_the_frames_and_can_be_dropped(vlm: Vision
 def test_frames_are_drawn_without_their_newlines(vlm: VisionLanguageModel) -> None:
     board = board_of(vlm, VIDEO)
     assert board.grid == (13, 4 * 13)
-    assert [cell for cell in board.cells[:28]] == [*range(13), -1, *range(52, 65), -1]
+    assert list(board.cells[:28]) == [*range(13), -1, *range(52, 65), -1]
     assert sorted(cell for cell in board.cells if cell >= 0) == list(range(4 * 13 * 13))
 
 

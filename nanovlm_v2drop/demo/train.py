@@ -110,8 +110,8 @@ def picture_features(model: LlavaModel, seen: Tensor) -> Tensor:
 def clip_features(model: LlavaOnevisionModel, seen: Tensor) -> Tensor:
     """What the tower saw in N clips (N * F, P, V) -> vision tokens (N, F * pooled patches + 1, D)."""
     frames = model.multi_modal_projector(seen).unflatten(0, (-1, clips.FRAMES))
-    newline, layout = model.image_newline.to(frames.dtype), (model.config.mm_spatial_pool_mode, model.config.mm_newline_position)
-    return torch.stack([arrange_video(clip, newline, *layout) for clip in frames])
+    newline = model.image_newline.to(frames.dtype)
+    return torch.stack([arrange_video(clip, newline, *model.config.video_layout) for clip in frames])
 
 
 @dataclass(frozen=True)
