@@ -29,7 +29,7 @@ from nanovlm_v2drop.config import LlavaOnevisionConfig, VLMConfig
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule, V2Drop
 from nanovlm_v2drop.inference import generate, prefill
 from nanovlm_v2drop.prompts import Request
-from nanovlm_v2drop.report.gallery import board_of
+from nanovlm_v2drop.report.gallery import INK, PIXELS, board_of
 from nanovlm_v2drop.video import UniformSampling
 from nanovlm_v2drop.zoo import MODELS, VisionLanguageModel, load
 
@@ -107,6 +107,10 @@ def test_frames_are_drawn_without_their_newlines(vlm: VisionLanguageModel) -> No
     assert board.grid == (13, 4 * 13)
     assert list(board.cells[:28]) == [*range(13), -1, *range(52, 65), -1]
     assert sorted(cell for cell in board.cells if cell >= 0) == list(range(4 * 13 * 13))
+    width, height = board.picture.size
+    assert (width, height) == (4 * 13 * PIXELS, 13 * PIXELS)
+    ends = [board.picture.getpixel((column, row)) for column in range(13 * PIXELS - 1, width, 13 * PIXELS) for row in range(height)]
+    assert set(ends) == {INK}  # a line between the frames
 
 
 def test_the_released_model_is_asked_about_64_frames_and_its_config_names_the_layout() -> None:

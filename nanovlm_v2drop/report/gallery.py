@@ -60,9 +60,10 @@ def board_of(vlm: VisionLanguageModel, request: Request) -> Board:
     (rows, columns), across, newlines = grids[0], min(FRAMES_A_ROW, len(alike)), newline_columns(vlm, media[0])
     columns -= newlines
     width, height, down = columns * PIXELS, rows * PIXELS, -(-len(alike) // across)
-    picture = Image.new("RGB", (across * width, down * height), PAPER)
+    picture = Image.new("RGB", (across * width, down * height), INK)
+    line = int(len(alike) > 1)  # between pictures, so that frames that are alike can be told apart
     for place, panel in enumerate(alike):
-        resized = panel.resize((width, height), Image.Resampling.BICUBIC)
+        resized = panel.resize((width - line, height - line), Image.Resampling.BICUBIC)
         picture.paste(resized, (place % across * width, place // across * height))
     return Board(picture, (down * rows, across * columns), board_cells(media, across, newlines))
 
