@@ -160,7 +160,7 @@ def video_findings(vlm: VisionLanguageModel, output: Path, limit: int) -> Iterat
 def video_score_findings(scores: Mapping[str, Resampled]) -> Iterator[Finding]:
     for method, paper in (("random", "MVBench 56.4 against 54.6"), ("dycoke", "MVBench 56.4 against 49.5")):
         gain, bounds = difference(scores["v2drop"], scores[method])
-        measured = f"{shown(gain, bounds)} points at {SHARE_OF_VIDEO:.0%} of the tokens"
+        measured = f"{shown(gain, bounds)} points at {100 * SHARE_OF_VIDEO:g} % of the tokens"
         command = f"python train_free_eval.py --model demo-video --methods dense,v2drop,{method}"
         yield Finding(f"on video V2Drop beats {method} dropping", paper, measured, is_better(bounds), command)
 
