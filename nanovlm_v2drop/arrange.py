@@ -1,7 +1,8 @@
 """Where the features of LLaVA-OneVision's tiles and frames go among the vision tokens.
 
 A picture alone in its request is cut into tiles, and its tokens are those of a coarse view of the whole (the base tile), then
-those of the tiles laid together, without their padding and with a newline token behind every row. Nothing here knows a
+those of the tiles laid together, without their padding and with a newline token behind every row. A video's frames are
+pooled, with a newline token behind the last frame (LLaVA-OneVision) or behind every row (LLaVA-Video). Nothing here knows a
 model: the same functions arrange projected features, attention maps (with zeros for a newline) and keys.
 
 Shapes: P patches of one tile or frame, g x g of them; C channels, whatever they stand for; n vision tokens. Sizes are always
@@ -114,21 +115,34 @@ def arrange_single(values: Tensor, newline: Tensor) -> Tensor:
     return torch.cat([values[0], newline.to(values)[None]])
 
 
-def arrange_video(values: Tensor, newline: Tensor) -> Tensor:
-    """Values of a video's frames (F, P, C) to those of its tokens (F * q * q + 1, C), one newline at the end.
+def arrange_video(values: Tensor, newline: Tensor, pool_mode: str, newline_position: str) -> Tensor:
+    """Values of a video's frames (F, P, C) to those of its tokens (n, C), which `video_grids` counts.
 
-    Every frame is pooled to q = `pooled_grid(g)` tokens a side. Raises ValueError for patches that make no square.
+    `pool_mode` and `newline_position` are the original config.json's mm_spatial_pool_mode and mm_newline_position. Raises
+    ValueError for patches that make no square.
     """
     patch_grid = _patch_grid(values)
     frames = values.unflatten(1, (patch_grid, patch_grid)).permute(0, 3, 1, 2)  # (F, C, g, g)
-    side = pooled_grid(patch_grid)
-    pooled = F.interpolate(frames, (side, side), mode="bilinear", align_corners=False)
-    return torch.cat([pooled.permute(0, 2, 3, 1).flatten(0, 2), newline.to(values)[None]])
+    side, newline = pooled_grid(patch_grid, pool_mode), newline.to(values)
+    if pool_mode == "average":
+        pooled = F.avg_pool2d(frames, POOLING_STRIDE)
+    else:
+        pooled = F.interpolate(frames, (side, side), mode="bilinear", align_corners=False)
+    if newline_position == "grid":
+        pooled = torch.cat([pooled, newline[:, None, None].expand(len(frames), -1, side, 1)], dim=-1)
+    tokens = pooled.permute(0, 2, 3, 1).flatten(0, 2)
+    return tokens if newline_position == "grid" else torch.cat([tokens, newline[None]])
 
 
-def pooled_grid(patch_grid: int) -> int:
-    """Tokens along one side of a video's frame, of `patch_grid` patches: half, rounded up."""
-    return math.ceil(patch_grid / POOLING_STRIDE)
+def video_grids(frames: int, patch_grid: int, pool_mode: str, newline_position: str) -> tuple[tuple[int, int, int], ...]:
+    """Frames, rows and columns of a video's tokens, newlines included: those behind the rows are a column, one is a grid."""
+    side = pooled_grid(patch_grid, pool_mode)
+    return ((frames, side, side + 1),) if newline_position == "grid" else ((frames, side, side), (1, 1, 1))
+
+
+def pooled_grid(patch_grid: int, pool_mode: str) -> int:
+    """Tokens along one side of a video's frame, of `patch_grid` patches: half, rounded up, or down where they are averaged."""
+    return patch_grid // POOLING_STRIDE if pool_mode == "average" else math.ceil(patch_grid / POOLING_STRIDE)
 
 
 def _patch_grid(values: Tensor) -> int:

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .arrange import pooled_grid, select_best_resolution, unpadded_grid
+from .arrange import select_best_resolution, unpadded_grid, video_grids
+from .config import LlavaOnevisionConfig
 from .images import (
     CLIP_IMAGE_MEAN,
     CLIP_IMAGE_STD,
@@ -47,7 +48,8 @@ class OnevisionImageProcessor:
 
     `image_size` is a tile's side and `patch_size` a patch's, in pixels; `image_grid_pinpoints` are sizes (height, width) in
     pixels, multiples of `image_size`; `max_tiles` is the number in `vision_aspect_ratio` ("anyres_max_9"), the tiles'
-    worth of tokens that a picture may cost before they are interpolated; mean and std are per RGB channel, on the 0..1 scale.
+    worth of tokens that a picture may cost before they are interpolated; mean and std are per RGB channel, on the 0..1 scale;
+    `mm_spatial_pool_mode` and `mm_newline_position` say how many tokens a video becomes, as in the model's config.
     Raises ValueError for values that no picture could be processed with.
     """
 
@@ -57,6 +59,8 @@ class OnevisionImageProcessor:
     max_tiles: int
     image_mean: tuple[float, float, float] = SIGLIP_IMAGE_MEAN
     image_std: tuple[float, float, float] = SIGLIP_IMAGE_STD
+    mm_spatial_pool_mode: str = LlavaOnevisionConfig.mm_spatial_pool_mode
+    mm_newline_position: str = LlavaOnevisionConfig.mm_newline_position
 
     def __post_init__(self) -> None:
         ImageProcessor(self.image_size, self.image_mean, self.image_std)  # refuses impossible values
@@ -124,9 +128,9 @@ class OnevisionImageProcessor:
         if len(sizes) != 1:
             found = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)) or "no frame"
             raise ValueError(f"a video must have at least one frame, and all of one size; got {found}")
-        side = pooled_grid(self.patch_grid)
+        grids = video_grids(len(pictures), self.patch_grid, self.mm_spatial_pool_mode, self.mm_newline_position)
         pixel_values = self._normalise([self._squeeze(picture) for picture in pictures])
-        return VisionInput(pixel_values, ((len(pictures), side, side), (1, 1, 1)), sizes.pop(), is_video=True)
+        return VisionInput(pixel_values, grids, sizes.pop(), is_video=True)
 
     def tiles(self, picture: Image.Image) -> list[Image.Image]:
         """The picture fitted into its pinpoint and cut into tiles of S x S pixels, row by row."""

@@ -247,7 +247,9 @@ class LlavaOnevisionModel(LlavaNextModel):
     config: LlavaOnevisionConfig
 
     def arrange(self, medium: VisionInput, values: Tensor, newline: Tensor) -> Tensor:
-        return arrange_video(values, newline) if medium.is_video else super().arrange(medium, values, newline)
+        if medium.is_video:
+            return arrange_video(values, newline, *self.config.video_layout)
+        return super().arrange(medium, values, newline)
 
 
 class Qwen2VLModel(VLM):

@@ -6,7 +6,7 @@ A new model of a known family is one entry in MODELS.
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -67,9 +67,11 @@ def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, ma
             return Qwen2VLImageProcessor.from_folder(folder, config.vision_config, max_pixels)
         case LlavaOnevisionConfig(vision_config=vision):
             pinpoints = config.image_grid_pinpoints
-            return OnevisionImageProcessor.from_folder(
+            processor = OnevisionImageProcessor.from_folder(
                 folder, vision.image_size, pinpoints, vision.patch_size, config.max_tiles
             )
+            pool_mode, newline_position = config.video_layout
+            return replace(processor, mm_spatial_pool_mode=pool_mode, mm_newline_position=newline_position)
         case LlavaNextConfig(vision_config=vision):
             return NextImageProcessor.from_folder(
                 folder, vision.image_size, config.image_grid_pinpoints, vision.patch_size, config.max_tiles
@@ -111,6 +113,8 @@ MODELS = {
         ModelSpec("llava-onevision-qwen2-0.5b-ov", "LLaVA-OneVision 0.5B", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"),
         ModelSpec("llava-onevision-qwen2-7b-ov", "LLaVA-OneVision 7B", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
         ModelSpec("llava-onevision-qwen2-72b-ov", "LLaVA-OneVision 72B", "llava-hf/llava-onevision-qwen2-72b-ov-hf"),
+        ModelSpec("llava-video-7b-qwen2", "LLaVA-Video 7B", "lmms-lab/LLaVA-Video-7B-Qwen2", sampling=UniformSampling(64)),
+        ModelSpec("llava-video-72b-qwen2", "LLaVA-Video 72B", "lmms-lab/LLaVA-Video-72B-Qwen2", sampling=UniformSampling(64)),
         ModelSpec("qwen2-vl-2b", "Qwen2-VL 2B", "Qwen/Qwen2-VL-2B-Instruct"),
         ModelSpec("qwen2-vl-7b", "Qwen2-VL 7B", "Qwen/Qwen2-VL-7B-Instruct"),
         ModelSpec("qwen2-vl-72b", "Qwen2-VL 72B", "Qwen/Qwen2-VL-72B-Instruct"),

@@ -13,15 +13,16 @@ from nanovlm_v2drop.arrange import (
     arrange_picture,
     arrange_single,
     arrange_video,
-    pooled_grid,
     select_best_resolution,
     unpadded_grid,
+    video_grids,
 )
 
 IMAGE_SIZE = 384
 PINPOINTS = tuple((384 * high, 384 * wide) for high in range(1, 7) for wide in range(1, 7))
 sides = st.integers(1, 2500)
 NEWLINE = torch.tensor([7.0, -7.0])
+ONEVISION, LLAVA_VIDEO = ("bilinear", "one_token"), ("average", "grid")  # mm_spatial_pool_mode, mm_newline_position
 
 
 def modeling():
@@ -167,7 +168,7 @@ def test_the_map_is_shrunk_only_where_it_is_more_than_a_tenth_over_the_cap_on_a_
 def test_arranging_keeps_the_dtype() -> None:
     values = random_values(2, 9, 2).bfloat16()
     arranged = [arrange_picture(values, (9, 9), (1, 1), NEWLINE, 9), arrange_single(values[:1], NEWLINE)]
-    assert {tokens.dtype for tokens in [*arranged, arrange_video(values, NEWLINE)]} == {torch.bfloat16}
+    assert {tokens.dtype for tokens in [*arranged, arrange_video(values, NEWLINE, *ONEVISION)]} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("count", "patches"), [(4, 9), (6, 9), (5, 8)])
@@ -196,15 +197,41 @@ def test_a_picture_that_is_not_alone_has_no_second_tile() -> None:
 def test_a_video_is_pooled_as_transformers_does_with_one_newline_at_its_end(frames: int, patch_grid: int) -> None:
     values = random_values(frames, patch_grid**2, 2)
     official = modeling().LlavaOnevisionModel.apply_pooling(official_model(patch_grid), values).flatten(0, 1)
-    arranged = arrange_video(values, NEWLINE)
-    assert len(arranged) == frames * pooled_grid(patch_grid) ** 2 + 1
+    arranged = arrange_video(values, NEWLINE, *ONEVISION)
     assert torch.equal(arranged, torch.cat([official, NEWLINE[None]]))
+    assert sum(map(math.prod, video_grids(frames, patch_grid, *ONEVISION))) == len(arranged)
 
 
-def test_32_frames_cost_6273_tokens() -> None:
-    assert len(arrange_video(torch.zeros(32, 27**2, 1), torch.zeros(1))) == 6273
+def test_32_frames_cost_6273_tokens_and_64_of_llava_video_11648() -> None:
+    assert len(arrange_video(torch.zeros(32, 27**2, 1), torch.zeros(1), *ONEVISION)) == 6273
+    assert len(arrange_video(torch.zeros(64, 27**2, 1), torch.zeros(1), *LLAVA_VIDEO)) == 11648
+
+
+def slowly_pooled(frame: Tensor, pool_mode: str) -> Tensor:
+    """(g, g, C) -> (q, q, C), token by token."""
+    patch_grid = len(frame)
+    if pool_mode == "average":
+        side = patch_grid // 2
+        tokens = [frame[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean((0, 1)) for y in range(side) for x in range(side)]
+        return torch.stack(tokens).unflatten(0, (side, side))
+    official = modeling().LlavaOnevisionModel.apply_pooling(official_model(patch_grid), frame.flatten(0, 1)[None])[0]
+    return official.unflatten(0, (math.isqrt(len(official)), -1))
+
+
+@pytest.mark.parametrize("pool_mode", ["average", "bilinear"])
+@pytest.mark.parametrize("patch_grid", [2, 3, 8, 27])
+def test_a_newline_stands_behind_every_row_of_every_frame_of_llava_video(patch_grid: int, pool_mode: str) -> None:
+    values = random_values(3, patch_grid**2, 2)
+    expected: list[Tensor] = []
+    for frame in values:
+        for row in slowly_pooled(frame.unflatten(0, (patch_grid, patch_grid)), pool_mode):
+            expected += [*row, NEWLINE]
+    arranged = arrange_video(values, NEWLINE, pool_mode, "grid")
+    torch.testing.assert_close(arranged, torch.stack(expected))
+    ((frames, rows, columns),) = video_grids(3, patch_grid, pool_mode, "grid")
+    assert (frames, columns - rows, frames * rows * columns) == (3, 1, len(arranged))
 
 
 def test_patches_of_a_video_that_make_no_square_are_refused() -> None:
     with pytest.raises(ValueError, match=r"values \(2, 8, 1\) must be \(tiles or frames, P, C\)"):
-        arrange_video(torch.zeros(2, 8, 1), torch.zeros(1))
+        arrange_video(torch.zeros(2, 8, 1), torch.zeros(1), *ONEVISION)

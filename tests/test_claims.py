@@ -13,6 +13,7 @@ from nanovlm_v2drop.claims import (
     FAILS,
     HOLDS,
     NEEDS,
+    NEEDS_GPU,
     OPEN,
     area_under_roc,
     bias_finding,
@@ -22,8 +23,12 @@ from nanovlm_v2drop.claims import (
     is_better,
     ledger_plans,
     score_findings,
+    video_findings,
+    video_score_findings,
 )
+from nanovlm_v2drop.evaluate import read_records
 from nanovlm_v2drop.plans import Shape
+from nanovlm_v2drop.zoo import load
 
 DEMO = Shape(144, 12)
 
@@ -44,6 +49,27 @@ def test_every_claim_about_scores_can_hold_and_can_fail():
     assert set(findings().values()) == {HOLDS}
     worse = findings(v2drop_progressive=50.0, v2drop_l1=20.0)
     assert set(worse.values()) == {FAILS}
+
+
+@pytest.mark.parametrize(
+    ("random", "dycoke", "verdicts"), [(60.0, 70.0, [HOLDS, HOLDS]), (85.0, 99.0, [OPEN, FAILS]), (99.0, 85.0, [FAILS, OPEN])]
+)
+def test_a_claim_about_video_can_hold_fail_and_stay_open(random, dycoke, verdicts):
+    draws = [80.0, 80.0, 90.0]
+    scores = {"v2drop": Resampled(["a"], 80.0, draws)}
+    for method, score in (("random", random), ("dycoke", dycoke)):
+        scores[method] = Resampled(["a"], score, [score, score, score])
+    assert [finding.verdict for finding in video_score_findings(scores)] == verdicts
+
+
+def test_claims_about_video_are_of_the_video_demo_at_a_quarter_of_its_tokens(tmp_path):
+    found = list(video_findings(load("demo"), tmp_path, limit=8))
+    assert [finding.claim for finding in found] == [f"on video V2Drop beats {name} dropping" for name in ("random", "dycoke")]
+    records = read_records(tmp_path)
+    assert len(records) == 8 * (1 + 1 + 3)
+    assert {record.vision_tokens for record in records} == {289}
+    kept = {record.plan.partition(" ")[0]: len(record.kept[0]) for record in records}
+    assert kept == {"v2drop": 103, "random": 103, "dycoke": 73}  # means of 72.3 and 73 of 289
 
 
 def test_a_difference_is_paired_draw_by_draw():
@@ -104,7 +130,7 @@ def test_the_whole_ledger_runs_on_the_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "measure_costs", lambda *_: rows)
     assert train_free_eval.main(["--claims", "--limit", "12", "--output", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(result["results"]) == 16
-    assert {row["verdict"] for row in result["results"]} <= {HOLDS, FAILS, OPEN, NEEDS}
+    assert len(result["results"]) == 18
+    assert {row["verdict"] for row in result["results"]} <= {HOLDS, FAILS, OPEN, NEEDS, NEEDS_GPU}
     assert all(row["decides"] for row in result["results"])
     assert json.loads((tmp_path / "claims.json").read_text()) == result

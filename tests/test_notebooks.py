@@ -13,8 +13,8 @@ def read(name: str):
     return nbformat.read(FOLDER / name, as_version=4)
 
 
-def test_there_are_eight_lessons_in_order():
-    assert [name.partition("_")[0] for name in NOTEBOOKS] == [f"0{number}" for number in range(1, 9)]
+def test_there_are_nine_lessons_in_order():
+    assert [name.partition("_")[0] for name in NOTEBOOKS] == [f"0{number}" for number in range(1, 10)]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -232,10 +232,12 @@ UNSUPPORTED: list[tuple[dict[str, Any], str, object, str]] = [
     (HUB_7B, "text_config.rope_scaling", {"type": "yarn", "factor": 4.0}, "rope type 'yarn' is not supported"),
     (ORIGINAL, "image_aspect_ratio", "pad", "vision_aspect_ratio 'pad' is not supported"),
     (ORIGINAL, "image_grid_pinpoints", "(1x1),(2x2)", r"image_grid_pinpoints '\(1x1\),\(2x2\)' is not supported"),
-    (ORIGINAL, "mm_newline_position", "grid", "mm_newline_position = 'grid' is not supported; known: 'one_token'"),
+    (ORIGINAL, "mm_newline_position", "frame", "mm_newline_position = 'frame' is not supported; known: 'one_token', 'grid'"),
     (ORIGINAL, "mm_patch_merge_type", "flat", "mm_patch_merge_type = 'flat'"),
     (ORIGINAL, "mm_projector_type", "linear", "mm_projector_type = 'linear'"),
-    (ORIGINAL, "mm_spatial_pool_mode", "average", "mm_spatial_pool_mode = 'average'"),
+    (ORIGINAL, "mm_spatial_pool_mode", "max", "mm_spatial_pool_mode = 'max' is not supported; known: 'bilinear', 'average'"),
+    (ORIGINAL, "mm_spatial_pool_stride", 4, "mm_spatial_pool_stride = 4"),
+    (ORIGINAL, "add_faster_video", True, "add_faster_video = True"),
 ]
 
 

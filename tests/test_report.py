@@ -93,7 +93,7 @@ def test_frames_of_a_video_lie_side_by_side_on_a_board_and_newlines_nowhere():
     """Four frames in a row and one below, each of 1 x 2 tokens, then a newline and a picture cut otherwise."""
     video = VisionInput(torch.zeros(0), ((5, 1, 2), (1, 1, 1)), (2, 4), is_video=True)
     other = VisionInput(torch.zeros(0), ((1, 2, 2),), (4, 4))
-    cells = board_cells([video, other], across=4)
+    cells = board_cells([video, other], across=4, newlines=0)
     assert cells == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, -1, -1, -1, -1, -1]
     assert Board(Image.new("RGB", (96, 24)), (2, 8), cells).places([0, 9, 10, 14]) == [0, 9]
 

@@ -111,7 +111,7 @@ def clip_features(model: LlavaOnevisionModel, seen: Tensor) -> Tensor:
     """What the tower saw in N clips (N * F, P, V) -> vision tokens (N, F * pooled patches + 1, D)."""
     frames = model.multi_modal_projector(seen).unflatten(0, (-1, clips.FRAMES))
     newline = model.image_newline.to(frames.dtype)
-    return torch.stack([arrange_video(clip, newline) for clip in frames])
+    return torch.stack([arrange_video(clip, newline, *model.config.video_layout) for clip in frames])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..config import LlavaOnevisionConfig
 from ..evaluate import Record
 from ..images import ImageProcessor, open_image
 from ..plans import Plan
@@ -56,13 +57,21 @@ def board_of(vlm: VisionLanguageModel, request: Request) -> Board:
     panels = seen_pictures(vlm, request, media)
     grids = [medium.grids[0][1:] for medium in media for _ in range(medium.grids[0][0])]
     alike = [panel for panel, grid in zip(panels, grids, strict=True) if grid == grids[0]]
-    (rows, columns), across = grids[0], min(FRAMES_A_ROW, len(alike))
+    (rows, columns), across, newlines = grids[0], min(FRAMES_A_ROW, len(alike)), newline_columns(vlm, media[0])
+    columns -= newlines
     width, height, down = columns * PIXELS, rows * PIXELS, -(-len(alike) // across)
-    picture = Image.new("RGB", (across * width, down * height), PAPER)
+    picture = Image.new("RGB", (across * width, down * height), INK)
+    line = int(len(alike) > 1)  # between pictures, so that frames that are alike can be told apart
     for place, panel in enumerate(alike):
-        resized = panel.resize((width, height), Image.Resampling.BICUBIC)
+        resized = panel.resize((width - line, height - line), Image.Resampling.BICUBIC)
         picture.paste(resized, (place % across * width, place // across * height))
-    return Board(picture, (down * rows, across * columns), board_cells(media, across))
+    return Board(picture, (down * rows, across * columns), board_cells(media, across, newlines))
+
+
+def newline_columns(vlm: VisionLanguageModel, medium: VisionInput) -> int:
+    """How many columns of a medium's first grid are newlines, which show nothing: one in the frames of LLaVA-Video."""
+    config = vlm.config
+    return int(medium.is_video and isinstance(config, LlavaOnevisionConfig) and config.mm_newline_position == "grid")
 
 
 def seen_pictures(vlm: VisionLanguageModel, request: Request, media: Sequence[VisionInput]) -> list[Image.Image]:
@@ -79,19 +88,20 @@ def seen_pictures(vlm: VisionLanguageModel, request: Request, media: Sequence[Vi
     return seen
 
 
-def board_cells(media: Sequence[VisionInput], across: int) -> list[int]:
-    """For each vision token the number of its place on a board with `across` pictures side by side."""
+def board_cells(media: Sequence[VisionInput], across: int, newlines: int) -> list[int]:
+    """For each vision token the number of its place on a board with `across` pictures side by side, the last columns apart."""
     _, rows, columns = media[0].grids[0]
     cells: list[int] = []
-    place = 0
+    place, shown = 0, columns - newlines
     for medium in media:
         for number, (frames, high, wide) in enumerate(medium.grids):
             if number or (high, wide) != (rows, columns):
                 cells += [-1] * (frames * high * wide)
                 continue
             for frame in range(place, place + frames):
-                corner = (frame // across * rows * across + frame % across) * columns
-                cells += [corner + row * across * columns + column for row in range(rows) for column in range(columns)]
+                corner = (frame // across * rows * across + frame % across) * shown
+                for start in range(corner, corner + rows * across * shown, across * shown):
+                    cells += [*range(start, start + shown), *[-1] * newlines]
             place += frames
     return cells
 
