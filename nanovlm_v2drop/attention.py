@@ -136,9 +136,9 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) ->
         rows, visible = block.stop - start, block.stop if causal else len(q)
         queries = grouped(q[block] * q.shape[-1] ** -0.5, len(k))  # (K, rows * G, head_dim)
         bias = causal_bias(rows, q) if causal else None
-        heads = queries.split(max(1, SCORES // (queries.shape[1] * visible)))
-        keys_and_values = (cache[:, :visible].split(len(heads[0])) for cache in (k, v))
-        parts = [attend_to_keys(*part, bias) for part in zip(heads, *keys_and_values, strict=True)]
+        at_once = max(1, SCORES // (queries.shape[1] * visible))
+        heads = [slice(first, first + at_once) for first in range(0, len(k), at_once)]
+        parts = [attend_to_keys(queries[some], k[some, :visible], v[some, :visible], bias) for some in heads]
         attended[block] = ungrouped(torch.cat(parts), rows)
     return attended
 

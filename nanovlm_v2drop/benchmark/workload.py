@@ -60,6 +60,8 @@ SHAPES = {
     ),
     "llava-onevision-qwen2-7b-ov": QWEN2_7B(),
     "llava-onevision-qwen2-72b-ov": QWEN2_72B(),
+    "llava-video-7b-qwen2": QWEN2_7B(),
+    "llava-video-72b-qwen2": QWEN2_72B(),
     "qwen2-vl-2b": QWEN2(
         vocab_size=151936,
         hidden_size=1536,
@@ -73,10 +75,11 @@ SHAPES = {
     "qwen2-vl-7b": QWEN2_7B(mrope_section=MROPE_SECTION),
     "qwen2-vl-72b": QWEN2_72B(mrope_section=MROPE_SECTION),
 }
-# Vision tokens of a video, by the beginning of a model's name: pooled frames and a newline; merged patches of pairs of frames
-# of 360 x 640 pixels.
+# Vision tokens of a video, by the beginning of a model's name: pooled frames and a newline; averaged frames with a newline
+# behind every row; merged patches of pairs of frames of 360 x 640 pixels.
 VIDEO_GRIDS: dict[str, Callable[[int], Grids]] = {
     "llava-onevision": lambda frames: ((frames, 14, 14), (1, 1, 1)),
+    "llava-video": lambda frames: ((frames, 13, 14),),
     "qwen2-vl": lambda frames: ((ceil(frames / 2), 13, 23),),
 }
 
