@@ -12,7 +12,7 @@ PACKAGE = Path(nanovlm_v2drop.__file__).parent
 # From the bottom to the top: a module may import from its own row and from those before it.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("config",),
-    ("attention", "arrange"),
+    ("attention", "arrange", "parallel"),
     ("dropping",),
     ("vision", "decoder"),
     ("vision_qwen2",),
