@@ -175,11 +175,18 @@ def initial_state(packed: PackedInputs) -> PrefillState:
 
 
 def agreed(decoder: Decoder, state: PrefillState) -> PrefillState:
-    """The rows that all processes of a decoder go on with: those of the first, should rounding ever tell two of them apart."""
-    if decoder.tensor_parallel is None:
+    """The rows that all processes of a decoder go on with: the first's, so that no rounding lets two of them keep others."""
+    together = decoder.tensor_parallel
+    if together is None:
         return state
-    names = ("hidden_states", "position_ids", "vision_mask", "vision_indices", "marks")
-    return replace(state, **decoder.tensor_parallel.agreed({name: getattr(state, name) for name in names}))
+    return replace(
+        state,
+        hidden_states=together.agreed(state.hidden_states),
+        position_ids=together.agreed(state.position_ids),
+        vision_mask=together.agreed(state.vision_mask),
+        vision_indices=together.agreed(state.vision_indices),
+        marks=None if state.marks is None else together.agreed(state.marks),
+    )
 
 
 def next_positions(state: PrefillState) -> Tensor:

@@ -2,16 +2,17 @@
 
     torchrun --nproc-per-node 4 train_free_eval.py --tensor-parallel 2      two replicas, of two processes each
 
-Processes that share a decoder are neighbours in rank. Each holds an equal share of the heads of every layer, of its MLP and of
-the head's rows, and a whole copy of the rest: torch's DTensor cuts the matrices as its ColwiseParallel and RowwiseParallel would.
-Layers then compute with plain tensors, the local shards, since DTensor's dispatcher takes 0.1 ms a matrix, which is more than a
-decoded token spends in it.
+Processes that share a decoder are neighbours in rank. Each holds an equal share of every layer's heads and MLP and of the
+head's rows, and a whole copy of the rest: torch's DTensor cuts the matrices, as its ColwiseParallel and RowwiseParallel would.
+Layers then compute with plain tensors, the local shards, since DTensor's dispatcher takes 0.1 ms or more a matrix, which is
+longer than a GPU takes to decode with it.
 
-Outside torchrun nothing here touches torch.distributed. Shapes: H heads of the decoder, N processes that share it, V vocabulary.
+Outside torchrun nothing here touches torch.distributed.
+Shapes: H heads of the decoder, N processes that share it, V vocabulary.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
@@ -167,13 +168,10 @@ class TensorParallel:
         dist.all_gather(parts, heads.contiguous(), group=self.mesh.get_group())
         return torch.cat(parts, dim=-2)
 
-    def agreed(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """The first process's tensors, in all of them."""
-        return {name: None if tensor is None else self.first_of(tensor) for name, tensor in tensors.items()}
-
-    def first_of(self, tensor: Tensor) -> Tensor:
+    def agreed(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor, in all of them; a copy."""
         group = self.mesh.get_group()
-        # Gloo and NCCL know no booleans; a copy, since what came in may be a view of something that others read.
+        # Neither gloo nor NCCL knows booleans.
         sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.clone(memory_format=torch.contiguous_format)
         dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
         return sent.to(tensor.dtype)
@@ -202,8 +200,9 @@ def split_decoder(decoder: "Decoder", mesh: "DeviceMesh") -> dict[str, tuple[sli
     decoder.tensor_parallel = processes = TensorParallel(mesh)
     parts: dict[str, tuple[slice, ...]] = {}
     for path, linear in decoder.named_modules():
-        dim = SPLIT.get(path.rpartition(".")[2])
-        for name, whole in list(linear.named_parameters(recurse=False)) if dim is not None else ():
+        if (dim := SPLIT.get(path.rpartition(".")[2])) is None:
+            continue
+        for name, whole in list(linear.named_parameters(recurse=False)):
             shard = distribute_tensor(whole.detach(), mesh, [Shard(dim)], src_data_rank=None).to_local()
             setattr(linear, name, nn.Parameter(shard, requires_grad=False))
             parts[f"{path}.{name}"] = own_part(whole.shape, dim, mesh)

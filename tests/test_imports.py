@@ -24,7 +24,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("zoo",),
     ("demo.scenes", "demo.clips"),
     ("tasks",),
-    ("plans", "ablations", "bootstrap", "position_bias"),
+    ("plans", "ablations", "bootstrap", "position_bias", "records"),
     ("evaluate", "benchmark", "theory", "lmms_adapter", "demo.data", "demo.export", "demo.warm_start", "demo.train"),
     ("claims",),
     ("report",),

@@ -61,8 +61,8 @@ class PrefillState:
     seeds: tuple[int, ...]  # one number a sequence, the same in every batch
     vision: tuple[VisionTrace, ...] = ()  # one a grid, those of all sequences in order
     marks: Tensor | None = None  # (T,) what the method's `begin` noted of each row; it stays beside its row
-    all_heads: Callable[[Tensor], Tensor] = lambda heads: heads  # (..., own heads, head_dim) -> (..., all heads, head_dim), where
-    # the decoder is split over processes
+    # (..., own heads, head_dim) -> (..., all heads, head_dim), where the decoder is split over processes:
+    all_heads: Callable[[Tensor], Tensor] = lambda heads: heads
     # Only at a drop point:
     queries: Tensor | None = None  # (T, own H, head_dim) of the layer before, rotated; None unless the method reads attention
     keys: Tensor | None = None  # (T, own K, head_dim)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..evaluate import Record
 from ..images import ImageProcessor, open_image
 from ..plans import Plan
 from ..prompts import Request
+from ..records import Record
 from ..tasks import Sample
 from ..video import read_frames
 from ..vlm import VisionInput
