@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from .config import LlavaConfig, VLMConfig, read_json_object
 from .decoder import Decoder
@@ -48,6 +50,7 @@ RENAMES: tuple[tuple[str, str | None], ...] = (
 )
 VISION_BLOCK = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
+DRAWS = (init.normal_, init.uniform_, init.kaiming_uniform_)
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 SAFETENSORS_TWINS = (
@@ -57,6 +60,19 @@ SAFETENSORS_TWINS = (
 
 class CheckpointError(ValueError):
     """The files do not hold exactly the tensors of the model; the message names them and the file."""
+
+
+class Uninitialised(TorchFunctionMode):
+    """Modules made under this draw no initial values: on the meta device torch imports its compiler for them, which takes longer
+    than reading a gigabyte.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs or {})
+        if func in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
 
 
 class StoredTensor(NamedTuple):
@@ -96,7 +112,7 @@ def load_model(
         ValueError: the decoder cannot be split over so many processes.
         CheckpointError: the weights are not exactly the model's, are not finite, or cannot be read.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         model = MODEL_CLASSES[type(config)](config, attention)
     sources = match_tensors(list_tensors(Path(folder)), model, Path(folder))
     parts = {} if mesh is None else split_parts(model.language_model, mesh)
