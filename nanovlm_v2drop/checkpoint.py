@@ -63,8 +63,9 @@ class CheckpointError(ValueError):
 
 
 class Uninitialised(TorchFunctionMode):
-    """Modules made under this draw no initial values: on the meta device torch imports its compiler for them, which takes longer
-    than reading a gigabyte.
+    """Modules made under this draw no initial values.
+
+    On the meta device torch imports its compiler to draw them, which takes longer than reading a gigabyte.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

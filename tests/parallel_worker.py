@@ -1,4 +1,4 @@
-"""What each of two processes does with a shared decoder for tests/test_parallel.py: python parallel_worker.py OUTPUT FOLDER..."""
+"""What each of two processes does with a shared decoder for tests/test_parallel.py: parallel_worker.py OUTPUT FOLDER..."""
 
 import sys
 from pathlib import Path
