@@ -119,3 +119,9 @@ def test_importing_the_package_loads_no_optional_library() -> None:
     loaded = set(ast.literal_eval(done.stdout))
     assert "torch" in loaded
     assert not loaded & {"transformers", "torchvision", "pyarrow", "matplotlib", "av", "flash_attn", "lmms_eval"}
+
+
+def test_loading_a_model_does_not_import_torchs_compiler() -> None:
+    script = "import sys, nanovlm_v2drop\nnanovlm_v2drop.load('demo')\nprint({'torch._dynamo', 'sympy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert done.stdout.strip() == "set()"
