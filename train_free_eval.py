@@ -10,6 +10,8 @@
     python train_free_eval.py --model llava-1.5-7b --weights DIR --data DIR   the same from local folders
     python train_free_eval.py --image photo.jpg --prompt "What is this?" --tokens 48
     python train_free_eval.py --model demo-video --video clip.mp4 --prompt "What moves?" --retain 0.25
+    torchrun --nproc-per-node 8 train_free_eval.py                        the samples over 8 processes, a GPU each
+    torchrun --nproc-per-node 8 train_free_eval.py --tensor-parallel 4    over two replicas, of four processes each
 
 The last line of stdout is one JSON object; results/<run>/ gets report.html, a summary, and one JSON line an answer.
 """
@@ -36,9 +38,10 @@ from nanovlm_v2drop.attention import BACKENDS
 from nanovlm_v2drop.checkpoint import CheckpointError
 from nanovlm_v2drop.claims import find_claims
 from nanovlm_v2drop.dropping import DROPPERS
-from nanovlm_v2drop.evaluate import describe_machine, evaluate, read_records, run_summary, summarise, summarise_bias
+from nanovlm_v2drop.evaluate import Record, describe_machine, evaluate, read_records, run_summary, summarise, summarise_bias
 from nanovlm_v2drop.images import ASPECT_RATIOS, DEFAULT_ASPECT_RATIO
 from nanovlm_v2drop.inference import MAX_NEW_TOKENS, generate
+from nanovlm_v2drop.parallel import ALONE, Processes, join_processes, leave_processes
 from nanovlm_v2drop.plans import ALL, DENSE, Plan, Shape, equal_budget_plans, first_seeds, official_plans, prompt_shape
 from nanovlm_v2drop.prompts import TEMPLATES, Request
 from nanovlm_v2drop.report.gallery import GalleryRow, board_of, describe_gallery, draw_gallery
@@ -75,6 +78,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="the first seed of methods that draw at random")
     add("--seeds", type=int, default=3, help="how many seeds, whose answers share a row")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--tensor-parallel", type=int, default=1, help="processes that share a decoder, of those that torchrun starts")
     add("--dtype", choices=DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
     add("--attention", choices=("auto", *BACKENDS), default="auto")
     add("--image-aspect-ratio", choices=ASPECT_RATIOS, default=DEFAULT_ASPECT_RATIO, help="pad as the papers, crop as llava-hf")
@@ -92,7 +96,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--image or --video belongs together with --prompt")
     if arguments.resume and arguments.output is None:
         parser.error("--resume needs the --output of the run to go on with")
-    for name in ("limit", "batch_size", "seeds", "frames"):
+    for name in ("limit", "batch_size", "seeds", "frames", "tensor_parallel"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
     return arguments
@@ -107,15 +111,36 @@ def numbers(text: str) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
+    arguments, processes = parse_arguments(argv), ALONE
     try:
-        mode = answer_one if arguments.prompt else ledger if arguments.claims else evaluate_tasks
-        run = mode(arguments)
+        processes = join_processes(torch.device(arguments.device).type, arguments.tensor_parallel)
+        arguments.device = processes.device(arguments.device)
+        run = run_mode(arguments, processes)
     except (WeightsUnavailable, DatasetUnavailable, CheckpointError, ValueError, FileNotFoundError, ImportError) as error:
-        print(f"train_free_eval.py: {error}", file=sys.stderr)
+        print(f"train_free_eval.py: {rank_of(processes)}{error}", file=sys.stderr)
         return 2
-    print(json.dumps(run))
+    if processes.is_first:
+        print(json.dumps(run))
+    leave_processes()
     return 0
+
+
+def rank_of(processes: Processes) -> str:
+    return "" if processes.world_size == 1 else f"process {processes.rank}: "
+
+
+def run_mode(arguments: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    """What the last line of stdout says, of which the first process alone knows the results."""
+    if not arguments.prompt and not arguments.claims:
+        return evaluate_tasks(arguments, processes)
+    if arguments.claims and processes.world_size > 1:
+        raise ValueError("--claims is for one process; start train_free_eval.py without torchrun")
+    if processes.replicas > 1:
+        raise ValueError(
+            f"one question keeps one decoder busy, not {processes.replicas}: start train_free_eval.py without torchrun, "
+            f"or share the decoder with --tensor-parallel {processes.world_size}"
+        )
+    return answer_one(arguments, processes) if arguments.prompt else ledger(arguments)
 
 
 def load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
@@ -130,6 +155,7 @@ def load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
         weights=arguments.weights,
         max_pixels=arguments.max_pixels,
         sampling=UniformSampling(arguments.frames) if arguments.frames else None,
+        tensor_parallel=arguments.tensor_parallel,
     )
 
 
@@ -149,22 +175,33 @@ def output_folder(arguments: argparse.Namespace) -> Path:
     return arguments.output or Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def evaluate_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run every task, print the tables, leave results behind; the returned object is the last line of stdout."""
+def evaluate_tasks(arguments: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    """Run every task; the first process prints the tables, leaves results behind, and returns the last line of stdout."""
     tasks = [load_task(name, arguments.data) for name in arguments.tasks or default_tasks(arguments.model)]
     vlm = load_model(arguments)
-    output, plans = output_folder(arguments), {}
+    output, plans = processes.agreed(output_folder(arguments)), {}  # its default name holds the time
     about = run_summary(vlm, [])
-    print(", ".join(f"{name} {about[name]}" for name in ("model", "device", "dtype", "attention", "decode_attention")))
-    galleries: list[dict[str, Any]] = []
+    if processes.is_first:
+        print(", ".join(f"{name} {about[name]}" for name in ("model", "device", "dtype", "attention", "decode_attention")))
+    shown: dict[str, list[Sample]] = {}
     for task in tasks:
         plans[task.name] = plans_for(prompt_shape(vlm, task.first_sample().request), arguments)
-        galleries += run_task(vlm, task, plans[task.name], output, arguments)
+        shown[task.name] = run_task(vlm, task, plans[task.name], output, arguments, processes)
+    if not processes.is_first:
+        return about
     records = read_records(output)
+    galleries = [row for task in tasks for row in describe_galleries(vlm, task, shown[task.name], plans[task.name], records)]
     rows = [row for task in tasks for row in summarise(vlm, task, plans[task.name], records)]
     bias = [entry for task in tasks for entry in summarise_bias(task, plans[task.name], records)]
     print_run(rows, bias, Console(width=None if sys.stdout.isatty() else 140))
-    run = {**run_summary(vlm, rows), **provenance(vlm, arguments), "position_bias": bias, "output": str(output)}
+    run = {
+        **run_summary(vlm, rows),
+        **provenance(vlm, arguments),
+        "processes": processes.world_size,
+        "tensor_parallel": processes.tensor_parallel,
+        "position_bias": bias,
+        "output": str(output),
+    }
     for name, content in (("summary.json", run), ("galleries.json", galleries)):
         (output / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"report: {write_page(output)}")
@@ -193,24 +230,36 @@ def default_tasks(model: str) -> list[str]:
 
 
 def run_task(
-    vlm: VisionLanguageModel, task: Task, plans: list[Plan], output: Path, arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Answer one task with a progress bar on stderr, and describe what was kept of the first samples."""
-    samples = evaluate(
-        vlm, task, plans, output, limit=arguments.limit, batch_size=arguments.batch_size, resume=arguments.resume
-    )
-    total = arguments.limit or task.default_samples
+    vlm: VisionLanguageModel,
+    task: Task,
+    plans: list[Plan],
+    output: Path,
+    arguments: argparse.Namespace,
+    processes: Processes,
+) -> list[Sample]:
+    """Answer one task with a progress bar on stderr; gives the first samples, of which is drawn what was kept."""
+    options = {"limit": arguments.limit, "batch_size": arguments.batch_size, "resume": arguments.resume}
+    samples = evaluate(vlm, task, plans, output, **options, processes=processes)
+    total, description = arguments.limit or task.default_samples, f"{vlm.name} on {task.name}"
     shown: list[Sample] = []
-    for sample in track(samples, description=f"{vlm.name} on {task.name}", total=total, console=Console(stderr=True)):
+    console = Console(stderr=True)
+    for sample in track(samples, description=description, total=total, console=console, disable=not processes.is_first):
         shown += [sample] if len(shown) < PICTURES else []
-    records = {(record.plan, record.sample_id): record for record in read_records(output) if record.task == task.name}
+    return shown
+
+
+def describe_galleries(
+    vlm: VisionLanguageModel, task: Task, shown: Sequence[Sample], plans: list[Plan], records: Sequence[Record]
+) -> list[dict[str, Any]]:
+    """What each plan kept of the samples."""
+    found = {(record.plan, record.sample_id): record for record in records if record.task == task.name}
     num_layers = vlm.config.text_config.num_hidden_layers
     return [
         describe_gallery(
             task.name,
             sample,
             board_of(vlm, sample.request),
-            [(plan, records[plan.key, sample.sample_id]) for plan in first_seeds(plans)],
+            [(plan, found[plan.key, sample.sample_id]) for plan in first_seeds(plans)],
             num_layers,
         )
         for sample in shown
@@ -227,7 +276,7 @@ def ledger(arguments: argparse.Namespace) -> dict[str, Any]:
     return run
 
 
-def answer_one(arguments: argparse.Namespace) -> dict[str, Any]:
+def answer_one(arguments: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """One question about one picture or video with every method and budget; prints the answers and draws what was kept."""
     vlm = load_model(arguments)
     images = [] if arguments.image is None else [arguments.image]
@@ -235,9 +284,12 @@ def answer_one(arguments: argparse.Namespace) -> dict[str, Any]:
     drawn, results = [], []
     for plan in first_seeds(plans_for(prompt_shape(vlm, request), arguments)):
         (answer,) = generate(vlm, [request], plan.dropper, max_new_tokens=MAX_NEW_TOKENS)
-        print(f"{plan.row:>20}  {answer.text}")
+        if processes.is_first:
+            print(f"{plan.row:>20}  {answer.text}")
         drawn.append(GalleryRow(plan.row, answer.text, [(layer, kept.tolist()) for layer, kept in answer.kept]))
         results.append({"method": plan.method, "asked_tokens": plan.asked_tokens, "text": answer.text})
+    if not processes.is_first:
+        return run_summary(vlm, results)
     path = output_folder(arguments) / "kept.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_gallery(board_of(vlm, request), arguments.prompt, drawn).save(path)

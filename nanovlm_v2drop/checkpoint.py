@@ -5,19 +5,27 @@ answer. The headers of all files are matched with the model before any value is 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from .config import LlavaConfig, VLMConfig, read_json_object
 from .decoder import Decoder
 from .linear import can_prepack, prepack
+from .parallel import split_decoder
 from .vlm import MODEL_CLASSES, VLM
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Parts = Mapping[str, tuple[slice, ...]]  # our name -> the part of that tensor that is read; what is not named is read whole
 
 # Stored name -> ours. The first pattern that matches decides; None is left out on purpose; a name that none matches
 # stays as it is. The same weights are in circulation under four sets of names:
@@ -43,6 +51,7 @@ RENAMES: tuple[tuple[str, str | None], ...] = (
 )
 VISION_BLOCK = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
+DRAWS = (init.normal_, init.uniform_, init.kaiming_uniform_)
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 SAFETENSORS_TWINS = (
@@ -52,6 +61,20 @@ SAFETENSORS_TWINS = (
 
 class CheckpointError(ValueError):
     """The files do not hold exactly the tensors of the model; the message names them and the file."""
+
+
+class Uninitialised(TorchFunctionMode):
+    """Modules made under this draw no initial values.
+
+    On the meta device torch imports its compiler to draw them, which takes longer than reading a gigabyte.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs or {})
+        if func in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
 
 
 class StoredTensor(NamedTuple):
@@ -67,7 +90,13 @@ class StoredTensor(NamedTuple):
 
 
 def load_model(
-    folder: Path, config: VLMConfig, *, device: torch.device, dtype: torch.dtype, attention: str = "auto"
+    folder: Path,
+    config: VLMConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    mesh: "DeviceMesh | None" = None,
 ) -> VLM:
     """Read an official checkpoint into a model that is ready for inference (eval mode, no gradients).
 
@@ -79,20 +108,23 @@ def load_model(
         folder: holds model.safetensors, or shards with model.safetensors.index.json, or one other *.safetensors file.
         config: what the folder's config.json says.
         attention: the back end, as attention.resolve_backend takes it.
+        mesh: the processes that share the decoder (parallel.tensor_mesh); each reads its own part of the split matrices only.
 
     Raises:
         FileNotFoundError: the folder or its weights are not there.
+        ValueError: the decoder cannot be split over so many processes.
         CheckpointError: the weights are not exactly the model's, are not finite, or cannot be read.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         model = MODEL_CLASSES[type(config)](config, attention)
     sources = match_tensors(list_tensors(Path(folder)), model, Path(folder))
-    state = dict(read_tensors(sources, device, dtype))
+    parts = {} if mesh is None else split_parts(model.language_model, mesh)
+    state = dict(read_tensors(sources, parts, device, dtype))
     if config.text_config.tie_word_embeddings:
-        state.setdefault(HEAD, state[EMBEDDINGS])
+        state[HEAD] = tied_head(state, parts)
     model.load_state_dict(state, strict=True, assign=True)
-    if config.text_config.tie_word_embeddings:
-        tie_head(model.language_model)
+    if config.text_config.tie_word_embeddings and mesh is None:
+        model.language_model.lm_head.weight = model.language_model.embed_tokens.weight  # assigning has made two of them
     check_materialised(model)
     model.eval().requires_grad_(False)
     if can_prepack(device, dtype):
@@ -240,13 +272,14 @@ def check_shapes(sources: dict[str, StoredTensor], parameters: dict[str, Tensor]
 
 
 def read_tensors(
-    sources: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype
+    sources: dict[str, StoredTensor], parts: Parts, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Give every tensor under our name, on its device and in its dtype; only one is in two forms at a time."""
     for file, items in groupby(sources.items(), key=lambda item: item[1].file):
         with open_safetensors(file) as opened:
             for name, source in items:
-                yield name, converted(opened.get_tensor(source.name), source, device, dtype)
+                stored = opened.get_slice(source.name)[parts[name]] if name in parts else opened.get_tensor(source.name)
+                yield name, converted(stored, source, device, dtype)
 
 
 def converted(stored: Tensor, source: StoredTensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -265,14 +298,20 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
-def tie_head(decoder: Decoder) -> None:
-    """Make the head and the embeddings one parameter again, which assigning a state dict has undone."""
-    if not torch.equal(decoder.lm_head.weight, decoder.embed_tokens.weight):
+def split_parts(decoder: Decoder, mesh: "DeviceMesh") -> Parts:
+    """What this process reads of the tensors of a decoder that it shares."""
+    return {f"language_model.{name}": part for name, part in split_decoder(decoder, mesh).items()}
+
+
+def tied_head(state: Mapping[str, Tensor], parts: Parts) -> Tensor:
+    """The head, as a view of the embeddings that it is tied to; raises CheckpointError where a stored one differs."""
+    head = state[EMBEDDINGS][parts.get(HEAD, ())]
+    if HEAD in state and not torch.equal(state[HEAD], head):
         raise CheckpointError(
             "config.json ties lm_head to embed_tokens (tie_word_embeddings), but the stored two differ; "
             "correct the setting or remove lm_head.weight"
         )
-    decoder.lm_head.weight = decoder.embed_tokens.weight
+    return head
 
 
 def check_materialised(model: VLM) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TextConfig
+from .parallel import TensorParallel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
 CPU_ROWS = 512
@@ -133,9 +134,19 @@ class Decoder(nn.Module):
         self.config = config
         self.attention = attention  # back end asked for; see attention.resolve_backend
         self.cuda_graph = False  # decode by a CUDA graph; see inference.GraphedSteps
+        self.tensor_parallel: TensorParallel | None = None  # the processes that hold the rest of it; see parallel.split_decoder
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    def all_heads(self, heads: Tensor) -> Tensor:
+        """(..., own heads, head_dim) -> (..., all heads, head_dim)"""
+        return heads if self.tensor_parallel is None else self.tensor_parallel.all_heads(heads)
+
+    def query_and_keys(self, layer: DecoderLayer, hidden_states: Tensor, rotary: Rotary, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What `layer` says of all heads."""
+        queries, keys = layer.query_and_keys(hidden_states, rotary, rows)
+        return self.all_heads(queries), self.all_heads(keys)

@@ -13,7 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
@@ -25,36 +25,13 @@ from .attention import decode_backend
 from .bootstrap import resample, score_fields
 from .config import read_json_object
 from .inference import NothingDropped, decode_tokens, decode_until, prefill
+from .parallel import ALONE, Processes
 from .plans import DENSE, Plan
 from .position_bias import position_bias
+from .records import Record, append_records, merge_records, read_records, records_path
 from .tasks import Sample, Task
 from .vlm import PackedInputs
 from .zoo import VisionLanguageModel
-
-
-@dataclass
-class Record:
-    """One answer of one plan to one sample: a line of samples.jsonl. Times of a batch are shared out evenly."""
-
-    task: str
-    plan: str
-    sample_id: str
-    kind: str
-    group: str
-    question: str
-    answer: str
-    text: str
-    correct: float
-    text_tokens: int
-    vision_tokens: int
-    vision_ms: float
-    prefill_ms: float
-    decode_ms: float
-    decode_steps: int
-    kv_cache_bytes: int
-    peak_memory_mb: float
-    kept: list[list[int]] = field(default_factory=list)
-    vision_grids: list[list[int]] = field(default_factory=list)  # frames, rows, columns of each picture or video
 
 
 def evaluate(
@@ -66,31 +43,56 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 1,
     resume: bool = False,
+    processes: Processes = ALONE,
 ) -> Iterator[Sample]:
-    """Answer the task's samples with every plan, appending to `output`/samples.jsonl; yields each finished sample.
+    """Answer the task's samples with every plan, appending to `output`/samples.jsonl; yields each sample that is behind it.
 
-    With `resume`, answers that are already in the file are not made again. Raises ValueError where the file holds answers
-    to this task and `resume` is not set: nothing is overwritten.
+    With `resume`, answers that are already in the file are not made again. Several `processes` take the batches in turn, one
+    replica each, and write to files of their own (samples-RANK.jsonl), which the first puts together at the end, in the order
+    that one process would have written; every process yields all samples. Parts that a killed run has left are put together
+    at the start, with however many processes that run was. Raises ValueError where the output holds answers to this task and
+    `resume` is not set: nothing is overwritten.
     """
-    path = output / "samples.jsonl"
+    if processes.is_first:
+        merge_records(output)
+        check_resumable(task, output, resume)
+        check_same_settings(vlm, output)
+    processes.wait()
     done = {(record.plan, record.sample_id) for record in read_records(output) if record.task == task.name}
-    if done and not resume:
-        raise ValueError(f"{path} already holds answers to {task.name}; go on with --resume, or choose another --output")
-    check_same_settings(vlm, output)
     samples = task.samples(task.default_samples if limit is None else limit)
-    warm = False
-    while batch := list(islice(samples, batch_size)):
+    warm, order = False, list[tuple[str, str]]()
+    for number, batch in enumerate(iter(lambda: list(islice(samples, batch_size)), [])):
+        order += [(plan.key, sample.sample_id) for plan in plans for sample in batch]
+        missing = [] if number % processes.replicas != processes.replica else missing_answers(batch, plans, done)
         prepared: dict[tuple[str, ...], Prepared] = {}  # one for all plans, unless an interruption left them uneven
-        for plan in plans:
-            missing = [sample for sample in batch if (plan.key, sample.sample_id) not in done]
-            if not missing:
-                continue
-            ids = tuple(sample.sample_id for sample in missing)
+        for plan, asked in missing:
+            ids = tuple(sample.sample_id for sample in asked)
             if not warm:  # the first run pays for page faults and kernel selection: not counted
-                warm = bool(answer_batch(vlm, task, plan, prepare_batch(vlm, missing)))
-            prepared[ids] = prepared.get(ids) or prepare_batch(vlm, missing)
-            append_records(path, answer_batch(vlm, task, plan, prepared[ids]))
+                warm = bool(answer_batch(vlm, task, plan, prepare_batch(vlm, asked)))
+            prepared[ids] = prepared.get(ids) or prepare_batch(vlm, asked)
+            records = answer_batch(vlm, task, plan, prepared[ids])
+            if processes.is_first_of_replica:
+                append_records(records_path(output, processes), records)
         yield from batch
+    processes.wait()
+    if processes.is_first and processes.world_size > 1:
+        merge_records(output, task.name, order)
+    processes.wait()
+
+
+def missing_answers(
+    batch: Sequence[Sample], plans: Sequence[Plan], done: set[tuple[str, str]]
+) -> list[tuple[Plan, list[Sample]]]:
+    """The plans that have not answered all samples of a batch, each with those that are left."""
+    left = [(plan, [sample for sample in batch if (plan.key, sample.sample_id) not in done]) for plan in plans]
+    return [(plan, samples) for plan, samples in left if samples]
+
+
+def check_resumable(task: Task, output: Path, resume: bool) -> None:
+    """Raise ValueError where there are answers to this task that nobody asked to go on with."""
+    if not resume and any(record.task == task.name for record in read_records(output)):
+        path = output / "samples.jsonl"
+        raise ValueError(f"{path} already holds answers to {task.name}; go on with --resume, or choose another --output")
 
 
 def check_same_settings(vlm: VisionLanguageModel, output: Path) -> None:
@@ -133,7 +135,8 @@ def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: Pre
             warnings.simplefilter("ignore", NothingDropped)
         prefilled = prefill(decoder, packed, plan.dropper, max_new_tokens=task.max_new_tokens)
     filled = timestamp(vlm.device)
-    cache_bytes = [prefilled.cache.nbytes_of(index) for index in range(count)]
+    shares = 1 if decoder.tensor_parallel is None else decoder.tensor_parallel.size  # each process holds one of the cache
+    cache_bytes = [shares * prefilled.cache.nbytes_of(index) for index in range(count)]
     tokens = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, task.max_new_tokens)
     finished, peak = timestamp(vlm.device), peak_memory_mb(vlm.device)
     kept = prefilled.kept
@@ -169,23 +172,6 @@ def timestamp(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def append_records(path: Path, records: Sequence[Record]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
-
-
-def read_records(output: Path) -> list[Record]:
-    """The answers written so far. A last line that was cut off by the interruption is removed from the file."""
-    path = output / "samples.jsonl"
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [Record(**json.loads(line)) for line in whole.splitlines()]
 
 
 def summarise(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ Shapes: T tokens of all sequences packed, B sequences, D hidden_size, K key/valu
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, cast
@@ -58,7 +58,7 @@ def prefill(
     """
     config, layers_read = decoder.config, set[int]()
     backend = resolve_backend(decoder.attention, packed.inputs_embeds.device, packed.inputs_embeds.dtype)
-    state = initial_state(packed)
+    state = agreed(decoder, replace(initial_state(packed), all_heads=decoder.all_heads))
     if dropper is not None:
         dropper.schedule.check(config.num_hidden_layers, dropper.earliest_layer, dropper.latest_layer)
         layers_read = {layer - 1 for layer in dropper.schedule} if dropper.reads_attention else layers_read
@@ -76,8 +76,8 @@ def prefill(
         state.layer_idx = layer_idx
         if dropper is not None and layer_idx in dropper.schedule:
             state.rotary, state.final_norm = rotary, decoder.norm
-            state.project_next = partial(cast(DecoderLayer, layer).query_and_keys, state.hidden_states, rotary)
-            state = dropper(state).without_surroundings()
+            state.project_next = partial(decoder.query_and_keys, cast(DecoderLayer, layer), state.hidden_states, rotary)
+            state = agreed(decoder, dropper(state).without_surroundings())
             rotary = rotary_table(config, state.position_ids, state.hidden_states.dtype)
             next_position = next_positions(state) if dropper.renumbers else next_position
             survivors.append((layer_idx, state.vision_indices.split(state.seqlens)))
@@ -116,6 +116,21 @@ def initial_state(packed: PackedInputs) -> PrefillState:
         vision_grids=packed.vision_grids,
         seeds=packed.seeds,
         vision=packed.vision,
+    )
+
+
+def agreed(decoder: Decoder, state: PrefillState) -> PrefillState:
+    """The rows that all processes of a decoder go on with: the first's, so that no rounding lets two of them keep others."""
+    together = decoder.tensor_parallel
+    if together is None:
+        return state
+    return replace(
+        state,
+        hidden_states=together.agreed(state.hidden_states),
+        position_ids=together.agreed(state.position_ids),
+        vision_mask=together.agreed(state.vision_mask),
+        vision_indices=together.agreed(state.vision_indices),
+        marks=None if state.marks is None else together.agreed(state.marks),
     )
 
 

@@ -50,4 +50,6 @@ def prepack(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear and id(child.weight) not in tables:
-                setattr(parent, name, PrepackedLinear(child))
+                packed = PrepackedLinear(child)
+                packed._forward_hooks = child._forward_hooks  # the sums over processes that share a decoder
+                setattr(parent, name, packed)

@@ -20,6 +20,7 @@ from .config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLC
 from .images import DEFAULT_ASPECT_RATIO, ImageProcessor, ImageSource
 from .images_onevision import NextImageProcessor, OnevisionImageProcessor
 from .images_qwen2 import Qwen2VLImageProcessor
+from .parallel import join_processes, tensor_mesh
 from .prompts import TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
 from .video import FpsSampling, FrameSampling, UniformSampling, read_frames
 from .vlm import VLM, PackedInputs, VisionInput
@@ -213,6 +214,7 @@ def load(
     weights: str | Path | None = None,
     max_pixels: int | None = None,
     sampling: FrameSampling | None = None,
+    tensor_parallel: int = 1,
 ) -> VisionLanguageModel:
     """Load a model by its name in MODELS, or from a folder in the layout of the official checkpoints.
 
@@ -225,12 +227,19 @@ def load(
         weights: for a named model, a local folder of its official checkpoint that is read instead of the Hub.
         max_pixels: the most that Qwen2-VL leaves of a picture or frame; None is the checkpoint's own bound.
         sampling: which frames of a video the model sees; None is what its family was released with.
+        tensor_parallel: how many processes share the decoder, each with a part of its heads and of its MLP. All of them must
+            call this, and then `generate` or `prefill` with the same requests; each gets the whole answer. They are those
+            that torchrun started, on a GPU each where `device` is "cuda".
 
     Raises:
         ValueError: an unknown name or option, a back end that cannot run here, a checkpoint that is not exactly right.
         FileNotFoundError: a folder without config.json, weights or tokenizer.
         WeightsUnavailable: a named model that can be neither found nor downloaded.
     """
+    mesh = None
+    if tensor_parallel != 1:
+        processes = join_processes(torch.device(device).type, tensor_parallel)
+        mesh, device = tensor_mesh(torch.device(device).type, tensor_parallel), processes.device(str(device))
     device, dtype = as_device(device), as_dtype(dtype)
     attention = resolve_backend(attention, device, dtype)
     if template is not None and template not in TEMPLATES:
@@ -241,7 +250,7 @@ def load(
     # The weights come last: everything else fails in milliseconds.
     image_processor = media_processor(folder, config, image_aspect_ratio, max_pixels)
     tokenizer = load_tokenizer(folder, config.vision_tokens)
-    model = load_model(folder, config, device=device, dtype=dtype, attention=attention)
+    model = load_model(folder, config, device=device, dtype=dtype, attention=attention, mesh=mesh)
     template = template or spec.template or family.template
     frames = sampling or spec.sampling or family.sampling
     return VisionLanguageModel(spec.name, model, tokenizer, image_processor, template, frames)

@@ -61,9 +61,11 @@ class PrefillState:
     seeds: tuple[int, ...]  # one number a sequence, the same in every batch
     vision: tuple[VisionTrace, ...] = ()  # one a grid, those of all sequences in order
     marks: Tensor | None = None  # (T,) what the method's `begin` noted of each row; it stays beside its row
+    # (..., own heads, head_dim) -> (..., all heads, head_dim), where the decoder is split over processes:
+    all_heads: Callable[[Tensor], Tensor] = lambda heads: heads
     # Only at a drop point:
-    queries: Tensor | None = None  # (T, H, head_dim) of the layer before, rotated; None unless the method reads attention
-    keys: Tensor | None = None  # (T, K, head_dim)
+    queries: Tensor | None = None  # (T, own H, head_dim) of the layer before, rotated; None unless the method reads attention
+    keys: Tensor | None = None  # (T, own K, head_dim)
     rotary: tuple[Tensor, Tensor] | None = None  # cosines and sines (T, 1, head_dim)
     project_next: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # rows (R,) -> this layer's queries (R, H,
     # head_dim) of these rows and its keys (T, K, head_dim), rotated; costs these two projections
@@ -78,7 +80,7 @@ class PrefillState:
         """(T, H, head_dim) and (T, K, head_dim) of the layer before, rotated; for methods that declare `reads_attention`."""
         if self.queries is None or self.keys is None:
             raise RuntimeError("this method reads the attention of the layer before; it must set reads_attention = True")
-        return self.queries, self.keys
+        return self.all_heads(self.queries), self.all_heads(self.keys)
 
     def last_rows(self) -> Tensor:
         """(B,) the row of each sequence's last token."""

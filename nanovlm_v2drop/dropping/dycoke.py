@@ -173,7 +173,7 @@ class DynamicPruning:
     """Which slots of the cache the new tokens of one generation see; holds the attention of the token before."""
 
     def __init__(self, state: PrefillState, layer: int, prune: float, similarity: float) -> None:
-        self.layer, self.similarity = layer, similarity
+        self.layer, self.similarity, self.all_heads = layer, similarity, state.all_heads
         self.seqlens = state.seqlens
         self.kept_counts = [int(count * (1 - prune)) for count in state.vision_counts]
         self.vision_slots = [rows - start for rows, (start, _) in zip(state.vision_rows(), state.spans, strict=True)]
@@ -183,7 +183,7 @@ class DynamicPruning:
 
     def __call__(self, layer_idx: int, q: Tensor, keys: Tensor, seqlens: Sequence[int]) -> list[Tensor] | None:
         if layer_idx == self.layer - 1:
-            self.visible = self.choose(self.vision_attention(q, keys, seqlens), seqlens)
+            self.visible = self.choose(self.vision_attention(self.all_heads(q), self.all_heads(keys), seqlens), seqlens)
         return self.visible if layer_idx >= self.layer else None
 
     def vision_attention(self, q: Tensor, keys: Tensor, seqlens: Sequence[int]) -> list[Tensor]:

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..config import LlavaOnevisionConfig
-from ..evaluate import Record
 from ..images import ImageProcessor, open_image
 from ..plans import Plan
 from ..prompts import Request
+from ..records import Record
 from ..tasks import Sample
 from ..video import read_frames
 from ..vlm import VisionInput

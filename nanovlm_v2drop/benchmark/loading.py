@@ -1,0 +1,193 @@
+"""How long importing and loading take, beside transformers, each load in a process of its own.
+
+`loading_rows` writes random weights to a temporary folder in llava-hf's layout: a decoder at the layer shapes of an official
+model, as many layers as fit, behind a tower of two small blocks. Both sides read config.json and the weights, no tokenizer.
+Loads are interleaved, seconds are medians over the repeats.
+
+load: until the call returns. ready: until every page of every weight was looked at once, too, since a mapped file that nobody
+has read is loaded in no time. peak: resident memory at its highest, above what it was before the load; pages of a mapped file
+count. warm: the file is in the page cache; cold: it was put out of it, which leaves whatever the disk itself remembers.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoint import Uninitialised, load_model
+from ..config import LlavaConfig, TextConfig, VisionConfig, VLMConfig
+from ..vlm import LlavaModel
+from ..zoo import DTYPES
+
+LOADERS = ("ours", "transformers")
+CACHES = ("warm", "cold")
+TOWER = VisionConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, image_size=112)
+HUB_PREFIXES = (
+    ("language_model.lm_head.", "language_model.lm_head."),
+    ("language_model.", "language_model.model."),
+    ("vision_tower.", "vision_tower.vision_model."),
+)
+
+
+def loading_rows(
+    shape: TextConfig,
+    *,
+    megabytes: float = 1000.0,
+    stored: str = "float16",
+    dtypes: Sequence[str] = ("float16", "bfloat16", "float32"),
+    loaders: Sequence[str] = LOADERS,
+    repeats: int = 3,
+) -> list[dict[str, Any]]:
+    """A row for importing this package, then one for each dtype, page cache and loader.
+
+    Args:
+        shape: the decoder of an official model, see workload.SHAPES; it loses layers until the file has about `megabytes`.
+        stored: dtype of the file.
+        dtypes: those that are loaded into, on the CPU.
+        loaders: "ours", and "transformers" where it is installed.
+
+    Raises ValueError where even one layer is larger than `megabytes`, RuntimeError where a load failed.
+    """
+    rows = [import_row(repeats)]
+    with TemporaryDirectory(prefix="nanovlm-loading-") as place:
+        folder = Path(place)
+        size = write_checkpoint(folder, shape, megabytes, DTYPES[stored])
+        for dtype in dtypes:
+            for cache in CACHES:
+                runs = [[measured_apart(loader, folder, dtype, cache) for loader in loaders] for _ in range(repeats)]
+                about = {"stored": stored, "dtype": dtype, "cache": cache, "file_mb": size / 1e6}
+                rows += [loading_row(loader, about, own) for loader, own in zip(loaders, zip(*runs, strict=True), strict=True)]
+    return rows
+
+
+def loading_row(loader: str, about: dict[str, Any], runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    return {
+        "loading": loader,
+        **about,
+        **{name: median(run[name] for run in runs) for name in ("load_seconds", "ready_seconds", "cpu_seconds", "peak_mb")},
+        "rounds_seconds": [run["load_seconds"] for run in runs],
+    }
+
+
+def import_row(repeats: int) -> dict[str, Any]:
+    """Seconds that importing this package takes when torch is there already, and those that torch takes."""
+    script = (
+        "import time; start = time.perf_counter(); import torch; middle = time.perf_counter(); import nanovlm_v2drop; "
+        "print([middle - start, time.perf_counter() - middle])"
+    )
+    runs = [json.loads(output_of(script)) for _ in range(repeats)]
+    torch_seconds, own_seconds = (median(seconds) for seconds in zip(*runs, strict=True))
+    return {"loading": "import", "torch_seconds": torch_seconds, "beyond_torch_seconds": own_seconds}
+
+
+def write_checkpoint(folder: Path, shape: TextConfig, megabytes: float, stored: torch.dtype) -> int:
+    """Write config.json and model.safetensors, and give the size of the latter in bytes; raises as `loading_rows`."""
+    for layers in range(shape.num_hidden_layers, 0, -1):
+        official = official_config(replace(shape, num_hidden_layers=layers, mrope_section=None))
+        with torch.device("meta"), Uninitialised():
+            config = VLMConfig.from_official(official)
+            assert isinstance(config, LlavaConfig)
+            state = dict(hub_tensors(LlavaModel(config)))
+        if sum(tensor.numel() for tensor in state.values()) * stored.itemsize <= megabytes * 1e6:
+            break
+    else:
+        raise ValueError(f"one layer is larger than {megabytes:g} MB; give more")
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.empty(t.shape, dtype=stored).normal_(0, 0.02, generator=generator) for name, t in state.items()}
+    (folder / "config.json").write_text(json.dumps(official), encoding="utf-8")
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    with (folder / "model.safetensors").open("rb") as file:
+        os.fsync(file.fileno())  # only pages that are on the disk can be put out of the cache
+    return (folder / "model.safetensors").stat().st_size
+
+
+def official_config(shape: TextConfig) -> dict[str, Any]:
+    """config.json of a LLaVA around the decoder, every layer of whose tower is read."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": shape.vocab_size - 1,
+        "image_seq_length": TOWER.num_patches,
+        "tie_word_embeddings": shape.tie_word_embeddings,
+        "vision_feature_layer": -1,
+        "vision_config": {"model_type": "clip_vision_model", **asdict(TOWER)},
+        "text_config": {"model_type": "qwen2" if shape.qkv_bias else "llama", **asdict(shape)},
+    }
+
+
+def hub_tensors(model: LlavaModel) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters under the hub's names, with what transformers wants beside them."""
+    tied = model.config.text_config.tie_word_embeddings
+    for name, tensor in model.state_dict().items():
+        if not (tied and name.endswith("lm_head.weight")):
+            old, new = next((pair for pair in HUB_PREFIXES if name.startswith(pair[0])), ("", ""))
+            yield new + name.removeprefix(old), tensor
+    for name in ("weight", "bias"):
+        yield f"vision_tower.vision_model.post_layernorm.{name}", torch.empty(TOWER.hidden_size)
+
+
+def measured_apart(loader: str, folder: Path, dtype: str, cache: str) -> dict[str, float]:
+    """One load in a process of its own; raises RuntimeError with its last words where it fails."""
+    call = f"measured({loader!r}, Path({str(folder)!r}), {dtype!r}, {cache!r}, {torch.get_num_threads()})"
+    return json.loads(output_of(f"import json; from nanovlm_v2drop.benchmark.loading import *; print(json.dumps({call}))"))
+
+
+def output_of(script: str) -> str:
+    """The last line that a script prints in a Python of its own, which imports this very package."""
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"loading failed: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout.splitlines()[-1]
+
+
+def measured(loader: str, folder: Path, dtype: str, cache: str, threads: int) -> dict[str, float]:
+    """Seconds and MB of one load in this process, whose memory has to be fresh."""
+    torch.set_num_threads(threads)
+    load = load_ours if loader == "ours" else transformers_loader()
+    prepare_cache(folder / "model.safetensors", cache)
+    before, started, worked = resident_bytes(), time.perf_counter(), time.process_time()
+    model = load(folder, DTYPES[dtype])
+    loaded, cpu = time.perf_counter(), time.process_time() - worked
+    for weight in model.parameters():
+        weight.detach().flatten()[:: 4096 // weight.element_size()].sum()
+    ready = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return {"load_seconds": loaded - started, "ready_seconds": ready - started, "cpu_seconds": cpu, "peak_mb": peak / 1e6}
+
+
+def load_ours(folder: Path, dtype: torch.dtype) -> Any:
+    return load_model(folder, VLMConfig.from_folder(folder), device=torch.device("cpu"), dtype=dtype)
+
+
+def transformers_loader() -> Any:
+    """`LlavaForConditionalGeneration.from_pretrained`, imported before any clock runs."""
+    from transformers import LlavaForConditionalGeneration
+
+    return lambda folder, dtype: LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+
+
+def prepare_cache(file: Path, cache: str) -> None:
+    """Read the file once ("warm"), or have its pages put out of the page cache ("cold")."""
+    with file.open("rb") as opened:
+        if cache == "cold":
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while cache == "warm" and opened.read(1 << 24):
+            pass
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
