@@ -141,6 +141,20 @@ def test_impact_is_never_above_its_first_order_and_the_remainder(layer, share):
     assert (sizes <= norms * point.variations + bounds).all()
 
 
+@every_layer
+def test_along_the_direction_of_the_operator_norm_its_product_alone_is_no_bound(layer):
+    point = tiny_point(layer)
+    steepest = torch.linalg.svd(whole_jacobians(point))[2][:, 0]  # (n, D)
+    exceeded = []
+    for length in (0.1, -0.1):
+        moved = with_updates(point, length * steepest)
+        sizes, products = reversion_impacts(moved), operator_norms(moved) * moved.variations
+        remainders = GRID_MARGIN * on_grid(moved, GRID)[1].norm(dim=-1).amax(0) / 2
+        assert (sizes <= 1.001 * products + remainders).all()
+        exceeded.append(sizes > 1.001 * products)
+    assert torch.stack(exceeded).any()  # so the remainder is needed
+
+
 @any_updates
 def test_impact_is_directional_sensitivity_times_variation_up_to_the_remainder(layer, share):
     point = tiny_point(layer, share)
