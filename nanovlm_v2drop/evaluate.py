@@ -309,6 +309,7 @@ def describe_machine(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{names[0] if names else platform.processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 

@@ -2,12 +2,14 @@
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from .dropping import DROPPERS, DropSchedule, TokenDropper
+from .dropping import DROPPERS, DropSchedule, TokenDropper, by_name
 from .dropping.schedule import PAPER_VISION_TOKENS, OutOfReach
 from .prompts import Request
 from .zoo import VisionLanguageModel
@@ -76,10 +78,13 @@ def first_seeds(plans: Sequence[Plan]) -> list[Plan]:
 def find_methods(names: Sequence[str]) -> list[type[TokenDropper] | None]:
     """The classes that the names stand for, None for dense; "all" is dense and every entry of DROPPERS.
 
-    "path/to/file.py:Class" is a user's own. Raises ValueError for a name that is nothing of these.
+    "path/to/file.py:Class" is a user's own. Raises ValueError for a name that is nothing of these, and for two methods that
+    would share a row.
     """
     expanded = [name for given in names for name in ([DENSE, *DROPPERS] if given == ALL else [given])]
-    return [None if name == DENSE else find_method(name) for name in dict.fromkeys(expanded)]
+    methods = [None if name == DENSE else find_method(name) for name in dict.fromkeys(expanded)]
+    by_name(method for method in methods if method is not None)
+    return methods
 
 
 def find_method(name: str) -> type[TokenDropper]:
@@ -94,19 +99,30 @@ def find_method(name: str) -> type[TokenDropper]:
 
 def load_method(path: Path, class_name: str) -> type[TokenDropper]:
     """The class from a user's file; raises ValueError where the file or a complete TokenDropper in it is missing."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"--methods {path}:{class_name}: there is no file {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = getattr(module, class_name, None)
+    found = getattr(run_file(path), class_name, None)
     if not inspect.isclass(found) or not issubclass(found, TokenDropper):
         raise ValueError(f"{path} has no class {class_name} that is a TokenDropper")
     if not isinstance(getattr(found, "name", None), str):
         raise ValueError(f'{class_name} in {path} needs a name: a class attribute name = "..."')
+    if found.name in (DENSE, *DROPPERS):
+        raise ValueError(f"{class_name} in {path} is called {found.name!r} as another method is: give it a name of its own")
     if all(vars(TokenDropper)[step] is getattr(found, step) for step in ("score", "select", "compress")):
         raise ValueError(f"{class_name} in {path} chooses nothing: it must have a score, a select or a compress method")
     return found
+
+
+def run_file(path: Path) -> ModuleType:
+    """A user's file as a module; raises ValueError where it is missing, no Python, or misses an import of its own."""
+    spec = importlib.util.spec_from_file_location(str(path), path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"--methods: there is no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their own module up
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise ValueError(f"--methods: {path} cannot be read: {error}") from error
+    return module
 
 
 def equal_budget_plans(names: Sequence[str], budgets: Sequence[float], shape: Shape, seeds: Sequence[int]) -> list[Plan]:

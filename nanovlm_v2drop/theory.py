@@ -39,7 +39,7 @@ class DropPoint:
     layer_idx: int
     hidden_states: Tensor  # (T, D) input of this layer
     previous: Tensor  # (T, D) input of the layer before
-    position_ids: Tensor  # (T,)
+    position_ids: Tensor  # (T,) or (3, T)
     vision_rows: Tensor  # (n,)
 
     @property
@@ -55,10 +55,11 @@ class DropPoint:
     def output(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """f: states (B, T', D) at this place -> logits (B, V) of the last token, without any further drop.
 
-        `position_ids` (B, T'): where rows were removed, the positions of those that are left.
+        `position_ids` (B, T') or (3, B, T'): where rows were removed, the positions of those that are left.
         """
-        positions = self.position_ids.expand(len(hidden_states), -1) if position_ids is None else position_ids
-        last = run_layers(self.decoder, hidden_states, positions, self.layer_idx, len(self.decoder.layers))[0][:, -1]
+        if position_ids is None:
+            position_ids = torch.stack([self.position_ids] * len(hidden_states), dim=-2)
+        last = run_layers(self.decoder, hidden_states, position_ids, self.layer_idx, len(self.decoder.layers))[0][:, -1]
         return self.decoder.lm_head(self.decoder.norm(last))
 
 
@@ -70,7 +71,7 @@ def drop_point(decoder: Decoder, packed: PackedInputs, layer_idx: int) -> DropPo
         raise ValueError(f"layer {layer_idx} must be 1 to {len(decoder.layers)}: variation needs a layer before it")
     positions = packed.position_ids
     with torch.no_grad():
-        hidden_states, previous = run_layers(decoder, packed.inputs_embeds[None], positions[None], 0, layer_idx)
+        hidden_states, previous = run_layers(decoder, packed.inputs_embeds[None], positions.unsqueeze(-2), 0, layer_idx)
     rows = torch.arange(packed.seqlens[0], device=positions.device)[packed.vision_mask]
     return DropPoint(decoder, layer_idx, hidden_states[0], previous[0], positions, rows)
 
@@ -78,12 +79,12 @@ def drop_point(decoder: Decoder, packed: PackedInputs, layer_idx: int) -> DropPo
 def run_layers(
     decoder: Decoder, hidden_states: Tensor, position_ids: Tensor, start: int, end: int
 ) -> tuple[Tensor, Tensor]:
-    """Output and input of layer `end` - 1, (B, T, D) each, from the input of layer `start`.
+    """Output and input of layer `end` - 1, (B, T, D) each, from the input of layer `start`; positions (B, T) or (3, B, T).
 
     Attention is torch's written-out one: the fast kernels have no forward-mode derivative.
     """
     batch, length, _ = hidden_states.shape
-    rotary = rotary_table(decoder.config, position_ids.flatten(), hidden_states.dtype)
+    rotary = rotary_table(decoder.config, position_ids.flatten(-2), hidden_states.dtype)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
@@ -180,7 +181,7 @@ def removed_outputs(point: DropPoint) -> Tensor:
     def without(tokens: Tensor) -> Tensor:
         gone = point.vision_rows[tokens]
         left = torch.stack([torch.cat([rows[:row], rows[row + 1 :]]) for row in gone.tolist()])  # (B, T - 1)
-        return point.output(point.hidden_states[left], point.position_ids[left])
+        return point.output(point.hidden_states[left], point.position_ids[..., left])
 
     return for_all_tokens(point, without)
 

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, one_prompt, pack_together, tiny_decoder, tiny_prompts
 
 from nanovlm_v2drop.config import TextConfig
-from nanovlm_v2drop.dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, PrefillState, TokenDropper, V2Drop
+from nanovlm_v2drop.dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, PrefillState, TokenDropper, V2Drop, by_name
 from nanovlm_v2drop.dropping.schedule import LEANEST_RATIOS, layers_at_depths
 from nanovlm_v2drop.inference import NothingDropped, decode_one_token, initial_state, prefill
 
 GOLDEN_CASES = [
     ("v2drop_llama_b", "", V2Drop.official()),
-    ("v2drop_llama_extra", "cosine.", V2Drop(PUBLISHED_SCHEDULES["released-code"], metric="cosine")),
-    ("v2drop_llama_extra", "paper192.", V2Drop(PUBLISHED_SCHEDULES["paper-192"])),
-    ("v2drop_llama_extra", "paper128.", V2Drop(PUBLISHED_SCHEDULES["paper-128"])),
-    ("v2drop_llama_extra", "paper64.", V2Drop(PUBLISHED_SCHEDULES["paper-64"])),
+    ("v2drop_llama_extra", "cosine.", V2Drop.official(metric="cosine")),
+    ("v2drop_llama_extra", "paper192.", V2Drop.official("paper-192")),
+    ("v2drop_llama_extra", "paper128.", V2Drop.official("paper-128")),
+    ("v2drop_llama_extra", "paper64.", V2Drop.official("paper-64")),
     ("v2drop_qwen2vl_b", "", V2Drop.official("released-qwen2-vl")),
 ]
 
@@ -157,6 +157,26 @@ def test_every_method_is_found_by_its_name():
     for method in DROPPERS.values():
         for setting, (schedule, _, _) in method.published.items():
             assert method.official(setting).schedule is schedule
+
+
+def test_a_method_made_of_another_needs_a_name_of_its_own():
+    class Mine(V2Drop):
+        pass
+
+    with pytest.raises(ValueError, match=r"v2drop\.V2Drop and .*\.Mine are both called 'v2drop': give each a name of its own"):
+        by_name([V2Drop, V2Drop, Mine])
+
+
+@pytest.mark.parametrize(("score", "found"), [(lambda state: state.hidden_states, r"\(36, 32\)"), (lambda _: None, "NoneType")])
+def test_a_score_that_is_not_one_number_a_token_is_refused(score, found):
+    class Mine(TokenDropper):
+        name = "mine"
+
+        def score(self, state):
+            return score(state)
+
+    with pytest.raises(ValueError, match=rf"score of mine must be one number for each token, text too: \(36,\), not {found}"):
+        prefill(tiny_decoder(), one_prompt(5, 24, 7), Mine(DropSchedule({1: 0.5})))
 
 
 def test_an_unknown_or_missing_published_setting_is_refused():

@@ -100,6 +100,35 @@ def test_a_users_own_file_gives_a_method(tmp_path: Path):
         find_methods([f"{tmp_path}/nowhere.py:Own"])
 
 
+def test_a_users_method_needs_a_name_that_no_other_has(tmp_path: Path):
+    for number in (1, 2):
+        (tmp_path / f"own_{number}.py").write_text(OWN_METHOD)
+    with pytest.raises(ValueError, match="are both called 'own': give each a name of its own"):
+        find_methods([f"{tmp_path}/own_1.py:Own", f"{tmp_path}/own_2.py:Own"])
+    for taken in ("dense", "v2drop"):
+        (tmp_path / "own_1.py").write_text(OWN_METHOD.replace('"own"', f'"{taken}"'))
+        with pytest.raises(ValueError, match=f"is called '{taken}' as another method is: give it a name of its own"):
+            find_methods([f"{tmp_path}/own_1.py:Own"])
+    (tmp_path / "own_1.py").write_text("from nanovlm_v2drop import V2Drop\n\nclass Own(V2Drop):\n    pass\n")
+    with pytest.raises(ValueError, match="is called 'v2drop'"):
+        find_methods([f"{tmp_path}/own_1.py:Own"])
+
+
+@pytest.mark.parametrize(("text", "message"), [("class Own(:", "invalid syntax"), ("import nowhere", "No module named")])
+def test_a_users_file_that_does_not_run_is_named(text, message, tmp_path: Path):
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(ValueError, match=rf"own\.py cannot be read: {message}"):
+        find_methods([f"{tmp_path}/own.py:Own"])
+
+
+def test_a_users_file_may_hold_dataclasses(tmp_path: Path):
+    imports = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    settings = "@dataclass\nclass Settings:\n    power: int = 2\n"
+    (tmp_path / "own.py").write_text(imports + settings + OWN_METHOD)
+    (method,) = find_methods([f"{tmp_path}/own.py:Own"])
+    assert method.name == "own"
+
+
 def test_an_unknown_method_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown method 'fastest'; choose from: dense, .*or give your own as FILE\.py:CLASS"):
         equal_budget_plans(["dense", "fastest"], [48], DEMO, seeds=[0])

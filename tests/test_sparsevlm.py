@@ -24,8 +24,8 @@ SparseVLM, SparseVLMPlus = DROPPERS["sparsevlm"], DROPPERS["sparsevlm-plus"]
 both_versions = pytest.mark.parametrize("method", [SparseVLM, SparseVLMPlus])
 
 
-def watched(method, *arguments, **options):
-    """The method, with `begun`, and of each drop point the states `before` and `after`, the `scores` and the `heads`."""
+def watched(method):
+    """The method's class with `begun`, and of each drop point the states `before` and `after`, the `scores` and `heads`."""
 
     class Watched(method):
         begun, before, after, scores, heads = None, [], [], [], []
@@ -47,7 +47,7 @@ def watched(method, *arguments, **options):
             self.heads.append(super().best_heads(mass))
             return self.heads[-1]
 
-    return Watched(*arguments, **options)
+    return Watched
 
 
 def two_pictures() -> PackedInputs:
@@ -61,8 +61,7 @@ def two_pictures() -> PackedInputs:
     ("name", "method", "setting"), [("sparsevlm_v1_b", SparseVLM, "192"), ("sparsevlm_v2_b", SparseVLMPlus, "192")]
 )
 def test_raters_scores_kept_tokens_logits_cache_and_decode_equal_the_authors_code(name, method, setting):
-    golden, (schedule, options, _) = Golden.open(name), method.published[setting]
-    dropper = watched(method, schedule, **options)
+    golden, dropper = Golden.open(name), watched(method).official(setting)
     out = check_run(golden, golden.decoder(), golden.packed(golden.inputs_embeds()), dropper)
     start, count = golden.tensors["vision_span"].tolist()
     assert (dropper.begun.marks.nonzero().flatten() - start - count).tolist() == golden.tensors["raters"].tolist()
@@ -81,7 +80,7 @@ def test_raters_scores_kept_tokens_logits_cache_and_decode_equal_the_authors_cod
 
 def test_merged_tokens_equal_the_authors_code_and_stand_behind_the_last_kept_one():
     golden = Golden.open("sparsevlm_v1_b")
-    dropper = watched(SparseVLM, SparseVLM.published["192"].schedule)
+    dropper = watched(SparseVLM).official("192")
     prefill(golden.decoder(), golden.packed(golden.inputs_embeds()), dropper)
     for stage, after in enumerate(dropper.after):
         wanted = golden.tensors[f"merged{stage}"]
@@ -90,8 +89,7 @@ def test_merged_tokens_equal_the_authors_code_and_stand_behind_the_last_kept_one
 
 
 def test_the_heads_are_those_of_the_authors_code():
-    golden, (schedule, options, _) = Golden.open("sparsevlm_v2_b"), SparseVLMPlus.published["192"]
-    dropper = watched(SparseVLMPlus, schedule, **options)
+    golden, dropper = Golden.open("sparsevlm_v2_b"), watched(SparseVLMPlus).official("192")
     prefill(golden.decoder(), golden.packed(golden.inputs_embeds()), dropper)
     assert [heads.tolist() for heads in dropper.heads] == [golden.tensors[f"heads{stage}"].tolist() for stage in range(3)]
 
@@ -223,7 +221,7 @@ def test_where_no_text_token_stands_out_the_last_one_rates_and_nothing_is_nan(me
     if text == "alike":
         packed.inputs_embeds[16:] = packed.inputs_embeds[16].clone().sign() / 4
         packed.inputs_embeds[4:16] = packed.inputs_embeds[4:16].sign()
-    dropper = watched(method, DropSchedule({1: 0.5, 3: 0.5}))
+    dropper = watched(method)(DropSchedule({1: 0.5, 3: 0.5}))
     out = prefill(tiny_decoder(), packed, dropper)
     rater = {"one": [16], "alike": [19], "none": [3], "no text at all": []}[text]
     assert dropper.begun.marks.nonzero().flatten().tolist() == rater
@@ -242,7 +240,7 @@ def slow_attention(state, config) -> tuple[Tensor, list[int], list[int]]:
 
 
 def test_the_score_is_the_raters_attention_in_a_matrix_written_out_with_grouped_heads_and_two_pictures():
-    decoder, dropper = tiny_decoder(), watched(SparseVLM, DropSchedule({2: 0.5}))
+    decoder, dropper = tiny_decoder(), watched(SparseVLM)(DropSchedule({2: 0.5}))
     prefill(decoder, two_pictures(), dropper)
     attention, raters, vision = slow_attention(dropper.before[0], decoder.config)
     wanted = attention[:, raters].mean((0, 1))
@@ -263,7 +261,7 @@ def test_attention_is_computed_only_for_text_rows_of_sequences_with_pictures(met
 
 
 def test_the_plus_score_is_divided_by_gravity_and_asks_the_best_share_of_the_heads():
-    decoder, dropper = tiny_decoder(rope_theta=1e9), watched(SparseVLMPlus, DropSchedule({2: 0.5}))
+    decoder, dropper = tiny_decoder(rope_theta=1e9), watched(SparseVLMPlus)(DropSchedule({2: 0.5}))
     prefill(decoder, two_pictures(), dropper)
     attention, raters, vision = slow_attention(dropper.before[0], decoder.config)
     frequencies = [1e9 ** -(2 * index / 8) for index in range(4)]  # four heads of 8 numbers
@@ -336,7 +334,7 @@ def test_tokens_that_are_all_alike_are_merged_without_nan():
 
 
 def test_the_best_of_the_pruned_tokens_are_recycled_and_the_others_lost():
-    dropper = watched(SparseVLM, CountSchedule({2: 10}))
+    dropper = watched(SparseVLM)(CountSchedule({2: 10}))
     prefill(tiny_decoder(), one_prompt(5, 24, 7), dropper)
     before, after = dropper.before[0], dropper.after[0]
     ranked = sorted(range(5, 29), key=lambda row: -float(dropper.scores[0][row]))
@@ -350,12 +348,12 @@ def test_the_best_of_the_pruned_tokens_are_recycled_and_the_others_lost():
 def test_what_goes_on_of_a_sequence_is_the_same_alone_and_in_a_batch(method):
     decoder, schedule = tiny_decoder(), DropSchedule({2: 0.6, 4: 0.5})
     parts = [*tiny_prompts(), two_pictures(), one_prompt(2, 90, 11, seed=9)]
-    together, counts = watched(method, schedule), []
+    together, counts = watched(method)(schedule), []
     prefill(decoder, pack_together(parts), together)
     for index, part in enumerate(parts):
         if not any(part.vision_counts):
             continue
-        alone = watched(method, schedule)
+        alone = watched(method)(schedule)
         prefill(decoder, part, alone)
         for batched, single in zip(together.after, alone.after, strict=True):
             start, end = batched.spans[index]
@@ -370,7 +368,7 @@ def test_what_goes_on_of_a_sequence_is_the_same_alone_and_in_a_batch(method):
 def test_bfloat16_scores_are_float32_and_the_counts_hold(method):
     decoder, packed = tiny_decoder().bfloat16(), pack_together([*tiny_prompts(), two_pictures()])
     packed.inputs_embeds = packed.inputs_embeds.bfloat16()
-    dropper = watched(method, DropSchedule({2: 0.5, 4: 0.5}))
+    dropper = watched(method)(DropSchedule({2: 0.5, 4: 0.5}))
     out = prefill(decoder, packed, dropper)
     assert all(scores.dtype == torch.float32 for scores in dropper.scores)
     assert [after.vision_counts for after in dropper.after] == [(12, 6, 0, 7), (6, 3, 0, 3)]
@@ -380,7 +378,7 @@ def test_bfloat16_scores_are_float32_and_the_counts_hold(method):
 
 @both_versions
 def test_a_minimum_of_zero_drops_every_vision_token(method):
-    dropper = watched(method, DropSchedule({2: 0.0}, minimum=0))
+    dropper = watched(method)(DropSchedule({2: 0.0}, minimum=0))
     assert prefill(tiny_decoder(), pack_together(tiny_prompts()), dropper).logits.isfinite().all()
     assert dropper.after[0].vision_counts == (0, 0, 0)
     assert dropper.after[0].seqlens == (12, 7, 15)
@@ -388,7 +386,7 @@ def test_a_minimum_of_zero_drops_every_vision_token(method):
 
 def test_merged_tokens_close_the_gaps_and_plus_keeps_the_ids():
     packed = one_prompt(5, 24, 7)
-    closed, kept = watched(SparseVLM, DropSchedule({2: 0.5})), watched(SparseVLMPlus, DropSchedule({2: 0.5}))
+    closed, kept = watched(SparseVLM)(DropSchedule({2: 0.5})), watched(SparseVLMPlus)(DropSchedule({2: 0.5}))
     assert prefill(tiny_decoder(), packed, closed).cache.position_ids[:, 0].tolist() == [36, 36, 24, 24, 24, 24]
     assert prefill(tiny_decoder(), packed, kept).cache.position_ids[:, 0].tolist() == [36] * 6
     assert closed.after[0].position_ids.tolist() == list(range(24))

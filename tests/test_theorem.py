@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import one_prompt, pack_together, tiny_decoder
+from tiny import FAMILIES, one_prompt, pack_together, tiny_decoder
 from torch import Tensor
 
 from nanovlm_v2drop import Request, load
-from nanovlm_v2drop.decoder import rotary_table
+from nanovlm_v2drop.attention import attention_weights
+from nanovlm_v2drop.decoder import Decoder, rotary_table
 from nanovlm_v2drop.tasks.demo import held_out
 from nanovlm_v2drop.theory import (
     DropPoint,
@@ -37,6 +38,7 @@ from nanovlm_v2drop.theory import (
 TOKENS = 12
 LAST = 6  # the number of layers: behind the last one
 GRID = torch.linspace(0, 1, 33, dtype=torch.float64)
+FLOOR = 1e-11  # below it a remainder is float64's rounding of logits of about 10
 GRID_MARGIN = 1.02  # a maximum on the grid may miss the true one by a little
 every_layer = pytest.mark.parametrize("layer", [1, 3, 5])
 # At the whole update second-order terms rule this model, and at layer 1 no grid is fine enough; at a small one they do not.
@@ -117,12 +119,17 @@ def assert_close(one: Tensor, other: Tensor, atol: float = 1e-10) -> None:
 def test_what_the_first_order_leaves_over_shrinks_with_the_square_of_the_step(layer):
     point = tiny_point(layer)
     products, dense, tokens = jacobian_products(point, point.updates), dense_output(point), torch.arange(TOKENS)
-    left = [
-        (dense - along_path(point, tokens, torch.full((TOKENS,), step).double()) - step * products).norm(dim=-1)
-        for step in (2.0**-power for power in range(6, 13))
-    ]
-    slopes = -torch.stack(left).log2().diff(dim=0)
-    assert_close(slopes, torch.full_like(slopes, 2.0), atol=0.1)
+    left = torch.stack(
+        [
+            (dense - along_path(point, tokens, torch.full((TOKENS,), step).double()) - step * products).norm(dim=-1)
+            for step in (2.0**-power for power in range(6, 25))
+        ]
+    )
+    slopes = -left.log2().diff(dim=0)
+    above_floor = left[1:] > FLOOR
+    assert above_floor[:6].all()  # the first six halvings at least
+    assert not above_floor[-1].any()  # and on, until only float64's rounding is left
+    assert_close(slopes[above_floor], torch.full_like(slopes[above_floor], 2.0), atol=0.1)
 
 
 @any_updates
@@ -132,6 +139,20 @@ def test_impact_is_never_above_its_first_order_and_the_remainder(layer, share):
     assert (sizes <= first_order_norms(point) + bounds).all()
     norms = 1.001 * operator_norms(point)  # found from below
     assert (sizes <= norms * point.variations + bounds).all()
+
+
+@every_layer
+def test_along_the_direction_of_the_operator_norm_its_product_alone_is_no_bound(layer):
+    point = tiny_point(layer)
+    steepest = torch.linalg.svd(whole_jacobians(point))[2][:, 0]  # (n, D)
+    exceeded = []
+    for length in (0.1, -0.1):
+        moved = with_updates(point, length * steepest)
+        sizes, products = reversion_impacts(moved), operator_norms(moved) * moved.variations
+        remainders = GRID_MARGIN * on_grid(moved, GRID)[1].norm(dim=-1).amax(0) / 2
+        assert (sizes <= 1.001 * products + remainders).all()
+        exceeded.append(sizes > 1.001 * products)
+    assert torch.stack(exceeded).any()  # so the remainder is needed
 
 
 @any_updates
@@ -280,6 +301,37 @@ def test_a_token_without_an_update_can_be_the_one_whose_removal_changes_most(lay
     assert impacts(point, removed_outputs(point))[token] > 0.5
 
 
+def looking_at_one_axis(layer: int) -> tuple[Decoder, Tensor]:
+    """A decoder in which all queries of a layer are alike, and the axis (D,) of normed states by which they choose."""
+    decoder = tiny_decoder(qkv_bias=True).double().requires_grad_(False)
+    attention, axis = decoder.layers[layer].self_attn, F.normalize(random_rows(32)[0], dim=0)
+    slowest = 3  # of head_dim 8 the value that positions hardly turn
+    for projection, heads in ((attention.q_proj, 4), (attention.k_proj, 2)):
+        projection.weight.zero_()
+        projection.bias.zero_().view(heads, 8)[:, slowest] = 10.0 if heads == 4 else 0.0
+    attention.k_proj.weight.view(2, 8, 32)[:, slowest] = axis
+    return decoder, axis
+
+
+@every_layer
+def test_a_token_that_everybody_looks_at_can_have_no_update_at_all(layer):
+    decoder, axis = looking_at_one_axis(layer)
+    packed, token = one_prompt(4, TOKENS, 5), 7
+    point = drop_point(decoder, replace(packed, inputs_embeds=packed.inputs_embeds.double()), layer)
+    row = int(point.vision_rows[token])
+    looked_at = 3 * axis / decoder.layers[layer].input_layernorm.weight
+    states, before = (old.index_copy(0, torch.tensor([row]), looked_at[None]) for old in (point.hidden_states, point.previous))
+    point = replace(point, hidden_states=states, previous=before)
+    rotary, rows = rotary_table(decoder.config, point.position_ids, torch.float64), torch.arange(row, len(states))
+    weights = attention_weights(*decoder.layers[layer].query_and_keys(states, rotary, rows), rows)
+    assert (weights[..., row] > 0.99).all()  # in every head, from its own place on
+    assert (point.variations[token], directional_sensitivities(point)[token]) == (0, 0)
+    assert reversion_impacts(point)[token] < 1e-12
+    removals = impacts(point, removed_outputs(point))
+    assert removals.argmax() == token
+    assert removals[token] > 1
+
+
 def test_where_a_layer_does_nothing_every_variation_is_zero_and_removals_still_matter():
     decoder = tiny_decoder().double().requires_grad_(False)
     decoder.layers[2].self_attn.o_proj.weight.zero_()
@@ -317,6 +369,20 @@ def test_removing_equals_a_plain_forward_in_which_nobody_sees_the_token(layer):
     point = tiny_point(layer)
     for row, found in zip(point.vision_rows.tolist(), removed_outputs(point), strict=True):
         assert_close(found, plain_forward(point, point.hidden_states, unseen=row))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_positions_stay_beside_their_tokens(family):
+    packed = one_prompt(4, TOKENS, 5, family=family)
+    packed = replace(packed, inputs_embeds=packed.inputs_embeds.double())
+    point = drop_point(tiny_decoder(**FAMILIES[family]).double().requires_grad_(False), packed, 3)
+    assert_close(dense_output(point), plain_forward(point, point.hidden_states))
+    for row, reverted, removed in zip(
+        point.vision_rows.tolist(), reverted_outputs(point), removed_outputs(point), strict=True
+    ):
+        states = point.hidden_states.index_copy(0, torch.tensor([row]), point.previous[row, None])
+        assert_close(reverted, plain_forward(point, states))
+        assert_close(removed, plain_forward(point, point.hidden_states, unseen=row))
 
 
 def test_more_tokens_than_go_through_at_once_are_each_measured_in_their_place():

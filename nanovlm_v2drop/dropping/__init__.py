@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterable
 
 from .base import PrefillState, TokenDropper
 from .random import Random
@@ -14,7 +15,17 @@ def find_droppers() -> dict[str, type[TokenDropper]]:
     """Every TokenDropper with a name in the files of this folder."""
     modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
     classes = [item for module in modules for item in vars(module).values() if inspect.isclass(item)]
-    return {item.name: item for item in classes if issubclass(item, TokenDropper) and hasattr(item, "name")}
+    return by_name([item for item in classes if issubclass(item, TokenDropper) and hasattr(item, "name")])
+
+
+def by_name(classes: Iterable[type[TokenDropper]]) -> dict[str, type[TokenDropper]]:
+    """Raises ValueError for two methods with one name, as where a method is made of another one and inherits its name."""
+    found: dict[str, type[TokenDropper]] = {}
+    for item in classes:
+        if (other := found.setdefault(item.name, item)) is not item:
+            both = f"{other.__module__}.{other.__name__} and {item.__module__}.{item.__name__}"
+            raise ValueError(f"{both} are both called {item.name!r}: give each a name of its own")
+    return found
 
 
 DROPPERS = find_droppers()

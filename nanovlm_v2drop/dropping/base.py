@@ -181,14 +181,17 @@ class TokenDropper:
         self.schedule = schedule
 
     @classmethod
-    def official(cls, setting: str | None = None) -> "TokenDropper":
-        """The method as its authors' released code runs it: a name in `published`, None for the first there."""
+    def official(cls, setting: str | None = None, **options: Any) -> "TokenDropper":
+        """The method as its authors' released code runs it: a name in `published`, None for the first there.
+
+        `options` are the method's own and take the place of those of the setting.
+        """
         if not cls.published:
             raise NotImplementedError(f"{cls.__name__} has no released code to follow; give it a DropSchedule")
         if setting is not None and setting not in cls.published:
             raise ValueError(f"{cls.name} has no published setting {setting!r}; it has: {', '.join(cls.published)}")
-        schedule, options, _ = cls.published[setting or next(iter(cls.published))]
-        return cls(schedule, **options)
+        schedule, published, _ = cls.published[setting or next(iter(cls.published))]
+        return cls(schedule, **{**published, **options})
 
     @classmethod
     def schedule_for(
@@ -225,13 +228,20 @@ class TokenDropper:
 
     def select(self, state: PrefillState, vision_counts: Sequence[int]) -> Tensor:
         """(T',) rows that stay, in reading order: all text, and the `vision_counts` best vision tokens of each sequence."""
-        # Vision scores stay finite, so that no vision token can push a text token out of the top k.
-        scores = self.score(state).float().nan_to_num().masked_fill(~state.vision_mask, torch.inf)
-        kept = []
+        scores, kept = self.finite_scores(state).masked_fill(~state.vision_mask, torch.inf), []
         for (start, end), before, after in zip(state.spans, state.vision_counts, vision_counts, strict=True):
             best = scores[start:end].topk(end - start - before + after, sorted=False).indices
             kept.append(best.sort().values + start)
         return torch.cat(kept)
+
+    def finite_scores(self, state: PrefillState) -> Tensor:
+        """(T,) float32, so that no vision token can push a text token out of the top k; raises ValueError for a wrong shape."""
+        scores: Any = self.score(state)
+        if not isinstance(scores, Tensor) or scores.shape != state.vision_mask.shape:
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            wanted = tuple(state.vision_mask.shape)
+            raise ValueError(f"the score of {self.name} must be one number for each token, text too: {wanted}, not {found}")
+        return scores.float().nan_to_num()
 
     def decode_pruning(self, state: PrefillState) -> DecodePruning | None:
         """What chooses the cache slots that a decoded token sees, given the end of prefill; None where it sees them all."""

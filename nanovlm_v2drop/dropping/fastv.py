@@ -22,7 +22,8 @@ class FastV(TokenDropper):
     Deviations from the released codes: only the last token's row of attention is computed, so FlashAttention stays on
     (there, layer K - 1 or all layers write the whole matrix); every sample ranks its own tokens (there, sample 0 rules the
     batch); what prefill kept stays for the whole answer (the in-place version, which has no cache, chooses again for every
-    token); layer K - 1 runs once (the lmms-eval version runs it twice and stores its keys twice).
+    token); layer K - 1 runs once (the lmms-eval version runs it twice and stores its keys twice); the kept count is truncated,
+    as V2Drop's is (the version with a cache rounds it).
     """
 
     name = "fastv"

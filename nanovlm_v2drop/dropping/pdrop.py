@@ -20,8 +20,9 @@ class PDrop(TokenDropper):
     """Drop, stage by stage, the vision tokens that the end of the instruction looks at least.
 
     Deviations from the released code: batches are packed (there, a padded batch fails without FlashAttention); values of
-    multimodal position ids (Qwen2-VL) are kept, since they are places in a grid. As there, a drop point costs the next
-    layer's key projection once more.
+    multimodal position ids (Qwen2-VL) are kept, since they are places in a grid; shares are of the tokens that arrive
+    (there, of the prompt's, so that counts may differ by one). As there, a drop point costs the next layer's key projection
+    once more.
     """
 
     name = "pdrop"
