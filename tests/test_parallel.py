@@ -201,7 +201,7 @@ import os, signal
 from nanovlm_v2drop import V2Drop
 
 class Failing(V2Drop):
-    name = "v2drop"
+    name = "failing"
     calls = 0
 
     def __call__(self, state):
@@ -227,7 +227,8 @@ def test_a_run_of_which_one_process_was_killed_goes_on_with_another_number_of_pr
     done = evaluation(output, *options, "--resume", processes=1)
     assert done.returncode == 0, done.stderr
     assert not list(output.glob("samples-*"))
-    assert sorted(answers(output)) == sorted(answers(plain))
+    as_v2drop = [(plan.replace("failing", "v2drop"), *rest) for plan, *rest in answers(output)]
+    assert sorted(as_v2drop) == sorted(answers(plain))
 
 
 def test_an_error_in_one_process_ends_the_run_and_is_shown(tmp_path):

@@ -244,8 +244,8 @@ def test_the_trace_holds_what_the_towers_weights_give(vlm):
     hidden = tower.pre_layrnorm(tower.embeddings(vlm.image_processor(request.images)))
     *blocks, last = tower.encoder.layers
     for block in blocks:
-        hidden = block(hidden)
-    torch.testing.assert_close(trace.hidden_states, last(hidden)[0], atol=1e-5, rtol=0)
+        hidden = block(hidden, "sdpa")
+    torch.testing.assert_close(trace.hidden_states, last(hidden, "sdpa")[0], atol=1e-5, rtol=0)
     weights, normed = last.self_attn, last.layer_norm1(hidden)[0]
     keys = normed @ weights.k_proj.weight.T + weights.k_proj.bias
     torch.testing.assert_close(torch.cat(list(trace.keys()), dim=-1), keys, atol=1e-5, rtol=0)
