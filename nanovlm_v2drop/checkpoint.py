@@ -102,7 +102,7 @@ def load_model(
 
     The weights never exist twice: each tensor goes straight from the mapped file to `device` and `dtype`. On the CPU,
     in the dtype of the file, it stays a view of the file, which must then not be overwritten while the model lives. In
-    bfloat16 on a CPU, matrices are prepacked; see linear.py.
+    bfloat16 on a CPU, matrices go from the file into prepacked order; see linear.py.
 
     Args:
         folder: holds model.safetensors, or shards with model.safetensors.index.json, or one other *.safetensors file.
@@ -119,7 +119,8 @@ def load_model(
         model = MODEL_CLASSES[type(config)](config, attention)
     sources = match_tensors(list_tensors(Path(folder)), model, Path(folder))
     parts = {} if mesh is None else split_parts(model.language_model, mesh)
-    state = dict(read_tensors(sources, parts, device, dtype))
+    prepacks = can_prepack(device, dtype)
+    state = dict(read_tensors(sources, parts, device, dtype, as_stored=prepacks))
     if config.text_config.tie_word_embeddings:
         state[HEAD] = tied_head(state, parts)
     model.load_state_dict(state, strict=True, assign=True)
@@ -127,9 +128,9 @@ def load_model(
         model.language_model.lm_head.weight = model.language_model.embed_tokens.weight  # assigning has made two of them
     check_materialised(model)
     model.eval().requires_grad_(False)
-    if can_prepack(device, dtype):
+    if prepacks:
         prepack(model)
-    return model
+    return model.to(dtype)
 
 
 def list_tensors(folder: Path) -> list[StoredTensor]:
@@ -272,30 +273,28 @@ def check_shapes(sources: dict[str, StoredTensor], parameters: dict[str, Tensor]
 
 
 def read_tensors(
-    sources: dict[str, StoredTensor], parts: Parts, device: torch.device, dtype: torch.dtype
+    sources: dict[str, StoredTensor], parts: Parts, device: torch.device, dtype: torch.dtype, as_stored: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """Give every tensor under our name, on its device and in its dtype; only one is in two forms at a time."""
+    """Give every tensor under our name, on its device and in its dtype; only one is in two forms at a time.
+
+    With `as_stored` it keeps the dtype of the file, for who converts it later.
+    """
     for file, items in groupby(sources.items(), key=lambda item: item[1].file):
         with open_safetensors(file) as opened:
             for name, source in items:
                 stored = opened.get_slice(source.name)[parts[name]] if name in parts else opened.get_tensor(source.name)
-                yield name, converted(stored, source, device, dtype)
+                check_finite(stored, source, dtype)
+                yield name, stored.to(device=device, dtype=None if as_stored else dtype)
 
 
-def converted(stored: Tensor, source: StoredTensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Move one tensor to its device and dtype; raises CheckpointError where that leaves a value that is not finite."""
-    tensor = stored.to(device=device, dtype=dtype)
-    if all_finite(tensor):
-        return tensor
-    if all_finite(stored):
+def check_finite(stored: Tensor, source: StoredTensor, dtype: torch.dtype) -> None:
+    """Raise CheckpointError where a value is not finite, or would not be in `dtype`. The extremes tell, without a mask."""
+    extremes = torch.stack(torch.aminmax(stored))
+    if not extremes.isfinite().all():
+        count = int(stored.isfinite().logical_not().sum())
+        raise CheckpointError(f"{source} has {count} of {stored.numel()} values that are not finite; download it again")
+    if not extremes.to(dtype).isfinite().all():
         raise CheckpointError(f"{source} has values too large for {dtype}; load it in float32 or bfloat16")
-    count = int(stored.isfinite().logical_not().sum())
-    raise CheckpointError(f"{source} has {count} of {stored.numel()} values that are not finite; download it again")
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; the extremes tell, without a mask as large as the weights."""
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def split_parts(decoder: Decoder, mesh: "DeviceMesh") -> Parts:

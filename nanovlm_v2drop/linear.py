@@ -13,13 +13,13 @@ ROWS = 640  # of the products that the order is chosen for: a prompt with one pi
 
 
 class PrepackedLinear(nn.Module):
-    """An nn.Linear for inference: (..., in_features) -> (..., out_features), both bfloat16 on a CPU."""
+    """An nn.Linear for inference: (..., in_features) -> (..., out_features), both bfloat16 on a CPU; the bias stays."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+        self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().bfloat16(), ROWS)
 
     @property
     def weight(self) -> Tensor:

@@ -223,14 +223,14 @@ def test_weights_in_the_dtype_of_the_file_stay_in_the_mapped_file(tiny_llava_fol
 def test_converting_holds_one_stored_tensor_at_a_time(tiny_llava_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     counts = []
-    original = checkpoint.converted
+    original = checkpoint.check_finite
 
     def counted(stored: Tensor, *arguments: Any) -> Tensor:
         alive.add(stored)
         counts.append(len(alive))
         return original(stored, *arguments)
 
-    monkeypatch.setattr(checkpoint, "converted", counted)
+    monkeypatch.setattr(checkpoint, "check_finite", counted)
     model = load_folder(tiny_llava_folder, torch.float64)
     assert len(counts) == len(model.state_dict())
     assert set(counts) == {1}
