@@ -104,6 +104,14 @@ def test_without_transformers_the_rest_is_measured_all_the_same(capsys):
     assert nothing == ""
 
 
+def test_loading_is_measured_instead_where_that_is_asked_for(capsys):
+    report, text = run(capsys, "--loading", "--no-transformers", "--repeats=1", prompt=())
+    assert {row["loading"] for row in report["loads"]} == {"ours"}
+    assert {row["dtype"] for row in report["loads"]} == {"float16", "bfloat16", "float32"}
+    assert "prefill" not in report
+    assert "beyond torch" in text
+
+
 def test_ratios_and_sizes_of_a_row_are_those_of_the_one_accounting_and_of_the_real_cache(capsys):
     report, _ = run(capsys, "--no-transformers", "--json")
     workload = tiny_workload()

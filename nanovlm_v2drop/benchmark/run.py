@@ -4,6 +4,7 @@
     python -m nanovlm_v2drop.benchmark --layers 32 --device cuda --repeats 21
     python -m nanovlm_v2drop.benchmark --model llava-1.5-13b --layers 2 --tokens 192 --json > speed.json
     python -m nanovlm_v2drop.benchmark --model llava-onevision-qwen2-7b-ov --frames 32 --retain 0.25 --transformers sdpa
+    python -m nanovlm_v2drop.benchmark --loading
 
 Random weights at the official layer shapes, no download. Before anything is timed, dense logits must equal those of
 transformers' LlamaForCausalLM or Qwen2ForCausalLM on the very same tensors; both count positions 0, 1, 2, ..., so for Qwen2-VL
@@ -42,9 +43,11 @@ from rich.table import Table
 from ..dropping import DropSchedule
 from ..dropping.schedule import PAPER_VISION_TOKENS
 from .contenders import ATTENTIONS, Contender, check_logits, decoding_contenders, our_contenders, transformers_contenders
+from .loading import LOADERS, loading_rows
 from .measure import decode_rows, prefill_rows
-from .workload import Workload, make_workload
+from .workload import Workload, make_workload, shape_of
 
+CPU = torch.device("cpu")
 PICTURE_TOKENS, VIDEO_SHARES = "192,128,64", "0.25,0.2,0.15"  # budgets where none are given
 JSON_ONLY = ("gemm_ms", "plain_gemm_ms", "drop_points_ms", "peak_memory_mb", "touched_mb", "read_gb_per_s")
 
@@ -67,7 +70,6 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("layers, repeats, decode steps, frames and numbers of tokens must be at least 1")
     if args.cuda_graph and args.device == "cpu":
         raise ValueError("--cuda-graph needs --device cuda")
-    args.transformers = args.transformers if importlib.util.find_spec("transformers") else ""
     workload = make_workload(args)
     _, _, vision_tokens = workload.sizes
     contenders = our_contenders(workload, args.methods.split(","), budgets_of(args, vision_tokens))
@@ -148,8 +150,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cuda-graph", action="store_true", help="decode our models by a CUDA graph; needs --device cuda")
     parser.add_argument("--transformers", default=",".join(ATTENTIONS), help="its attentions; default: %(default)s")
     parser.add_argument("--no-transformers", dest="transformers", action="store_const", const="")
+    parser.add_argument("--loading", action="store_true", help="instead: seconds to import, and to load a checkpoint of 1 GB")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     return parser
+
+
+def run_loading(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds for importing and loading, ours and transformers'; raises as `loading_rows`."""
+    loaders = LOADERS if args.transformers else LOADERS[:1]
+    importing, *rows = loading_rows(shape_of(args.model), loaders=loaders, repeats=args.repeats)
+    beyond, torchs = importing["beyond_torch_seconds"], importing["torch_seconds"]
+    note = f"importing takes {beyond:.2f} s beyond torch's own {torchs:.2f} s"
+    return {**vars(args), "notes": [note], "importing": importing, "loads": rows, "machine": describe_machine(CPU)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -158,15 +170,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     try:
         torch.set_num_threads(args.threads)
-        report = run_benchmark(args)
+        args.transformers = args.transformers if importlib.util.find_spec("transformers") else ""
+        report = (run_loading if args.loading else run_benchmark)(args)
     except ValueError as error:
         parser.error(str(error))
     report["command"] = " ".join([parser.prog, *map(shlex.quote, sys.argv[1:] if argv is None else argv)])
     if not args.json:
         console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(*report["notes"], make_table(report["prefill"]), make_table(report["decode"]), sep="\n", highlight=False)
+        tables = [make_table(report[name]) for name in ("loads", "prefill", "decode") if name in report]
+        console.print(*report["notes"], *tables, sep="\n", highlight=False)
     print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main()

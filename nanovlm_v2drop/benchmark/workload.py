@@ -132,9 +132,7 @@ class Workload:
 
 def make_workload(args: argparse.Namespace) -> Workload:
     """The decoder and prompt asked for; raises ValueError for an unknown model, device, dtype, back end or number of layers."""
-    if args.model not in SHAPES:
-        raise ValueError(f"unknown model {args.model!r}; choose one of: {', '.join(SHAPES)}")
-    shape = SHAPES[args.model]
+    shape = shape_of(args.model)
     if args.layers > shape.num_hidden_layers:
         raise ValueError(f"{args.model} has {shape.num_hidden_layers} layers, not {args.layers}; lower --layers")
     config, grids = replace(shape, num_hidden_layers=args.layers), prompt_grids(args)
@@ -146,6 +144,13 @@ def make_workload(args: argparse.Namespace) -> Workload:
         prepack(decoder)
     packed = random_prompt(args.text_tokens, grids, decoder)
     return Workload(decoder, packed, args.decode_steps, shape.num_hidden_layers, plain)
+
+
+def shape_of(model: str) -> TextConfig:
+    """The decoder of a model by name; raises ValueError for an unknown one."""
+    if model not in SHAPES:
+        raise ValueError(f"unknown model {model!r}; choose one of: {', '.join(SHAPES)}")
+    return SHAPES[model]
 
 
 def prompt_grids(args: argparse.Namespace) -> Grids:
