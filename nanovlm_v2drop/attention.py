@@ -88,7 +88,7 @@ def attention(
     if backend in ("eager", "blockwise"):
         on_one = eager_attention if backend == "eager" else blockwise_attention
         parts = zip(*(packed.split(tuple(seqlens)) for packed in (q, k, v)), strict=True)
-        return torch.cat([on_one(q_part, k_part, v_part, causal) for q_part, k_part, v_part in parts])
+        return joined([on_one(q_part, k_part, v_part, causal) for q_part, k_part, v_part in parts])
     cu_seqlens, longest = cumulative(tuple(seqlens), q.device), max(seqlens)
     if backend == "flash-attn":
         from flash_attn import flash_attn_varlen_func
@@ -103,6 +103,11 @@ def attention(
     return cast(Tensor, attended)  # a pair only where the log-sum-exp is asked for
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One behind the other; a single one as it is, since torch.cat would copy it."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], causal: bool = True) -> Tensor:
     """The twin that runs everywhere: neighbours of equal length, such as a video's frames, go through in one call."""
     runs = [(length, len(list(run))) for length, run in groupby(seqlens)]
@@ -113,7 +118,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], caus
         # is_causal is safe here because queries and keys are equally many.
         out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         attended.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(attended)
+    return joined(attended)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
@@ -139,7 +144,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) ->
         at_once = max(1, SCORES // (queries.shape[1] * visible))
         heads = [slice(first, first + at_once) for first in range(0, len(k), at_once)]
         parts = [attend_to_keys(queries[some], k[some, :visible], v[some, :visible], bias) for some in heads]
-        attended[block] = ungrouped(torch.cat(parts), rows)
+        attended[block] = ungrouped(joined(parts), rows)
     return attended
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import joined
 from .config import TextConfig
 from .parallel import TensorParallel
 
@@ -98,7 +99,7 @@ class GatedMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         # On a CPU, what gate and up make of some rows is still in its cache when down reads it; a GPU wants all rows at once.
         rows_at_once = CPU_ROWS if hidden_states.device.type == "cpu" else len(hidden_states)
-        return torch.cat([self.some_rows(rows) for rows in hidden_states.split(rows_at_once)])
+        return joined([self.some_rows(rows) for rows in hidden_states.split(rows_at_once)])
 
     def some_rows(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovlm_v2drop import decoder as decoder_module
 from nanovlm_v2drop.config import TextConfig, flatten_rope, from_fields
-from nanovlm_v2drop.decoder import Decoder, RMSNorm, rotary_table
+from nanovlm_v2drop.decoder import Decoder, GatedMLP, RMSNorm, rotary_table
 from nanovlm_v2drop.inference import prefill
 from nanovlm_v2drop.vlm import PackedInputs
 
@@ -133,3 +134,12 @@ def test_the_norm_equals_the_official_one_bit_for_bit(dtype: torch.dtype) -> Non
         norm.weight.data.copy_(weight)
         norm.to(dtype)
     assert torch.equal(ours(hidden_states), official(hidden_states))
+
+
+def test_an_mlp_that_takes_some_rows_at_a_time_gives_what_it_gives_for_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, values = GatedMLP(TextConfig(hidden_size=32, intermediate_size=48)), torch.randn(21, 32)
+    wanted, calls, some_rows = mlp(values), [], mlp.some_rows
+    monkeypatch.setattr(decoder_module, "CPU_ROWS", 8)
+    monkeypatch.setattr(mlp, "some_rows", lambda rows: calls.append(len(rows)) or some_rows(rows))
+    torch.testing.assert_close(mlp(values), wanted, atol=1e-6, rtol=0)
+    assert calls == [8, 8, 5]

@@ -63,6 +63,17 @@ def test_every_linear_layer_is_exchanged_but_a_head_that_is_also_the_embedding_t
         assert torch.equal(model["inner"](values), plain["inner"](values))
 
 
+@needs_bfloat16
+def test_hooks_of_a_layer_go_on() -> None:
+    model = nn.Sequential(random_linear(96, 40))
+    model[0].register_forward_hook(lambda module, inputs, output: output * 2)  # as the sums over processes are made
+    values = torch.randn(3, 96).bfloat16()
+    with torch.no_grad():
+        wanted = model(values)
+        prepack(model)
+        assert torch.equal(model(values), wanted)
+
+
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cpu", torch.float16), ("cuda", torch.bfloat16)])
 def test_other_dtypes_and_devices_keep_plain_weights(device: str, dtype: torch.dtype) -> None:
     assert not can_prepack(torch.device(device), dtype)
