@@ -111,12 +111,17 @@ def test_scoring_three_drop_points_is_counted_at_what_arrives_there():
 
 @pytest.mark.parametrize(
     ("speedups", "peak", "percent", "verdicts"),
-    [((2.0, 2.5), 900.0, 0.4, [HOLDS] * 3), ((2.0, 1.9), 1100.0, 9.0, [FAILS] * 3)],
+    [
+        ((2.0, 2.5), 900.0, 0.4, [HOLDS] * 3),
+        ((2.0, 1.5), 1100.0, 9.0, [FAILS] * 3),
+        ((2.0, 2.1), 900.0, 0.4, [HOLDS, HOLDS, OPEN]),
+    ],
 )
 def test_costs_are_judged_by_the_benchmarks_rows(monkeypatch, speedups, peak, percent, verdicts):
     def measured(vision_tokens, share):
-        own = {"speedup": speedups[vision_tokens > 576], "drop_points_percent": percent, "peak_memory_mb": peak}
-        return {"dense": {"peak_memory_mb": 1000.0}, "v2drop": own}
+        rounds = [100 / (speedups[vision_tokens > 576] + off) for off in (-0.1, 0.0, 0.1)]
+        own = {"rounds_ms": rounds, "drop_points_percent": percent, "peak_memory_mb": peak}
+        return {"dense": {"peak_memory_mb": 1000.0, "rounds_ms": [100.0] * 3}, "v2drop": own}
 
     monkeypatch.setattr(module, "measure_costs", measured)
     assert [finding.verdict for finding in cost_findings()] == verdicts
@@ -126,7 +131,8 @@ def test_costs_are_judged_by_the_benchmarks_rows(monkeypatch, speedups, peak, pe
 def test_the_whole_ledger_runs_on_the_demo(tmp_path, monkeypatch, capsys):
     import train_free_eval
 
-    rows = {"dense": {"peak_memory_mb": 2.0}, "v2drop": {"speedup": 2.0, "drop_points_percent": 0.1, "peak_memory_mb": 1.0}}
+    own = {"rounds_ms": [1.0], "drop_points_percent": 0.1, "peak_memory_mb": 1.0}
+    rows = {"dense": {"peak_memory_mb": 2.0, "rounds_ms": [2.0]}, "v2drop": own}
     monkeypatch.setattr(module, "measure_costs", lambda *_: rows)
     assert train_free_eval.main(["--claims", "--limit", "12", "--output", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
