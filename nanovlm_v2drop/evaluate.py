@@ -307,9 +307,13 @@ def describe_machine(device: torch.device) -> str:
     """The processor that runs, and how many threads or which GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def processor_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
-    threads = torch.get_num_threads()
-    return f"{names[0] if names else platform.processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    return names[0] if names else platform.processor()
 
 

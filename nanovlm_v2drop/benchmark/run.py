@@ -27,13 +27,10 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +39,7 @@ from rich.table import Table
 
 from ..dropping import DropSchedule
 from ..dropping.schedule import PAPER_VISION_TOKENS
+from ..evaluate import processor_name
 from .contenders import ATTENTIONS, Contender, check_logits, decoding_contenders, our_contenders, transformers_contenders
 from .loading import LOADERS, loading_rows
 from .measure import decode_rows, prefill_rows
@@ -113,10 +111,8 @@ def position_notes(workload: Workload) -> list[str]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor_name(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
