@@ -5,7 +5,7 @@ answer. The headers of all files are matched with the model before any value is 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .config import LlavaConfig, VLMConfig, read_json_object
 from .decoder import Decoder
-from .linear import can_prepack, prepack
+from .linear import as_bfloat16, can_prepack, packable, prepack
 from .parallel import split_decoder
 from .vlm import MODEL_CLASSES, VLM
 
@@ -120,7 +120,8 @@ def load_model(
     sources = match_tensors(list_tensors(Path(folder)), model, Path(folder))
     parts = {} if mesh is None else split_parts(model.language_model, mesh)
     prepacks = can_prepack(device, dtype)
-    state = dict(read_tensors(sources, parts, device, dtype, as_stored=prepacks))
+    as_stored = {f"{name}.weight" for name in packable(model)} if prepacks else set()
+    state = dict(read_tensors(sources, parts, device, dtype, as_stored))
     if config.text_config.tie_word_embeddings:
         state[HEAD] = tied_head(state, parts)
     model.load_state_dict(state, strict=True, assign=True)
@@ -130,7 +131,7 @@ def load_model(
     model.eval().requires_grad_(False)
     if prepacks:
         prepack(model)
-    return model.to(dtype)
+    return model
 
 
 def list_tensors(folder: Path) -> list[StoredTensor]:
@@ -273,18 +274,25 @@ def check_shapes(sources: dict[str, StoredTensor], parameters: dict[str, Tensor]
 
 
 def read_tensors(
-    sources: dict[str, StoredTensor], parts: Parts, device: torch.device, dtype: torch.dtype, as_stored: bool
+    sources: dict[str, StoredTensor], parts: Parts, device: torch.device, dtype: torch.dtype, as_stored: Set[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Give every tensor under our name, on its device and in its dtype; only one is in two forms at a time.
 
-    With `as_stored` it keeps the dtype of the file, for who converts it later.
+    Those named in `as_stored` keep the dtype of the file, for who converts them later.
     """
     for file, items in groupby(sources.items(), key=lambda item: item[1].file):
         with open_safetensors(file) as opened:
             for name, source in items:
                 stored = opened.get_slice(source.name)[parts[name]] if name in parts else opened.get_tensor(source.name)
                 check_finite(stored, source, dtype)
-                yield name, stored.to(device=device, dtype=None if as_stored else dtype)
+                yield name, stored if name in as_stored else converted(stored, device, dtype)
+
+
+def converted(stored: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On its device and in its dtype; converted there, since a GPU does it faster than this processor."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return as_bfloat16(stored)
+    return stored.to(device).to(dtype)
 
 
 def check_finite(stored: Tensor, source: StoredTensor, dtype: torch.dtype) -> None:
