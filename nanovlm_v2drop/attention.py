@@ -69,11 +69,15 @@ def varlen_accepts(argument: str) -> bool:
     return argument in inspect.signature(varlen_attn).parameters
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """What the host knows, on a device, without waiting for it to end what it does: torch.tensor(..., device=) would wait."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
 @lru_cache(maxsize=8)
 def cumulative(seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    """cu_seqlens (B + 1,) int32 on `device`, made once for all layers; the copy is asynchronous where the device allows it."""
-    cu_seqlens = torch.tensor([0, *accumulate(seqlens)], dtype=torch.int32)
-    return cu_seqlens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else cu_seqlens
+    """cu_seqlens (B + 1,) int32 on `device`, made once for all layers."""
+    return sent(torch.tensor([0, *accumulate(seqlens)], dtype=torch.int32), device)
 
 
 def attention(
@@ -193,7 +197,7 @@ def attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seql
         return plain_attention_with_cache(q, k_cache, v_cache, cache_seqlens)
     if backend == "sdpa":
         return sdpa_attention_with_cache(q, k_cache, v_cache, cache_seqlens)
-    lengths = torch.as_tensor(cache_seqlens, dtype=torch.int32, device=q.device)
+    lengths = lengths_on(q.device, cache_seqlens)
     if backend == "flash-attn":
         from flash_attn import flash_attn_with_kvcache
 
@@ -244,5 +248,12 @@ def slot_mask(cache_seqlens: CacheSeqlens, keys: Tensor) -> Tensor | None:
     """(B, 1, 1, S) True for the filled slots of `keys` (B, K, S, head_dim); None where the host knows that all are filled."""
     if not isinstance(cache_seqlens, Tensor) and min(cache_seqlens) == keys.shape[2]:
         return None
-    lengths = torch.as_tensor(cache_seqlens, device=keys.device)
+    lengths = lengths_on(keys.device, cache_seqlens)
     return (torch.arange(keys.shape[2], device=keys.device) < lengths[:, None])[:, None, None]
+
+
+def lengths_on(device: torch.device, cache_seqlens: CacheSeqlens) -> Tensor:
+    """(B,) int32"""
+    if isinstance(cache_seqlens, Tensor):
+        return cache_seqlens
+    return sent(torch.tensor(cache_seqlens, dtype=torch.int32), device)

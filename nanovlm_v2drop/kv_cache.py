@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .attention import CacheSeqlens, sent
 from .dropping.base import DecodePruning
 
 
@@ -57,7 +58,7 @@ class KVCache:
     def finish(self, position_ids: Tensor) -> None:
         """Behind the last layer: where decoding goes on, `position_ids` (L, B)."""
         self.position_ids = position_ids
-        self.slots = torch.tensor(self.seqlens, device=position_ids.device)
+        self.slots = sent(torch.tensor(self.seqlens), position_ids.device)
 
     @property
     def is_full(self) -> bool:
@@ -95,8 +96,10 @@ class KVCache:
         """All slots of a layer, and on the device how many are filled (B,): for a CUDA graph, whose shapes never change."""
         return self.keys[layer_idx], self.values[layer_idx], (self.slots[layer_idx] + 1).int()
 
-    def visible(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    def visible(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, CacheSeqlens]:
         """Keys and values (B, S, K, head_dim) that the new token's queries q (B, H, head_dim) may see, and how many slots."""
+        if self.pruning is None and not self.heads_first:  # for kernels that want the lengths on the device anyway
+            return self.visible_on_device(layer_idx, q)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         seqlens = tuple(length + 1 for length in self.seqlens[layer_idx])  # its own slot is filled already
         slots = None if self.pruning is None else self.pruning(layer_idx, q, keys, seqlens)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arrange import arrange_picture, arrange_single, arrange_video, select_best_resolution
+from .attention import sent
 from .config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, SiglipVisionConfig, VLMConfig
 from .decoder import Decoder
 from .dropping.base import VisionTrace
@@ -126,7 +127,8 @@ class VLM(nn.Module):
 
     def on_device(self, values: Tensor) -> Tensor:
         """On the model's device and in its dtype."""
-        return values.to(self.language_model.embed_tokens.weight)
+        like = self.language_model.embed_tokens.weight
+        return sent(values, like.device).to(like.dtype)
 
     def pack(
         self, prompts: Sequence[Sequence[int]], media: Sequence[Sequence[VisionInput]], seeds: tuple[int, ...]
@@ -145,16 +147,16 @@ class VLM(nn.Module):
         flat = [0 if token in vision_tokens else token for prompt in prompts for token in prompt]
         embed_tokens = self.language_model.embed_tokens
         device = embed_tokens.weight.device
-        inputs_embeds = embed_tokens(torch.tensor(flat, device=device))
+        inputs_embeds = embed_tokens(sent(torch.tensor(flat), device))
         encoded = self.encode([medium for held in media for medium in held]) if any(map(len, media)) else []
         if encoded:
-            rows = torch.tensor([row for row, vision in enumerate(is_vision) if vision], device=device)
+            rows = sent(torch.tensor([row for row, vision in enumerate(is_vision) if vision]), device)
             features = torch.cat([picture.features for picture in encoded])
             inputs_embeds = inputs_embeds.index_copy(0, rows, features.to(inputs_embeds.dtype))
         return PackedInputs(
             inputs_embeds,
-            torch.cat([self.position_ids(*prompt) for prompt in zip(prompts, media, strict=True)], dim=-1).to(device),
-            torch.tensor(is_vision, device=device),
+            sent(torch.cat([self.position_ids(*prompt) for prompt in zip(prompts, media, strict=True)], dim=-1), device),
+            sent(torch.tensor(is_vision), device),
             tuple(map(len, prompts)),
             tuple(sum(medium.num_tokens for medium in held) for held in media),
             seeds,

@@ -1,6 +1,8 @@
 """Every method on every family as a whole, tower and all: pictures, several of them, and videos, packed in one batch."""
 
+import copy
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import qwen2vl
 import torch
 from test_inference import every_method
 from test_inference import make as make_at
+from tiny import META, NoWaiting
 
 from nanovlm_v2drop.dropping import DROPPERS, TokenDropper
 from nanovlm_v2drop.inference import Prefilled, decode_one_token, prefill
@@ -99,3 +102,14 @@ def test_each_layer_gets_what_the_schedule_says_and_all_text(name, family, prefi
             numbers = sequences[index].tolist()
             assert numbers == sorted(set(numbers) & set(range(vision)))
             assert len(numbers) == entering[layer] or DROPPERS[name].merges
+
+
+@every_family
+def test_towers_splice_and_prefill_never_wait_for_the_device(family, models) -> None:
+    vlm = models[family]
+    far = replace(vlm, model=copy.deepcopy(vlm.model).to(META, torch.bfloat16))
+    prompts, media = zip(*map(far.tokens_and_media, REQUESTS[family]), strict=True)
+    with NoWaiting(), torch.no_grad():
+        packed = far.model.pack(prompts, media, (0,) * len(prompts))
+        logits = [prefill(far.model.language_model, packed, make(name)).logits for name in DROPPERS]
+    assert {each.device for each in [packed.inputs_embeds, packed.position_ids, packed.vision_mask, *logits]} == {META}

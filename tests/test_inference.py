@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FAMILIES, one_prompt, pack_together, tiny_decoder, tiny_prompts
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from tiny import FAMILIES, META, NoWaiting, one_prompt, pack_together, tiny_decoder, tiny_prompts
 
 from nanovlm_v2drop import inference
 from nanovlm_v2drop.decoder import rotary_table
@@ -195,32 +194,53 @@ def test_packed_inputs_that_disagree_in_length_are_refused():
         type(packed)(packed.inputs_embeds, packed.position_ids, packed.vision_mask, [30])
 
 
-def recorded_without_values(packed):
-    """The prompt on tensors that have shapes and no values, under a mode in which asking for a value is an error."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fields = {name: mode.from_tensor(getattr(packed, name)) for name in ("inputs_embeds", "position_ids", "vision_mask")}
-    return mode, replace(packed, **fields)
+def on_meta(packed):
+    """The prompt in bfloat16 on a device that has no values."""
+
+    def moved(tensor):
+        return tensor.to(META, torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+
+    fields = {name: moved(getattr(packed, name)) for name in ("inputs_embeds", "position_ids", "vision_mask")}
+    traces = []
+    for trace in packed.vision:
+        hidden_states, received, keys = map(moved, (trace.hidden_states, trace.received_attention(), trace.keys()))
+        known = {"received_attention": lambda received=received: received, "keys": lambda keys=keys: keys}
+        traces.append(replace(trace, hidden_states=hidden_states, **known))
+    return replace(packed, vision=tuple(traces), **fields)
 
 
 @every_family
 @every_method
-def test_prefill_never_waits_for_a_value_of_the_device(name, family):
-    decoder = tiny_decoder(**FAMILIES[family])
-    mode, packed = recorded_without_values(pack_together(tiny_prompts(family=family)))
-    with mode:
-        out = prefill(decoder, packed, make(name))
-    assert isinstance(out.logits, FakeTensor)
+@pytest.mark.parametrize("backend", ["varlen", "sdpa"])
+def test_prefill_and_decode_never_wait_for_the_device(backend, name, family, monkeypatch):
+    monkeypatch.setattr(inference, "resolve_backend", lambda *_: backend)
+    decoder = tiny_decoder(**FAMILIES[family]).to(META, torch.bfloat16)
+    packed, token_ids = on_meta(pack_together(tiny_prompts(family=family))), torch.zeros(3, dtype=torch.long, device=META)
+    with NoWaiting():
+        out = prefill(decoder, packed, make(name), max_new_tokens=1)
+        steps = 0 if out.cache.pruning else 3  # the cache grows
+        logits = [decode_one_token(decoder, token_ids, out.cache) for _ in range(steps)]
+    assert {(each.device, each.dtype, each.shape) for each in [out.logits, *logits]} == {(META, torch.bfloat16, (3, 61))}
 
 
-def test_asking_for_a_value_would_be_noticed():
-    mode, packed = recorded_without_values(one_prompt(5, 24, 7))
-
+@pytest.mark.parametrize(
+    ("score", "error"),
+    [
+        (lambda values: values / float(values.max()), "cannot be called on meta tensors"),
+        (lambda values: values[values > 0].mean().expand_as(values), "nonzero"),
+        (lambda values: values * torch.tensor([2.0] * len(values), device=values.device), "takes values from the host"),
+        (lambda values: values[torch.arange(len(values))], "takes values from the host"),
+        (lambda values: values + torch.rand(len(values)).to(values.device), "takes values from the host"),
+    ],
+)
+def test_waiting_for_the_device_would_be_noticed(score, error):
     class Curious(DROPPERS["v2drop"]):
         def score(self, state):
-            return super().score(state) / float(state.hidden_states.max())
+            return score(super().score(state))
 
-    with mode, pytest.raises(DataDependentOutputException):
-        prefill(tiny_decoder(), packed, Curious(SCHEDULE))
+    decoder, packed = tiny_decoder().to(META, torch.bfloat16), on_meta(one_prompt(5, 24, 7))
+    with NoWaiting(), pytest.raises((AssertionError, RuntimeError), match=error):
+        prefill(decoder, packed, Curious(SCHEDULE))
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "blockwise"])
@@ -237,12 +257,14 @@ def test_a_step_that_knows_lengths_on_the_device_alone_gives_the_same_logits(bac
     assert torch.equal(unknown.cache.position_ids, known.cache.position_ids)
 
 
-def test_a_step_that_knows_lengths_on_the_device_alone_can_be_recorded():
-    decoder, (mode, packed) = tiny_decoder(), recorded_without_values(pack_together(tiny_prompts()))
-    with mode, torch.no_grad():
+@pytest.mark.parametrize("backend", ["varlen", "sdpa"])
+def test_a_step_that_a_cuda_graph_records_never_waits_for_the_device(backend, monkeypatch):
+    monkeypatch.setattr(inference, "resolve_backend", lambda *_: backend)
+    decoder, packed = tiny_decoder().to(META, torch.bfloat16), on_meta(pack_together(tiny_prompts()))
+    with NoWaiting(), torch.no_grad():
         cache = prefill(decoder, packed, make("v2drop"), max_new_tokens=4).cache
-        logits = decode_step(decoder, torch.tensor([3, 1, 4]), cache, cache.visible_on_device)
-    assert isinstance(logits, FakeTensor)
+        logits = decode_step(decoder, torch.zeros(3, dtype=torch.long, device=META), cache, cache.visible_on_device)
+    assert logits.is_meta
 
 
 @pytest.mark.parametrize("heads_first", [True, False])

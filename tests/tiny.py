@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from nanovlm_v2drop.config import TextConfig
 from nanovlm_v2drop.decoder import Decoder
@@ -22,6 +25,27 @@ FAMILIES: dict[str, dict[str, object]] = {
     "llava-onevision": {"qkv_bias": True},
     "qwen2-vl": {"qkv_bias": True, "mrope_section": (1, 1, 2)},
 }
+
+META = torch.device("meta")  # knows shapes, dtypes and devices but no values: like a GPU that has not got so far
+
+
+class NoWaiting(TorchFunctionMode):
+    """Under this, whatever makes the host wait for a GPU is an error on the meta device.
+
+    Meta itself has no value to give away, whoever asks. Here it takes none either but by a copy that does not wait, and works
+    with nothing that lies elsewhere (single numbers may: they travel with the launch).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if kwargs.get("non_blocking"):
+            return result
+        held = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+        made = func in (torch.tensor, torch.as_tensor) and isinstance(result, Tensor) and result.is_meta
+        if made or len({tensor.device for tensor in held}) > 1:
+            raise AssertionError(f"{func} takes values from the host to the device and waits; use attention.sent")
+        return result
 
 
 def tiny_decoder(**changes: object) -> Decoder:

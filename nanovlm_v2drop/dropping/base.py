@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..attention import sent
 from .schedule import LEANEST_RATIOS, PAPER_DEPTHS, PAPER_LAYERS, DropSchedule, layers_at_depths
 
 MERGED = -2  # in `vision_indices`: a row that several vision tokens were averaged into
@@ -84,7 +85,7 @@ class PrefillState:
 
     def last_rows(self) -> Tensor:
         """(B,) the row of each sequence's last token."""
-        return torch.tensor([end - 1 for _, end in self.spans], device=self.hidden_states.device)
+        return sent(torch.tensor([end - 1 for _, end in self.spans]), self.hidden_states.device)
 
     def vision_rows(self) -> list[Tensor]:
         """Rows of each sequence's vision tokens, in order."""

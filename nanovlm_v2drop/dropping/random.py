@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..attention import sent
 from .base import PrefillState, Published, TokenDropper
 from .schedule import DropSchedule
 from .v2drop import V2Drop
@@ -30,7 +31,7 @@ class Random(TokenDropper):
     def score(self, state: PrefillState) -> Tensor:
         numbers = [self.draw(count, seed) for count, seed in zip(state.prompt_vision_counts, state.seeds, strict=True)]
         indices = state.vision_indices.clamp(min=0).split(state.seqlens)
-        return torch.cat([drawn.to(rows.device)[rows] for drawn, rows in zip(numbers, indices, strict=True)])
+        return torch.cat([sent(drawn, rows.device)[rows] for drawn, rows in zip(numbers, indices, strict=True)])
 
     def draw(self, count: int, prompt_seed: int) -> Tensor:
         """(count,) numbers of a prompt; one unused number for a prompt without vision tokens."""
@@ -50,11 +51,11 @@ class RandomGrid(Random):
     def select(self, state: PrefillState, vision_counts: Sequence[int]) -> Tensor:
         kept = []
         for index, (vision, text, count) in enumerate(zip(state.vision_rows(), state.text_rows(), vision_counts, strict=True)):
-            places = z_order(state.vision_grids[index]).to(vision.device)
+            places = sent(z_order(state.vision_grids[index]), vision.device)
             walk = vision[places[state.vision_indices[vision]].argsort()]
             start = self.draw(1, state.seeds[index] + state.layer_idx)
             steps = (torch.arange(count, dtype=torch.float64) + start) * len(vision) / max(count, 1)
-            kept.append(torch.cat([walk[steps.long().to(vision.device)], text]).sort().values)
+            kept.append(torch.cat([walk[sent(steps.long(), vision.device)], text]).sort().values)
         return torch.cat(kept)
 
 
