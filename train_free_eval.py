@@ -81,6 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tensor-parallel", type=int, default=1, help="processes that share a decoder, of those that torchrun starts")
     add("--dtype", choices=DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
     add("--attention", choices=("auto", *BACKENDS), default="auto")
+    add("--compile", action="store_true", help="compile the decoder's layers with torch.compile; takes a minute at first")
     add("--image-aspect-ratio", choices=ASPECT_RATIOS, default=DEFAULT_ASPECT_RATIO, help="pad as the papers, crop as llava-hf")
     add("--template", choices=TEMPLATES, help="prompt template; default the model's own")
     add("--output", type=Path, help="default results/<model>-<time>")
@@ -145,7 +146,7 @@ def run_mode(arguments: argparse.Namespace, processes: Processes) -> dict[str, A
 
 def load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
-    return load(
+    vlm = load(
         arguments.model,
         device=arguments.device,
         dtype=DTYPES[dtype],
@@ -157,6 +158,9 @@ def load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
         sampling=UniformSampling(arguments.frames) if arguments.frames else None,
         tensor_parallel=arguments.tensor_parallel,
     )
+    if arguments.compile:
+        vlm.model.language_model.compile_layers()
+    return vlm
 
 
 def plans_for(shape: Shape, arguments: argparse.Namespace) -> list[Plan]:

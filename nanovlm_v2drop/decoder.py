@@ -7,7 +7,8 @@ queries, keys and values to `attend`, which prefill, decode and training each su
 tokens can leave between layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .attention import joined
 from .config import TextConfig
+from .linear import PrepackedLinear
 from .parallel import TensorParallel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
@@ -73,9 +75,9 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        v = self.heads(self.v_proj, hidden_states)
-        return self.o_proj(attend(self.query(hidden_states, rotary), self.key(hidden_states, rotary), v).flatten(-2))
+    def query_key_value(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, H, head_dim), and twice (T, K, head_dim); the first two rotated"""
+        return self.query(hidden_states, rotary), self.key(hidden_states, rotary), self.heads(self.v_proj, hidden_states)
 
     def query(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
         """(T, H, head_dim), rotated"""
@@ -98,23 +100,35 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # On a CPU, what gate and up make of some rows is still in its cache when down reads it; a GPU wants all rows at once.
-        rows_at_once = CPU_ROWS if hidden_states.device.type == "cpu" else len(hidden_states)
-        return joined([self.some_rows(rows) for rows in hidden_states.split(rows_at_once)])
+        # Compiled, it is one code for any number of rows, which a number of pieces would not be.
+        in_pieces = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        return joined([self.some_rows(rows) for rows in hidden_states.split(CPU_ROWS if in_pieces else len(hidden_states))])
 
     def some_rows(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class DecoderLayer(nn.Module):
+    """Two parts with attention between them; `Decoder.compile_layers` exchanges the parts for compiled ones."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
+        self.before_part, self.behind_part = DecoderLayer.before_attention, DecoderLayer.behind_attention
 
     def forward(self, hidden_states: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), rotary, attend)
+        return self.behind_part(self, hidden_states, attend(*self.before_part(self, hidden_states, rotary)))
+
+    def before_attention(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's input (T, D) -> queries, keys and values"""
+        return self.self_attn.query_key_value(self.input_layernorm(hidden_states), rotary)
+
+    def behind_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
+        """The layer's input (T, D) and what attention gave (T, H, head_dim) -> the next layer's input"""
+        hidden_states = hidden_states + self.self_attn.o_proj(attended.flatten(-2))
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def query_and_keys(self, hidden_states: Tensor, rotary: Rotary, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,6 +156,20 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Let torch compile what lies between two attentions: the same code for all layers and any number of tokens.
+
+        Norms, rotary, activations and sums melt into few kernels, whose launches a GPU would otherwise wait for where dropping
+        has left few tokens; on CPUs it gains next to nothing. The first prompts of unequal length and the first decoded token
+        wait for the compiler, which is the `backend` of torch.compile. Raises ValueError for a decoder that cannot be compiled.
+        """
+        if self.tensor_parallel is not None or any(isinstance(module, PrepackedLinear) for module in self.modules()):
+            reason = "shared by processes" if self.tensor_parallel is not None else "in prepacked bfloat16 on a CPU"
+            raise ValueError(f"a decoder {reason} cannot be compiled; run it as it is, or in float32 by one process")
+        for layer in cast(Iterable[DecoderLayer], self.layers):
+            layer.before_part = torch.compile(DecoderLayer.before_attention, fullgraph=True, backend=backend)
+            layer.behind_part = torch.compile(DecoderLayer.behind_attention, fullgraph=True, backend=backend)
 
     def all_heads(self, heads: Tensor) -> Tensor:
         """(..., own heads, head_dim) -> (..., all heads, head_dim)"""

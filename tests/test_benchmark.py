@@ -354,6 +354,7 @@ def test_every_round_runs_everything_once_in_rotating_order():
         (["--attention", "flash-attn"], "cannot run"),
         (["--dtype", "int8"], "int8"),
         (["--transformers", "sdpa,fast"], "unknown attention of transformers: fast"),
+        (["--compile", "--dtype", "bfloat16"], "cannot be compiled"),
         (["--cuda-graph"], "--cuda-graph needs --device cuda"),
     ],
 )

@@ -4,12 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import FAMILIES as TINY_FAMILIES
+from tiny import pack_together, tiny_decoder, tiny_prompts
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from nanovlm_v2drop import decoder as decoder_module
 from nanovlm_v2drop.config import TextConfig, flatten_rope, from_fields
 from nanovlm_v2drop.decoder import Decoder, GatedMLP, RMSNorm, rotary_table
-from nanovlm_v2drop.inference import prefill
+from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
+from nanovlm_v2drop.inference import decode_one_token, prefill
+from nanovlm_v2drop.linear import PrepackedLinear
 from nanovlm_v2drop.vlm import PackedInputs
 
 SIZES: dict[str, Any] = {
@@ -143,3 +148,32 @@ def test_an_mlp_that_takes_some_rows_at_a_time_gives_what_it_gives_for_all_at_on
     monkeypatch.setattr(mlp, "some_rows", lambda rows: calls.append(len(rows)) or some_rows(rows))
     torch.testing.assert_close(mlp(values), wanted, atol=1e-6, rtol=0)
     assert calls == [8, 8, 5]
+
+
+@pytest.mark.slow  # it runs a compiler
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_compiled_layers_answer_as_before_and_are_compiled_once_for_all_layers_and_lengths(family: str) -> None:
+    torch.compiler.reset()
+    decoder, parts = tiny_decoder(**TINY_FAMILIES[family]), tiny_prompts(family=family)
+    prompts, token = [*parts, pack_together(parts)], torch.tensor([3])
+
+    def logits() -> list[Tensor]:
+        out = [prefill(decoder, prompt, dropper) for prompt in prompts for dropper in (None, *droppers)]
+        decoded = [decode_one_token(decoder, token.expand(len(each.logits)), each.cache) for each in out]
+        return [*(each.logits for each in out), *decoded]
+
+    schedule = DropSchedule({2: 0.5, 4: 0.1})
+    droppers = [DROPPERS[name](schedule) for name in ("v2drop", "fastv", "pdrop")]
+    wanted, graphs = logits(), CompileCounterWithBackend("inductor")
+    decoder.compile_layers(backend=graphs)
+    for ours, theirs in zip(logits(), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    # Two parts, for the first number of rows, for any, for one; and a second form of what attention gives.
+    assert graphs.frame_count <= 8
+
+
+def test_a_decoder_that_cannot_be_compiled_says_so() -> None:
+    decoder = tiny_decoder()
+    decoder.layers[0].mlp.up_proj = PrepackedLinear.__new__(PrepackedLinear)
+    with pytest.raises(ValueError, match="in prepacked bfloat16 on a CPU cannot be compiled; run it as it is, or in float32"):
+        decoder.compile_layers()

@@ -144,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--tokens", help=f"mean vision tokens a layer; default for a picture: {PICTURE_TOKENS}")
     budget.add_argument("--retain", help=f"the same as shares of the vision tokens; default for a video: {VIDEO_SHARES}")
     parser.add_argument("--cuda-graph", action="store_true", help="decode our models by a CUDA graph; needs --device cuda")
+    parser.add_argument("--compile", action="store_true", help="compile the layers of our models with torch.compile")
     parser.add_argument("--transformers", default=",".join(ATTENTIONS), help="its attentions; default: %(default)s")
     parser.add_argument("--no-transformers", dest="transformers", action="store_const", const="")
     parser.add_argument("--loading", action="store_true", help="instead: seconds to import, and to load a checkpoint of 1 GB")

@@ -131,7 +131,10 @@ class Workload:
 
 
 def make_workload(args: argparse.Namespace) -> Workload:
-    """The decoder and prompt asked for; raises ValueError for an unknown model, device, dtype, back end or number of layers."""
+    """The decoder and prompt asked for; raises ValueError for an unknown model, device, dtype, back end or number of layers.
+
+    And for a decoder that cannot be compiled, where that is asked for.
+    """
     shape = shape_of(args.model)
     if args.layers > shape.num_hidden_layers:
         raise ValueError(f"{args.model} has {shape.num_hidden_layers} layers, not {args.layers}; lower --layers")
@@ -142,6 +145,8 @@ def make_workload(args: argparse.Namespace) -> Workload:
     plain = decoder.state_dict() if args.transformers else None
     if can_prepack(device, dtype):
         prepack(decoder)
+    if args.compile:
+        decoder.compile_layers()
     packed = random_prompt(args.text_tokens, grids, decoder)
     return Workload(decoder, packed, args.decode_steps, shape.num_hidden_layers, plain)
 
