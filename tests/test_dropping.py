@@ -1,5 +1,7 @@
 """Schedules and their accounting, the methods, and the authors' code on tiny models (tests/goldens)."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from golden import Golden
@@ -177,6 +179,20 @@ def test_a_score_that_is_not_one_number_a_token_is_refused(score, found):
 
     with pytest.raises(ValueError, match=rf"score of mine must be one number for each token, text too: \(36,\), not {found}"):
         prefill(tiny_decoder(), one_prompt(5, 24, 7), Mine(DropSchedule({1: 0.5})))
+
+
+@pytest.mark.parametrize("vision_too", [False, True])
+def test_a_vision_token_without_a_number_is_an_error_and_a_text_token_without_one_is_not(vision_too):
+    class Mine(TokenDropper):
+        name = "mine"
+
+        def score(self, state):
+            return torch.arange(36.0).masked_fill(~state.vision_mask | (vision_too & (state.vision_indices == 3)), torch.nan)
+
+    answer = pytest.raises(RuntimeError, match="mine scored a vision token NaN") if vision_too else nullcontext()
+    with answer:
+        out = prefill(tiny_decoder(), one_prompt(5, 24, 7), Mine(DropSchedule({1: 0.5})))
+        assert out.kept[0][1][0].tolist() == list(range(12, 24))
 
 
 def test_an_unknown_or_missing_published_setting_is_refused():

@@ -236,12 +236,17 @@ class TokenDropper:
         return torch.cat(kept)
 
     def finite_scores(self, state: PrefillState) -> Tensor:
-        """(T,) float32, so that no vision token can push a text token out of the top k; raises ValueError for a wrong shape."""
+        """(T,) float32, so that no vision token can push a text token out of the top k.
+
+        Raises ValueError for a wrong shape, RuntimeError for NaN at a vision token (on a GPU at the next wait for it).
+        """
         scores: Any = self.score(state)
         if not isinstance(scores, Tensor) or scores.shape != state.vision_mask.shape:
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             wanted = tuple(state.vision_mask.shape)
             raise ValueError(f"the score of {self.name} must be one number for each token, text too: {wanted}, not {found}")
+        ranked = (scores.isnan() & state.vision_mask).logical_not().all()
+        torch._assert_async(ranked, f"{self.name} scored a vision token NaN: it divides by zero, or activations overflow")
         return scores.float().nan_to_num()
 
     def decode_pruning(self, state: PrefillState) -> DecodePruning | None:
