@@ -102,7 +102,7 @@ def load_model(
 
     The weights never exist twice: each tensor goes straight from the mapped file to `device` and `dtype`. On the CPU,
     in the dtype of the file, it stays a view of the file, which must then not be overwritten while the model lives. In
-    bfloat16 on a CPU, matrices go from the file into prepacked order; see linear.py.
+    bfloat16 on a CPU, matrices go from the file into prepacked order, at their first product or, if converted, at once.
 
     Args:
         folder: holds model.safetensors, or shards with model.safetensors.index.json, or one other *.safetensors file.

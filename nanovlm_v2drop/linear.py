@@ -2,7 +2,8 @@
 
 oneDNN, which does these products for torch, takes a matrix in blocks. A plain weight is put into that order anew in every
 call: that costs a prefill about 15 % of its time, and a decoded token, which reads every weight for a single row, more than
-the product itself. Here it is done once. The results are the same to the last bit.
+the product itself. Here it is done once, at the first product: until then a weight may be a view of a file that nobody has
+read. The results are the same to the last bit.
 Source of the operators: torch's own compiler, which freezes weights with them (torch/_inductor/fx_passes/mkldnn_fusion.py).
 """
 
@@ -16,24 +17,33 @@ PIECE = 2**20  # numbers that are converted at once: in float32 they stay in a C
 class PrepackedLinear(nn.Module):
     """An nn.Linear for inference: (..., in_features) -> (..., out_features), both bfloat16 on a CPU; the bias stays.
 
-    `buffer` is bfloat16 memory for as many numbers as the weight has; without it, it is allocated where it is needed.
+    A weight of another dtype is packed at once, by way of `buffer`: bfloat16 memory for as many numbers as it has.
     """
 
-    def __init__(self, linear: nn.Linear, buffer: Tensor | None = None) -> None:
+    def __init__(self, linear: nn.Linear, buffer: Tensor) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(as_bfloat16(linear.weight.detach(), buffer), ROWS)
+        self.plain_weight: Tensor | None = as_bfloat16(linear.weight.detach(), buffer)
+        self.packed_weight: Tensor | None = None
+        if linear.weight.dtype != torch.bfloat16:  # the buffer is lent
+            self.pack()
+
+    def pack(self) -> Tensor:
+        """The weight in its order, into which the first call puts it; the plain one is then let go."""
+        if self.packed_weight is None:
+            self.packed_weight, self.plain_weight = torch.ops.mkldnn._reorder_linear_weight(self.plain_weight, ROWS), None
+        return self.packed_weight
 
     @property
     def weight(self) -> Tensor:
         """(out_features, in_features): a copy in the plain order."""
-        return self.packed_weight.to_dense()
+        return self.pack().to_dense()
 
     def forward(self, values: Tensor) -> Tensor:
         if torch.is_grad_enabled() and values.requires_grad:
             raise RuntimeError("prepacked bfloat16 weights have no gradients; load the model in float32 for those")
-        return torch.ops.mkldnn._linear_pointwise(values, self.packed_weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(values, self.pack(), self.bias, "none", [], "")
 
 
 def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:

@@ -41,7 +41,7 @@ from ..dropping import DropSchedule
 from ..dropping.schedule import PAPER_VISION_TOKENS
 from ..evaluate import processor_name
 from .contenders import ATTENTIONS, Contender, check_logits, decoding_contenders, our_contenders, transformers_contenders
-from .loading import LOADERS, loading_rows
+from .loading import LOADERS, import_row, loading_rows
 from .measure import decode_rows, prefill_rows
 from .workload import Workload, make_workload, shape_of
 
@@ -155,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_loading(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds for importing and loading, ours and transformers'; raises as `loading_rows`."""
     loaders = LOADERS if args.transformers else LOADERS[:1]
-    importing, *rows = loading_rows(shape_of(args.model), loaders=loaders, repeats=args.repeats)
+    importing, rows = import_row(args.repeats), loading_rows(shape_of(args.model), loaders=loaders, repeats=args.repeats)
     beyond, torchs = importing["beyond_torch_seconds"], importing["torch_seconds"]
     note = f"importing takes {beyond:.2f} s beyond torch's own {torchs:.2f} s"
     return {**vars(args), "notes": [note], "importing": importing, "loads": rows, "machine": describe_machine(CPU)}
