@@ -1,10 +1,14 @@
 """The invariants of the prefill loop, each against its slow twin: one masked full forward."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import FAMILIES, META, NoWaiting, one_prompt, pack_together, tiny_decoder, tiny_prompts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nanovlm_v2drop import inference
 from nanovlm_v2drop.decoder import rotary_table
@@ -302,6 +306,53 @@ def test_prompts_of_one_batch_may_have_budgets_of_their_own(name):
 def test_a_batch_with_another_number_of_prompts_than_schedules_is_refused():
     with pytest.raises(ValueError, match="2 schedules for a batch of 3 prompts"):
         prefill(tiny_decoder(), pack_together(tiny_prompts()), DROPPERS["v2drop"](BatchSchedule([SCHEDULE] * 2)))
+
+
+class RecordedGraph(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: each replay calls the recorded operators again, with the very tensors of the recording.
+
+    No Python runs again, so whatever was a host value while recording has stayed what it was. Unlike a CUDA graph it runs what
+    it records.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "blockwise"])
+def test_recorded_steps_decode_what_single_launches_decode(backend, monkeypatch):
+    monkeypatch.setattr(inference, "resolve_backend", lambda *_: backend)
+    decoder, packed = tiny_decoder(), pack_together(tiny_prompts())
+    single, recorded = (prefill(decoder, packed, make("v2drop"), max_new_tokens=2) for _ in range(2))
+
+    @contextmanager
+    def recording(graph):
+        with graph:
+            yield
+        recorded.cache.advance_on_device(-1)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"CUDAGraph": RecordedGraph, "graph": recording, "stream": nullcontext}
+    for name, fake in {**fakes, "Stream": lambda: stream, "current_stream": lambda: stream}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    step = GraphedSteps(decoder, recorded.cache)
+    for number in range(5):  # the cache grows twice
+        tokens = torch.tensor([3, 1, 4]) + number
+        torch.testing.assert_close(step(tokens), decode_one_token(decoder, tokens, single.cache), atol=1e-4, rtol=0)
+    assert recorded.cache.seqlens == single.cache.seqlens
+    assert torch.equal(recorded.cache.slots, torch.tensor(single.cache.seqlens))
 
 
 @pytest.mark.gpu
