@@ -15,14 +15,15 @@ class KVCache:
     """Keys and values of each layer, allocated at that layer's own length plus `max_new_tokens`.
 
     A layer behind a drop point has fewer rows than one before it, so dropping is real memory. `seqlens[layer_idx]` holds the
-    filled slots of each sequence as host integers, `slots` (L, B) the same on the device: where the next token goes.
+    filled slots of each sequence as host integers, `slots` (L, B) the same on the device: where the next token goes, and
+    `lengths` (L, B) int32 one more: how many slots it sees.
     `position_ids` (L, B) is the next token's position in each layer: it goes on from the undropped prompt, unless a method
     renumbers what it keeps. `pruning` is None, or what chooses the slots that a new token sees. `heads_first` says how a cache
     lies in memory, (B, K, S, head_dim) or (B, S, K, head_dim); its shape is the latter either way.
     """
 
     def __init__(self, max_new_tokens: int, heads_first: bool) -> None:
-        self.slots = self.position_ids = torch.empty(0)
+        self.slots = self.lengths = self.sequences = self.position_ids = torch.empty(0)
         self.max_new_tokens, self.heads_first = max_new_tokens, heads_first
         self.pruning: DecodePruning | None = None
         self.keys: list[Tensor] = []  # (B, S, K, head_dim) each
@@ -59,6 +60,8 @@ class KVCache:
         """Behind the last layer: where decoding goes on, `position_ids` (L, B)."""
         self.position_ids = position_ids
         self.slots = sent(torch.tensor(self.seqlens), position_ids.device)
+        self.lengths = (self.slots + 1).int()
+        self.sequences = torch.arange(position_ids.shape[1], device=position_ids.device)
 
     @property
     def is_full(self) -> bool:
@@ -74,9 +77,8 @@ class KVCache:
 
     def append(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
         """One new token a sequence: k and v (B, K, head_dim), into the next slots of a layer that has room."""
-        sequences = torch.arange(len(k), device=k.device)
         for caches, new in ((self.keys, k), (self.values, v)):
-            caches[layer_idx].index_put_((sequences, self.slots[layer_idx]), new)
+            caches[layer_idx].index_put_((self.sequences, self.slots[layer_idx]), new)
 
     def advance(self, count: int = 1) -> None:
         """Tell the host that `count` tokens were appended in every layer, or forgotten where it is negative."""
@@ -85,6 +87,7 @@ class KVCache:
     def advance_on_device(self, count: int = 1) -> None:
         """The same on the device, in place: a CUDA graph does it in every replay."""
         self.slots += count
+        self.lengths += count
         self.position_ids += count
 
     def crop(self, count: int) -> None:
@@ -94,7 +97,7 @@ class KVCache:
 
     def visible_on_device(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All slots of a layer, and on the device how many are filled (B,): for a CUDA graph, whose shapes never change."""
-        return self.keys[layer_idx], self.values[layer_idx], (self.slots[layer_idx] + 1).int()
+        return self.keys[layer_idx], self.values[layer_idx], self.lengths[layer_idx]
 
     def visible(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, CacheSeqlens]:
         """Keys and values (B, S, K, head_dim) that the new token's queries q (B, H, head_dim) may see, and how many slots."""
@@ -106,5 +109,5 @@ class KVCache:
         if slots is None:
             return keys, values, seqlens
         index = pad_sequence(list(slots), batch_first=True)
-        sequences = torch.arange(len(index), device=index.device)[:, None]
+        sequences = self.sequences[:, None]
         return keys[sequences, index], values[sequences, index], tuple(map(len, slots))
