@@ -125,6 +125,7 @@ def make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What fits a screen of the rows, under the names that they have in the JSON."""
     names = [name for name, value in rows[0].items() if not isinstance(value, (list, dict)) and name not in JSON_ONLY]
     table = Table(*(name.replace("_", " ") for name in names))
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*(f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in names))
     return table
