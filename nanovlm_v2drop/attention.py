@@ -23,6 +23,7 @@ from torch import Tensor
 CacheSeqlens = Sequence[int] | Tensor  # filled slots of each sequence: host integers, or (B,) int32 on the device
 
 BACKENDS = ("flash-attn", "varlen", "blockwise", "sdpa", "eager")  # the last is never chosen by "auto"
+AMPERE = (8, 0)  # the first compute capability that FlashAttention is written for
 QUERY_BLOCK = 320  # queries that `blockwise` takes at once: fewer pay for small products, more for masked ones
 SCORES = 3_000_000  # numbers that it then holds: what stays in a CPU's cache between the two products
 
@@ -35,11 +36,10 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown attention back end {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
-    obstacles = {backend: obstacle(backend, device, dtype) for backend in BACKENDS}
     if name == "auto":
-        return next(backend for backend in BACKENDS if obstacles[backend] is None)
-    if obstacles[name] is not None:
-        raise ValueError(f"attention back end {name!r} cannot run: {obstacles[name]}; use auto or sdpa")
+        return next(backend for backend in BACKENDS if obstacle(backend, device, dtype) is None)
+    if (reason := obstacle(name, device, dtype)) is not None:
+        raise ValueError(f"attention back end {name!r} cannot run: {reason}; use auto or sdpa")
     return name
 
 
@@ -54,9 +54,13 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"it needs a CUDA device, not {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it needs float16 or bfloat16, not {dtype}"
-    if backend == "flash-attn":
-        return None if importlib.util.find_spec("flash_attn") else "the package flash-attn is not installed"
-    return None if varlen_accepts("enable_gqa") else f"torch {torch.__version__} has no varlen_attn with enable_gqa"
+    if backend == "flash-attn" and not importlib.util.find_spec("flash_attn"):
+        return "the package flash-attn is not installed"
+    if backend == "varlen" and not varlen_accepts("enable_gqa"):
+        return f"torch {torch.__version__} has no varlen_attn with enable_gqa"
+    if torch.cuda.get_device_capability(device) < AMPERE:
+        return f"it needs a GPU of compute capability 8.0 (Ampere) or later, not {torch.cuda.get_device_name(device)}"
+    return None
 
 
 @cache
@@ -181,9 +185,13 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     (H, R, T), softmax in float32 at least. Methods that rank by attention ask for the few rows that they rank by.
     """
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * q.shape[-1] ** -0.5
     visible = torch.arange(len(k), device=k.device) <= rows[:, None]
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return softmax_weights(scores.masked_fill(~visible, -torch.inf), q.shape[-1])
+
+
+def softmax_weights(scores: Tensor, head_dim: int) -> Tensor:
+    """Attention from the products (..., K) of queries and keys, in float32 at least."""
+    return (scores.to(torch.promote_types(scores.dtype, torch.float32)) * head_dim**-0.5).softmax(-1)
 
 
 def attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: CacheSeqlens, backend: str) -> Tensor:

@@ -117,8 +117,8 @@ class TextConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = 0  # 0: num_attention_heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -128,22 +128,12 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         set_once(self, "num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None:
+        if not self.head_dim:
             require_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         set_once(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        require_divisible("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.kv_heads)
-        if self.mrope_section is not None and sum(self.mrope_section) * 2 != self.head_size:
+        require_divisible("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        if self.mrope_section is not None and sum(self.mrope_section) * 2 != self.head_dim:
             raise ValueError(f"mrope_section {self.mrope_section} must sum to half of head_dim {self.head_dim}")
-
-    @property
-    def kv_heads(self) -> int:
-        """num_key_value_heads, which is never None after construction."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_size(self) -> int:
-        """head_dim, which is never None after construction."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -475,6 +465,6 @@ def require_divisible(name: str, value: int, divisor_name: str, divisor: int) ->
 
 
 def set_once(config: object, name: str, value: object) -> None:
-    """Fill a field of a frozen dataclass that was left None."""
-    if getattr(config, name) is None:
+    """Fill a field of a frozen dataclass that was left empty, or null in config.json."""
+    if not getattr(config, name):
         object.__setattr__(config, name, value)

@@ -42,7 +42,7 @@ def rotary_table(config: TextConfig, position_ids: Tensor, dtype: torch.dtype) -
 
     Computed in float32 from the positions themselves: kept tokens keep their original ids, however large.
     """
-    exponents = torch.arange(0, config.head_size, 2, device=position_ids.device).float() / config.head_size
+    exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
     angles = position_ids[..., None].float() * (1.0 / config.rope_theta**exponents)  # (T, half) or (3, T, half)
     if config.mrope_section is not None:
         angles = interleave_sections(angles, config.mrope_section)
@@ -68,8 +68,8 @@ def apply_rotary(heads: Tensor, rotary: Rotary) -> Tensor:
 class SelfAttention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_size
-        query_size, key_size = config.num_attention_heads * self.head_dim, config.kv_heads * self.head_dim
+        self.head_dim = config.head_dim
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)

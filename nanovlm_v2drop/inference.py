@@ -178,6 +178,7 @@ class GraphedSteps:
             raise ValueError("a method that prunes while decoding chooses slots on the host; decode it without a CUDA graph")
         self.decoder, self.cache = decoder, cache
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.token_ids = self.logits = torch.empty(0)  # what a replay reads and writes; made where it is captured
 
     @torch.no_grad()
     def __call__(self, token_ids: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class GraphedSteps:
         aside.wait_stream(current)
         with torch.cuda.stream(aside):  # libraries choose their kernels in a first run, which must not be recorded
             self.step()
-            self.cache.advance_on_device(-1)
+            self.cache.advance_on_device(-1)  # so that the first replay writes over what this run has appended
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -179,10 +179,10 @@ class TensorParallel:
 
 def check_divisible(config: TextConfig, tensor_parallel: int) -> None:
     """Raise ValueError unless every process would get equally many heads and rows of the MLP."""
-    sizes = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.kv_heads}
+    sizes = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
     sizes["intermediate_size"] = config.intermediate_size
     if undivided := [f"{name} {size}" for name, size in sizes.items() if size % tensor_parallel]:
-        able = [n for n in range(1, config.kv_heads + 1) if not any(size % n for size in sizes.values())]
+        able = [n for n in range(1, config.num_key_value_heads + 1) if not any(size % n for size in sizes.values())]
         raise ValueError(
             f"tensor_parallel {tensor_parallel} does not divide {', '.join(undivided)}; "
             f"{', '.join(map(str, able))} would work"

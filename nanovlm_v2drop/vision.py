@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention, resolve_backend
+from .attention import attention, resolve_backend, softmax_weights
 from .config import VisionConfig
 
 ACTIVATIONS = {
@@ -67,13 +67,12 @@ class VisionAttention(nn.Module):
         projected = (projection(hidden_states).flatten(0, 1) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (packed.unflatten(-1, (self.num_heads, -1)) for packed in projected)  # (N * tokens, heads, head_dim)
         attended = attention(q, k, v, (tokens,) * count, backend, causal=False)
-        return self.out_proj(attended.view_as(hidden_states))
+        return self.out_proj(attended.reshape(hidden_states.shape))
 
     def class_attention(self, hidden_states: Tensor) -> Tensor:
         """Softmax attention of the class token to the patches, (N, heads, P); what it pays to itself is left out."""
         q, k = self.heads(self.q_proj(hidden_states[:, :1])), self.heads(self.k_proj(hidden_states))
-        weights = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        return weights.softmax(-1)[:, :, 0, 1:]
+        return softmax_weights(q @ k.transpose(-1, -2), q.shape[-1])[:, :, 0, 1:]
 
     def mean_attention(self, hidden_states: Tensor) -> Tensor:
         """Softmax attention that each token receives, (N, heads, P): the mean over all tokens that pay it."""
@@ -82,8 +81,7 @@ class VisionAttention(nn.Module):
 
     def _mean_attention(self, hidden_states: Tensor) -> Tensor:
         q, k = self.heads(self.q_proj(hidden_states)), self.heads(self.k_proj(hidden_states))
-        weights = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (1, heads, P, P)
-        return weights.softmax(-1).mean(-2)
+        return softmax_weights(q @ k.transpose(-1, -2), q.shape[-1]).mean(-2)  # of (1, heads, P, P)
 
     def heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, tokens, head_dim)

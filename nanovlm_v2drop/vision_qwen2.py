@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention, resolve_backend
+from .attention import attention, resolve_backend, softmax_weights
 from .config import Qwen2VLVisionConfig
 from .decoder import Rotary, apply_rotary
 from .vision import ACTIVATIONS
@@ -193,17 +193,12 @@ def frame_lengths(grid_thw: Sequence[Grid]) -> list[int]:
     return [rows * columns for frames, rows, columns in grid_thw for _ in range(frames)]
 
 
-def softmax_weights(q: Tensor, k: Tensor) -> Tensor:
-    """(H, Q, K): attention of the queries (Q, H, head_dim) to all keys (K, H, head_dim), softmax in float32 at least."""
-    scores = torch.einsum("qhd,khd->hqk", q, k)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(q.shape[-1] ** -0.5).softmax(-1)
-
-
 def received_in_frame(q: Tensor, k: Tensor) -> Tensor:
     """(H, K): mean over the queries (Q, H, head_dim) of one frame of the attention to each key (K, H, head_dim)."""
     row_bytes = 2 * k.shape[1] * len(k) * torch.promote_types(k.dtype, torch.float32).itemsize  # scores, and their softmax
     chunks = q.split(max(1, WEIGHTS_BYTES // row_bytes))
-    return cast(Tensor, sum(softmax_weights(chunk, k).sum(1) for chunk in chunks)) / len(q)
+    scores = (torch.einsum("qhd,khd->hqk", chunk, k) for chunk in chunks)
+    return cast(Tensor, sum(softmax_weights(some, q.shape[-1]).sum(1) for some in scores)) / len(q)
 
 
 def multimodal_positions(token_ids: Sequence[int], grids: Sequence[Grid], vision_token_ids: Collection[int]) -> Tensor:

@@ -150,6 +150,14 @@ def test_a_missing_package_and_an_old_torch_are_named(monkeypatch: pytest.Monkey
     module.varlen_accepts.cache_clear()
 
 
+def test_flash_attention_is_for_gpus_that_can_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    refusal = "it needs a GPU of compute capability 8.0 (Ampere) or later, not Tesla T4"
+    for capability, reason in [((7, 5), refusal), ((8, 0), None), ((9, 0), None)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert obstacle("varlen", CUDA, torch.float16) == reason
+
+
 def test_an_unknown_back_end_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=f"unknown attention back end 'fast'; choose one of: auto, {', '.join(BACKENDS)}"):
         resolve_backend("fast", CPU, torch.float32)

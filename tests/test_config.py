@@ -170,7 +170,7 @@ def test_sizes_that_do_not_fit_together_are_refused_with_both_numbers(path: str,
 
 def test_a_head_size_may_differ_from_width_over_heads() -> None:
     config = TextConfig(hidden_size=100, num_attention_heads=8, num_key_value_heads=2, head_dim=16)
-    assert (config.head_size, config.kv_heads) == (16, 2)
+    assert (config.head_dim, config.num_key_value_heads) == (16, 2)
 
 
 @settings(deadline=None)

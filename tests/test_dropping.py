@@ -1,6 +1,7 @@
 """Schedules and their accounting, the methods, and the authors' code on tiny models (tests/goldens)."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,17 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, one_prompt, pack_together, tiny_decoder, tiny_prompts
 
 from nanovlm_v2drop.config import TextConfig
-from nanovlm_v2drop.dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, PrefillState, TokenDropper, V2Drop, by_name
-from nanovlm_v2drop.dropping.schedule import LEANEST_RATIOS, layers_at_depths
+from nanovlm_v2drop.dropping import (
+    DROPPERS,
+    PUBLISHED_SCHEDULES,
+    BatchSchedule,
+    DropSchedule,
+    PrefillState,
+    TokenDropper,
+    V2Drop,
+    by_name,
+)
+from nanovlm_v2drop.dropping.schedule import LEANEST_RATIOS, CountSchedule, layers_at_depths
 from nanovlm_v2drop.inference import NothingDropped, decode_one_token, initial_state, prefill
 
 GOLDEN_CASES = [
@@ -114,6 +124,16 @@ def test_an_unknown_metric_is_refused():
         V2Drop(DropSchedule({1: 0.5}), metric="l3")
 
 
+def test_schedules_are_equal_only_where_they_keep_the_same():
+    assert DropSchedule({3: 0.5}) == DropSchedule({3: 0.5})
+    assert hash(DropSchedule({3: 0.5})) == hash(DropSchedule({3: 0.5}))
+    others = [DropSchedule({3: 0.5}, minimum=0), DropSchedule({3: 1.0}), CountSchedule({3: 1})]
+    others += [BatchSchedule([DropSchedule({3: 0.5})]), BatchSchedule([DropSchedule({3: 0.1})]), {3: 0.5}]
+    for number, one in enumerate(others):
+        assert [one == other for other in others] == [number == place for place in range(len(others))]
+    assert repr(CountSchedule({3: 1}, minimum=0)) == "CountSchedule({3: 1}, minimum=0)"
+
+
 def test_prefill_flops_count_every_multiply_add_of_a_small_decoder():
     config = TextConfig(
         vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
@@ -179,6 +199,46 @@ def test_a_score_that_is_not_one_number_a_token_is_refused(score, found):
 
     with pytest.raises(ValueError, match=rf"score of mine must be one number for each token, text too: \(36,\), not {found}"):
         prefill(tiny_decoder(), one_prompt(5, 24, 7), Mine(DropSchedule({1: 0.5})))
+
+
+@pytest.mark.parametrize("name", [name for name in DROPPERS if not name.startswith("random")])
+def test_every_method_that_ranks_refuses_a_vision_token_without_numbers(name):
+    packed = one_prompt(5, 24, 7)
+    hidden_states = packed.inputs_embeds.clone()
+    hidden_states[5 + 13] = torch.nan
+    traces = [replace(trace, **broken(trace)) for trace in packed.vision]
+    layer = 0 if DROPPERS[name].latest_layer == 0 else 2
+    with pytest.raises(RuntimeError, match=f"{name} scored a vision token NaN"):
+        prefill(
+            tiny_decoder(),
+            replace(packed, inputs_embeds=hidden_states, vision=tuple(traces)),
+            DROPPERS[name](DropSchedule({layer: 0.5})),
+        )
+
+
+def broken(trace):
+    """What a tower leaves of a picture whose values have overflowed."""
+    received, keys = trace.received_attention() * torch.nan, trace.keys() * torch.nan
+    hidden_states = trace.hidden_states * torch.nan
+    return {"hidden_states": hidden_states, "received_attention": lambda: received, "keys": lambda: keys}
+
+
+@pytest.mark.parametrize("name", DROPPERS)
+def test_every_method_computes_in_float64_what_it_computes_in_float32(name):
+    layer, packed = 0 if DROPPERS[name].latest_layer == 0 else 2, pack_together(tiny_prompts())
+    traces = [
+        replace(
+            trace,
+            hidden_states=trace.hidden_states.double(),
+            received_attention=lambda trace=trace: trace.received_attention().double(),
+            keys=lambda trace=trace: trace.keys().double(),
+        )
+        for trace in packed.vision
+    ]
+    wide = replace(packed, inputs_embeds=packed.inputs_embeds.double(), vision=tuple(traces))
+    dropper = DROPPERS[name](DropSchedule({layer: 0.5}))
+    narrow, double = prefill(tiny_decoder(), packed, dropper), prefill(tiny_decoder().double(), wide, dropper)
+    torch.testing.assert_close(double.logits, narrow.logits.double(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("vision_too", [False, True])

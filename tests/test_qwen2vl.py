@@ -183,7 +183,7 @@ def test_the_hub_config_gives_the_7b_sizes_that_it_leaves_out() -> None:
     tower = config.vision_config
     assert (tower.depth, tower.embed_dim, tower.num_heads, tower.mlp_ratio, tower.hidden_act) == (32, 1280, 16, 4, "quick_gelu")
     assert (tower.in_channels, tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size) == (3, 14, 2, 2)
-    assert (config.text_config.head_dim, config.text_config.kv_heads) == (128, 4)
+    assert (config.text_config.head_dim, config.text_config.num_key_value_heads) == (128, 4)
     assert config.vision_tokens == {"<|image_pad|>": 151655, "<|video_pad|>": 151656}
     assert config.eos_token_ids == (151645, 151643)
 

@@ -232,8 +232,8 @@ def test_where_no_text_token_stands_out_the_last_one_rates_and_nothing_is_nan(me
 
 def slow_attention(state, config) -> tuple[Tensor, list[int], list[int]]:
     """(H, T, T) of one sequence written out, and the rows of its raters and vision tokens."""
-    k = state.keys.repeat_interleave(config.num_attention_heads // config.kv_heads, 1)
-    logits = torch.einsum("qhd,khd->hqk", state.queries, k) / math.sqrt(config.head_size)
+    k = state.keys.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, 1)
+    logits = torch.einsum("qhd,khd->hqk", state.queries, k) / math.sqrt(config.head_dim)
     length = len(state.queries)
     attention = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
     return attention, state.marks.nonzero().flatten().tolist(), state.vision_mask.nonzero().flatten().tolist()

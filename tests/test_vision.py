@@ -165,3 +165,12 @@ def test_pixel_values_of_another_size_are_refused_with_both_sizes(tower: VisionT
 def test_an_unknown_activation_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="hidden_act 'relu' is not supported; known: quick_gelu, gelu, gelu_pytorch_tanh"):
         CLIPVisionTower(VisionConfig(**SIZES, hidden_act="relu"))
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_eager_attention_gives_the_features_of_sdpa(pictures: int) -> None:
+    tower = CLIPVisionTower(VisionConfig(**SIZES), 3)
+    fill(tower)
+    pixel_values = torch.randn(pictures, 3, 21, 21, generator=torch.Generator().manual_seed(1))
+    wanted, tower.attention = tower(pixel_values), "eager"
+    torch.testing.assert_close(tower(pixel_values), wanted, atol=1e-4, rtol=0)

@@ -245,10 +245,15 @@ class TokenDropper:
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             wanted = tuple(state.vision_mask.shape)
             raise ValueError(f"the score of {self.name} must be one number for each token, text too: {wanted}, not {found}")
-        ranked = (scores.isnan() & state.vision_mask).logical_not().all()
-        torch._assert_async(ranked, f"{self.name} scored a vision token NaN: it divides by zero, or activations overflow")
+        check_numbers(self.name, scores.masked_fill(~state.vision_mask, 0.0))
         return scores.float().nan_to_num()
 
     def decode_pruning(self, state: PrefillState) -> DecodePruning | None:
         """What chooses the cache slots that a decoded token sees, given the end of prefill; None where it sees them all."""
         return None
+
+
+def check_numbers(name: str, ranked: Tensor) -> None:
+    """Raise RuntimeError where what a method ranks vision tokens by holds NaN; on a GPU at the next wait for it."""
+    message = f"{name} scored a vision token NaN: it divides by zero, or activations overflow"
+    torch._assert_async(ranked.isnan().any().logical_not(), message)

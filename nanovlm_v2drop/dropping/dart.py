@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import PrefillState, Published, TokenDropper
+from .base import PrefillState, Published, TokenDropper, check_numbers
 from .schedule import CountSchedule, DropSchedule
 
 IMAGE_PIVOTS, TEXT_PIVOTS = 4, 4
@@ -68,7 +68,7 @@ class DART(TokenDropper):
     def select(self, state: PrefillState, vision_counts: Sequence[int]) -> Tensor:
         assert state.final_norm is not None
         norms = key_norms(state).split(state.seqlens)
-        features = F.normalize(state.final_norm(state.hidden_states).float(), dim=-1).nan_to_num().split(state.seqlens)
+        features = F.normalize(state.final_norm(state.hidden_states).float(), dim=-1).split(state.seqlens)
         kept = []
         rows = zip(state.spans, state.vision_rows(), state.text_rows(), vision_counts, norms, features, strict=True)
         for (start, _), vision, text, count, own_norms, own_features in rows:
@@ -78,12 +78,15 @@ class DART(TokenDropper):
 
     def choose(self, vision: Tensor, norms: Tensor, features: Tensor, count: int) -> Tensor:
         """`count` of the rows `vision` of one sequence, given its key norms (T,) and hidden states of length 1 (T, D)."""
+        check_numbers(self.name, norms[vision])
         image_pivots = vision[norms[vision].topk(min(IMAGE_PIVOTS, count)).indices]
         if count <= IMAGE_PIVOTS:
             return image_pivots
         pivots = self.ordered(torch.cat([image_pivots, text_pivots(vision, norms, image_pivots)]))
         candidates = torch.zeros_like(norms, dtype=torch.bool).index_fill(0, vision, True).index_fill(0, image_pivots, False)
-        return torch.cat([image_pivots, *take_in_turn(features[pivots] @ features.T, candidates, count - IMAGE_PIVOTS)])
+        similarities = features[pivots] @ features.T
+        check_numbers(self.name, similarities[:, vision])
+        return torch.cat([image_pivots, *take_in_turn(similarities, candidates, count - IMAGE_PIVOTS)])
 
     def ordered(self, pivots: Tensor) -> Tensor:
         if self.pivot_order == "rank":
@@ -96,7 +99,7 @@ class DART(TokenDropper):
 def key_norms(state: PrefillState) -> Tensor:
     """(T,) L1 norm of each token's key in the layer before, all heads together."""
     _, keys = state.queries_and_keys()
-    return torch.linalg.vector_norm(keys.flatten(1), 1, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(keys.flatten(1), 1, dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
 
 
 def text_pivots(vision: Tensor, norms: Tensor, image_pivots: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import attention_weights
-from .base import DecodePruning, PrefillState, Published, TokenDropper
+from .base import DecodePruning, PrefillState, Published, TokenDropper, check_numbers
 from .schedule import DropSchedule, OutOfReach
 
 Grid = tuple[int, int, int]  # frames, rows, columns
@@ -160,7 +160,9 @@ def keeping(count: int, num_vision_tokens: int) -> DropSchedule:
 def least_like(state: PrefillState, frame: Tensor, earlier: Tensor, count: int) -> Tensor:
     """`count` of the rows `frame` that are least like the rows `earlier`, each like the one at its own place."""
     now, before = state.hidden_states[frame].float(), state.hidden_states[earlier].float()
-    return frame[F.cosine_similarity(now, before, dim=-1).topk(count, largest=False).indices]
+    similarities = F.cosine_similarity(now, before, dim=-1)
+    check_numbers(DyCoke.name, similarities)
+    return frame[similarities.topk(count, largest=False).indices]
 
 
 def equal_shares(sizes: Sequence[int], total: int) -> list[int]:

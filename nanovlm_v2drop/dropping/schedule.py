@@ -42,6 +42,13 @@ class DropSchedule(Mapping[int, float]):
     def __len__(self) -> int:
         return len(self.keep_ratios)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether they keep the same: not so a share and a number that are written alike, as Mapping would have it."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     def __repr__(self) -> str:
         ratios = ", ".join(f"{layer}: {ratio:.4g}" for layer, ratio in self.items())
         return f"{type(self).__name__}({{{ratios}}}{'' if self.minimum == 1 else f', minimum={self.minimum}'})"
@@ -97,8 +104,8 @@ class DropSchedule(Mapping[int, float]):
         Matrix products and causal attention; norms, rotary embedding and scoring are left out (below 0.1 %). Only the last
         row goes through the head.
         """
-        query_size = config.num_attention_heads * config.head_size
-        weights = 2 * config.hidden_size * (query_size + config.kv_heads * config.head_size)
+        query_size = config.num_attention_heads * config.head_dim
+        weights = 2 * config.hidden_size * (query_size + config.num_key_value_heads * config.head_dim)
         weights += 3 * config.hidden_size * config.intermediate_size
         total = 2 * config.hidden_size * config.vocab_size
         for vision_tokens in self.vision_tokens_per_layer(num_vision_tokens, config.num_hidden_layers):
@@ -112,7 +119,7 @@ class DropSchedule(Mapping[int, float]):
         """Size of the key/value cache that prefill of one prompt leaves behind."""
         counts = self.vision_tokens_per_layer(num_vision_tokens, config.num_hidden_layers)
         tokens = sum(counts) + num_text_tokens * config.num_hidden_layers
-        return tokens * 2 * config.kv_heads * config.head_size * bytes_per_value
+        return tokens * 2 * config.num_key_value_heads * config.head_dim * bytes_per_value
 
     @classmethod
     def for_mean_tokens(
@@ -155,7 +162,7 @@ class CountSchedule(DropSchedule):
         self.keep_ratios = dict(counts)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.keep_ratios})"
+        return f"{type(self).__name__}({self.keep_ratios}{'' if self.minimum == 1 else f', minimum={self.minimum}'})"
 
     def kept_count(self, layer_idx: int, current: int) -> int:
         return min(current, max(self.minimum, int(self[layer_idx])))

@@ -65,15 +65,18 @@ class RatedByText(TokenDropper):
         return replace(state, marks=marks)
 
     def score(self, state: PrefillState) -> Tensor:
-        sequences = zip(state.text_rows(), state.spans, state.vision_counts, strict=True)
-        return torch.cat([self.sequence_score(state, text, *span, count) for text, span, count in sequences])
+        (queries, keys), scores = state.queries_and_keys(), []
+        for text, (start, end), vision_count in zip(state.text_rows(), state.spans, state.vision_counts, strict=True):
+            if vision_count:
+                # All text rows: how many of them rate is known on the device only.
+                attention = attention_weights(queries[text], keys[start:end], text - start)  # (H, R, T)
+                scores.append(self.sequence_score(attention, state, text, start, end))
+            else:
+                scores.append(torch.zeros(end - start, device=keys.device))
+        return torch.cat(scores)
 
-    def sequence_score(self, state: PrefillState, text: Tensor, start: int, end: int, vision_count: int) -> Tensor:
-        """(T,) of one sequence. All its text rows are asked for: how many of them rate is known on the device only."""
-        queries, keys = state.queries_and_keys()
-        if vision_count == 0:
-            return torch.zeros(end - start, device=keys.device)
-        attention = attention_weights(queries[text], keys[start:end], text - start)  # (H, R, T)
+    def sequence_score(self, attention: Tensor, state: PrefillState, text: Tensor, start: int, end: int) -> Tensor:
+        """(T,) of one sequence, from the attention (H, R, T) of its text rows."""
         rated = (attention * self.rater_weights(state, text, start, end)).sum(1)
         return self.mean_over_heads(rated, state.vision_mask[start:end])
 
@@ -110,7 +113,7 @@ class SparseVLM(RatedByText):
     merges = True
 
     def compress(self, state: PrefillState, vision_counts: Sequence[int]) -> PrefillState:
-        scores = self.score(state)
+        scores = self.finite_scores(state)
         splits = [split_count(*counts) for counts in zip(state.vision_counts, vision_counts, strict=True)]
         kept, merged = [], []
         for vision, text, (originals, clusters) in zip(state.vision_rows(), state.text_rows(), splits, strict=True):

@@ -52,4 +52,5 @@ class V2Drop(TokenDropper):
         if self.metric == "cosine":
             return -F.cosine_similarity(state.hidden_states.float(), state.previous.float(), dim=-1)
         order = 2 if self.metric == "l2" else 1
-        return torch.linalg.vector_norm(state.hidden_states - state.previous, order, dim=-1, dtype=torch.float32)
+        change = state.hidden_states - state.previous
+        return torch.linalg.vector_norm(change, order, dim=-1, dtype=torch.promote_types(change.dtype, torch.float32))
