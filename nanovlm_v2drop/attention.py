@@ -230,6 +230,7 @@ def plain_attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cach
 
 
 def sdpa_attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: CacheSeqlens) -> Tensor:
+    """As `attention_with_cache`; empty slots are cut off where the host knows them, and masked where it does not."""
     if not isinstance(cache_seqlens, Tensor):
         k_cache, v_cache = k_cache[:, : max(cache_seqlens)], v_cache[:, : max(cache_seqlens)]
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)

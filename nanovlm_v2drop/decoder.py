@@ -66,6 +66,8 @@ def apply_rotary(heads: Tensor, rotary: Rotary) -> Tensor:
 
 
 class SelfAttention(nn.Module):
+    """The projections on both sides of attention, which is not here: see `Attend`."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -92,6 +94,8 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
+    """(T, D) -> (T, D): silu(gate) * up, and down."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -131,7 +135,7 @@ class DecoderLayer(nn.Module):
         hidden_states = hidden_states + self.self_attn.o_proj(attended.flatten(-2))
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
-    def query_and_keys(self, hidden_states: Tensor, rotary: Rotary, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def row_queries_and_keys(self, hidden_states: Tensor, rotary: Rotary, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (R, H, head_dim) of `rows` (R,) and all keys (T, K, head_dim), as `forward` would compute them."""
         normed, (cos, sin) = self.input_layernorm(hidden_states), rotary
         return self.self_attn.query(normed[rows], (cos[rows], sin[rows])), self.self_attn.key(normed, rotary)
@@ -175,7 +179,9 @@ class Decoder(nn.Module):
         """(..., own heads, head_dim) -> (..., all heads, head_dim)"""
         return heads if self.tensor_parallel is None else self.tensor_parallel.all_heads(heads)
 
-    def query_and_keys(self, layer: DecoderLayer, hidden_states: Tensor, rotary: Rotary, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def row_queries_and_keys(
+        self, layer: DecoderLayer, hidden_states: Tensor, rotary: Rotary, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What `layer` says of all heads."""
-        queries, keys = layer.query_and_keys(hidden_states, rotary, rows)
+        queries, keys = layer.row_queries_and_keys(hidden_states, rotary, rows)
         return self.all_heads(queries), self.all_heads(keys)

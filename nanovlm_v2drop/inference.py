@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attention import CacheSeqlens, attention, attention_with_cache, reads_heads_first, resolve_backend
-from .decoder import Decoder, DecoderLayer, rotary_table
+from .decoder import Decoder, DecoderLayer, Rotary, rotary_table
 from .dropping.base import PrefillState, TokenDropper
 from .kv_cache import KVCache
 from .vlm import PackedInputs
@@ -53,19 +53,17 @@ def prefill(
 ) -> Prefilled:
     """Run the prompts through every layer once, filling the cache; vision tokens leave at the dropper's drop points.
 
-    Layers before a drop point keep the keys of dropped tokens, so the cache is longer in early layers than in late ones.
+    Packed prompts (T, D) -> logits (B, V) of their last tokens. Layers before a drop point keep the keys of dropped tokens, so
+    the cache is longer in early layers than in late ones.
     Raises ValueError for a schedule that cannot act on this decoder; warns where nothing was dropped from a picture.
     """
-    config, layers_read = decoder.config, set[int]()
     backend = resolve_backend(decoder.attention, packed.inputs_embeds.device, packed.inputs_embeds.dtype)
-    state = agreed(decoder, replace(initial_state(packed), all_heads=decoder.all_heads))
-    if dropper is not None:
-        dropper.schedule.check(config.num_hidden_layers, dropper.earliest_layer, dropper.latest_layer)
-        layers_read = {layer - 1 for layer in dropper.schedule} if dropper.reads_attention else layers_read
-        state = dropper.begin(state)
-    rotary = rotary_table(config, state.position_ids, state.hidden_states.dtype)
-    cache, next_position = KVCache(max_new_tokens, reads_heads_first(backend)), next_positions(state)
+    state = begin(decoder, packed, dropper)
+    rotary = rotary_table(decoder.config, state.position_ids, state.hidden_states.dtype)
+    cache = KVCache(max_new_tokens, reads_heads_first(backend))
+    next_position = next_positions(state)
     positions, survivors = [], []
+    layers_read = frozenset() if dropper is None else dropper.layers_read
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.fill(k, v, state.seqlens)
@@ -75,10 +73,8 @@ def prefill(
     for layer_idx, layer in enumerate(decoder.layers):
         state.layer_idx = layer_idx
         if dropper is not None and layer_idx in dropper.schedule:
-            state.rotary, state.final_norm = rotary, decoder.norm
-            state.project_next = partial(decoder.query_and_keys, cast(DecoderLayer, layer), state.hidden_states, rotary)
-            state = agreed(decoder, dropper(state).without_surroundings())
-            rotary = rotary_table(config, state.position_ids, state.hidden_states.dtype)
+            state = drop(decoder, cast(DecoderLayer, layer), dropper, state, rotary)
+            rotary = rotary_table(decoder.config, state.position_ids, state.hidden_states.dtype)
             next_position = next_positions(state) if dropper.renumbers else next_position
             survivors.append((layer_idx, state.vision_indices.split(state.seqlens)))
         positions.append(next_position)
@@ -90,7 +86,24 @@ def prefill(
     return Prefilled(decoder.lm_head(decoder.norm(state.hidden_states[state.last_rows()])), cache, survivors)
 
 
+def begin(decoder: Decoder, packed: PackedInputs, dropper: TokenDropper | None) -> PrefillState:
+    """The state at the entrance of layer 0, which the dropper has looked at; raises ValueError as `prefill`."""
+    state = agreed(decoder, replace(initial_state(packed), all_heads=decoder.all_heads))
+    if dropper is None:
+        return state
+    dropper.schedule.check(decoder.config.num_hidden_layers, dropper.earliest_layer, dropper.latest_layer)
+    return dropper.begin(state)
+
+
+def drop(decoder: Decoder, layer: DecoderLayer, dropper: TokenDropper, state: PrefillState, rotary: Rotary) -> PrefillState:
+    """One drop point, at the entrance of `layer`: the state that goes on, without what only the dropper was shown."""
+    state.rotary, state.final_norm = rotary, decoder.norm
+    state.project_next = partial(decoder.row_queries_and_keys, layer, state.hidden_states, rotary)
+    return agreed(decoder, dropper(state).without_surroundings())
+
+
 def warn_if_nothing_dropped(dropper: TokenDropper, packed: PackedInputs, state: PrefillState) -> None:
+    """Warn with NothingDropped where all vision tokens came through to the last layer."""
     if any(packed.vision_counts) and state.vision_counts == packed.vision_counts:
         warnings.warn(
             f"{dropper.name} dropped nothing: all {sum(packed.vision_counts)} vision tokens went through all "
@@ -323,5 +336,6 @@ def stream(
 
 
 def check_max_new_tokens(max_new_tokens: int) -> None:
+    """Raise ValueError for less than one token."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")

@@ -233,7 +233,7 @@ def layer_queries_and_keys(point: DropPoint) -> tuple[Tensor, Tensor]:
     layer = cast(DecoderLayer, point.decoder.layers[point.layer_idx])
     rotary = rotary_table(point.decoder.config, point.position_ids, point.hidden_states.dtype)
     last = torch.full((1,), len(point.hidden_states) - 1, device=point.hidden_states.device)
-    return layer.query_and_keys(point.hidden_states, rotary, last)
+    return layer.row_queries_and_keys(point.hidden_states, rotary, last)
 
 
 def rank_quality(points: Sequence[DropPoint], share: float = 0.25) -> list[dict[str, Any]]:

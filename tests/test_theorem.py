@@ -323,7 +323,7 @@ def test_a_token_that_everybody_looks_at_can_have_no_update_at_all(layer):
     states, before = (old.index_copy(0, torch.tensor([row]), looked_at[None]) for old in (point.hidden_states, point.previous))
     point = replace(point, hidden_states=states, previous=before)
     rotary, rows = rotary_table(decoder.config, point.position_ids, torch.float64), torch.arange(row, len(states))
-    weights = attention_weights(*decoder.layers[layer].query_and_keys(states, rotary, rows), rows)
+    weights = attention_weights(*decoder.layers[layer].row_queries_and_keys(states, rotary, rows), rows)
     assert (weights[..., row] > 0.99).all()  # in every head, from its own place on
     assert (point.variations[token], directional_sensitivities(point)[token]) == (0, 0)
     assert reversion_impacts(point)[token] < 1e-12

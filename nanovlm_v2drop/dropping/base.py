@@ -181,6 +181,11 @@ class TokenDropper:
     def __init__(self, schedule: DropSchedule) -> None:
         self.schedule = schedule
 
+    @property
+    def layers_read(self) -> frozenset[int]:
+        """The layers whose attention it ranks by: those before its drop points, where it does."""
+        return frozenset(layer - 1 for layer in self.schedule) if self.reads_attention else frozenset()
+
     @classmethod
     def official(cls, setting: str | None = None, **options: Any) -> "TokenDropper":
         """The method as its authors' released code runs it: a name in `published`, None for the first there.
