@@ -172,9 +172,16 @@ def floor_note(floor: DropSchedule, shape: Shape) -> str:
 def make_droppers(
     method: type[TokenDropper], schedule: DropSchedule, seeds: Sequence[int], options: Mapping[str, Any] | None = None
 ) -> list[TokenDropper]:
-    """One dropper, or for a method that draws at random one for each seed."""
+    """One dropper, or for a method that draws at random one for each seed; raises ValueError for one that needs more."""
     draws: list[dict[str, Any]] = [{"seed": seed} for seed in seeds] if method.seeded else [{}]
-    return [method(schedule, **draw, **(options or {})) for draw in draws]
+    given = [{**draw, **(options or {})} for draw in draws]
+    try:
+        for arguments in given:
+            inspect.signature(method).bind(schedule, **arguments)
+    except TypeError as error:
+        known = "a schedule and a seed" if method.seeded else "a schedule"
+        raise ValueError(f"{method.__name__} is made with {known} and nothing more: {error}") from error
+    return [method(schedule, **arguments) for arguments in given]
 
 
 def official_plans(names: Sequence[str], shape: Shape, seeds: Sequence[int]) -> list[Plan]:

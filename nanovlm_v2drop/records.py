@@ -39,6 +39,7 @@ def records_path(output: Path, processes: Processes) -> Path:
 
 
 def append_records(path: Path, records: Sequence[Record]) -> None:
+    """Write answers behind those that a file has, one JSON line each."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
 
@@ -49,11 +50,23 @@ def read_records(output: Path) -> list[Record]:
 
 
 def records_of(path: Path) -> list[Record]:
-    """The answers in one file. A last line that was cut off by an interruption is left out."""
+    """The answers in one file. A last line that was cut off by an interruption is left out.
+
+    Raises ValueError for another line that is no record.
+    """
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    return [Record(**json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = enumerate(text[: text.rfind("\n") + 1].splitlines(), 1)
+    return [parse_record(line, f"line {number} of {path}") for number, line in lines]
+
+
+def parse_record(line: str, place: str) -> Record:
+    try:
+        return Record(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        remedy = "delete the line, or choose another --output"
+        raise ValueError(f"{place} is no answer of this version: {error}; {remedy}") from error
 
 
 def merge_records(output: Path, task: str | None = None, order: Sequence[tuple[str, str]] = ()) -> None:

@@ -314,6 +314,6 @@ def as_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=found)
     # torch raises RuntimeError for an unknown name or a missing driver, AssertionError where it was built without CUDA.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}; use cpu") from error
     return found

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nanovlm_v2drop.dropping import DROPPERS
-from nanovlm_v2drop.plans import Shape, equal_budget_plans, find_methods, official_plans
+from nanovlm_v2drop.dropping import DROPPERS, DropSchedule, TokenDropper
+from nanovlm_v2drop.plans import Shape, equal_budget_plans, find_methods, make_droppers, official_plans
 
 DEMO, LLAVA_7B = Shape(144, 12), Shape(576, 32)
 OWN_METHOD = '''
@@ -138,3 +138,14 @@ def test_an_unknown_method_is_refused_with_the_known_ones():
 def test_a_budget_that_no_method_reaches_is_refused(budget):
     with pytest.raises(ValueError, match=f"a mean of {budget} vision tokens is out of reach"):
         equal_budget_plans(["v2drop", "random"], [budget], DEMO, seeds=[0])
+
+
+def test_a_users_method_that_asks_for_more_than_a_schedule_is_refused():
+    class Needs(TokenDropper):
+        name = "needs"
+
+        def __init__(self, schedule, strength):
+            super().__init__(schedule)
+
+    with pytest.raises(ValueError, match="Needs is made with a schedule and nothing more: .*strength"):
+        make_droppers(Needs, DropSchedule({1: 0.5}), [0])

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from nanovlm_v2drop.parallel import ALONE, Processes
 from nanovlm_v2drop.records import Record, append_records, merge_records, read_records, records_path
 
@@ -52,3 +54,11 @@ def test_a_file_that_is_one_torn_line_is_emptied_and_no_file_is_made_of_none(tmp
 def test_a_process_among_several_writes_a_part_of_its_own(tmp_path: Path) -> None:
     assert records_path(tmp_path, ALONE).name == "samples.jsonl"
     assert records_path(tmp_path, Processes(rank=3, world_size=4)).name == "samples-3.jsonl"
+
+
+@pytest.mark.parametrize("damage", ["garbage", '{"task": "demo"}', "[1, 2]"])
+def test_a_damaged_line_is_named_with_its_file_and_number(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text(f"{damage}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"line 1 of {path} is no answer of this version.*delete the line"):
+        read_records(tmp_path)

@@ -67,8 +67,12 @@ def our_contenders(workload: Workload, methods: Sequence[str], budgets: Mapping[
     contenders = [Contender(DENSE, run, decoding)]
     for label, budget in budgets.items():
         for method in filter(None, find_methods(methods)):
-            whole = model_schedule(method, budget, workload)
-            dropper = method(at_same_depths(whole, *depths))
+            try:
+                whole = model_schedule(method, budget, workload)
+                dropper = method(at_same_depths(whole, *depths))
+                dropper.schedule.check(depths[1], method.earliest_layer, method.latest_layer)
+            except ValueError as error:
+                raise ValueError(f"{method.name}@{label}: {error}") from error
             contenders.append(Contender(f"{method.name}@{label}", partial(run, dropper), decoding, dropper, whole))
     return contenders
 

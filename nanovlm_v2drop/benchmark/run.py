@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.transformers = args.transformers if importlib.util.find_spec("transformers") else ""
         report = (run_loading if args.loading else run_benchmark)(args)
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     report["command"] = " ".join([parser.prog, *map(shlex.quote, sys.argv[1:] if argv is None else argv)])
     if not args.json:
         console = Console(width=None if sys.stdout.isatty() else 160)
