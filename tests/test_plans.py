@@ -147,5 +147,5 @@ def test_a_users_method_that_asks_for_more_than_a_schedule_is_refused():
         def __init__(self, schedule, strength):
             super().__init__(schedule)
 
-    with pytest.raises(ValueError, match="Needs is made with a schedule and nothing more: .*strength"):
+    with pytest.raises(ValueError, match=r"Needs is made with a schedule and nothing more: .*strength"):
         make_droppers(Needs, DropSchedule({1: 0.5}), [0])
