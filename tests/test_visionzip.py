@@ -224,6 +224,27 @@ def test_a_count_is_shared_as_evenly_as_the_pictures_allow(sizes, count):
     assert max(shares) - min(not_full, default=max(shares)) <= 1
 
 
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=5), st.integers(0, 60))
+def test_a_picture_gets_no_less_than_a_smaller_one(sizes, count):
+    shares = share_evenly(min(count, sum(sizes)), sizes)
+    by_size = [share for _, share in sorted(zip(sizes, shares, strict=True))]
+    assert by_size == sorted(by_size)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes", "shares"),
+    [
+        (1, [288, 1], [1, 0]),
+        (2, [288, 1], [1, 1]),
+        (2, [576, 8, 8], [1, 1, 0]),
+        (10, [8, 8, 576], [3, 3, 4]),
+        (20, [8, 8, 576], [7, 6, 7]),
+    ],
+)
+def test_what_cannot_be_divided_goes_to_the_larger_grids_and_not_to_a_newline(count, sizes, shares):
+    assert share_evenly(count, sizes) == shares
+
+
 def test_of_equal_pictures_the_first_get_what_cannot_be_divided():
     assert share_evenly(8, [9, 9, 9]) == [3, 3, 2]
 

@@ -69,9 +69,12 @@ def mean_keys(trace: VisionTrace) -> Tensor:
 
 
 def share_evenly(count: int, sizes: Sequence[int]) -> list[int]:
-    """`count` tokens for pictures of these sizes, none more than its size; of equal ones the first get what is left over."""
+    """`count` tokens for pictures of these sizes, none more than its size.
+
+    What is left over goes to the larger ones, so that a video comes before its newline, and to the first of equal ones.
+    """
     shares = [0] * len(sizes)
-    for done, picture in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
-        shares[picture] = min(sizes[picture], -(-count // (len(sizes) - done)))
+    for done, picture in enumerate(sorted(range(len(sizes)), key=lambda picture: (sizes[picture], -picture))):
+        shares[picture] = min(sizes[picture], count // (len(sizes) - done))
         count -= shares[picture]
     return shares
