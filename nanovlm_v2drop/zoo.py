@@ -6,7 +6,7 @@ A new model of a known family is one entry in MODELS.
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -66,17 +66,10 @@ def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, ma
     match config:
         case Qwen2VLConfig():
             return Qwen2VLImageProcessor.from_folder(folder, config.vision_config, max_pixels)
-        case LlavaOnevisionConfig(vision_config=vision):
-            pinpoints = config.image_grid_pinpoints
-            processor = OnevisionImageProcessor.from_folder(
-                folder, vision.image_size, pinpoints, vision.patch_size, config.max_tiles
-            )
-            pool_mode, newline_position = config.video_layout
-            return replace(processor, mm_spatial_pool_mode=pool_mode, mm_newline_position=newline_position)
-        case LlavaNextConfig(vision_config=vision):
-            return NextImageProcessor.from_folder(
-                folder, vision.image_size, config.image_grid_pinpoints, vision.patch_size, config.max_tiles
-            )
+        case LlavaOnevisionConfig():
+            return OnevisionImageProcessor.from_folder(folder, config)
+        case LlavaNextConfig():
+            return NextImageProcessor.from_folder(folder, config)
         case LlavaConfig(vision_config=vision):
             return ImageProcessor.from_folder(folder, vision.image_size, image_aspect_ratio, vision.patch_size)
     raise TypeError(f"{type(config).__name__} has no image processor")
