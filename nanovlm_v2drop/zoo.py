@@ -21,7 +21,7 @@ from .images import DEFAULT_ASPECT_RATIO, ImageProcessor, ImageSource
 from .images_onevision import NextImageProcessor, OnevisionImageProcessor
 from .images_qwen2 import Qwen2VLImageProcessor
 from .parallel import join_processes, tensor_mesh
-from .prompts import TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
+from .prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
 from .video import FpsSampling, FrameSampling, UniformSampling, read_frames
 from .vlm import VLM, PackedInputs, VisionInput
 
@@ -54,8 +54,8 @@ class Family:
 
 
 FAMILIES: dict[type[VLMConfig], Family] = {
-    LlavaConfig: Family("vicuna_v1", UniformSampling()),
-    LlavaNextConfig: Family("vicuna_v1", UniformSampling()),
+    LlavaConfig: Family(DEFAULT_TEMPLATE, UniformSampling()),
+    LlavaNextConfig: Family(DEFAULT_TEMPLATE, UniformSampling()),
     LlavaOnevisionConfig: Family("qwen_1_5", UniformSampling()),
     Qwen2VLConfig: Family("qwen2_vl", FpsSampling()),
 }
