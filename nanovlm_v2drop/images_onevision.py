@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .arrange import select_best_resolution, unpadded_grid, video_grids
-from .config import LlavaOnevisionConfig
+from .config import LlavaNextConfig, LlavaOnevisionConfig
 from .images import (
     CLIP_IMAGE_MEAN,
     CLIP_IMAGE_STD,
@@ -75,28 +75,22 @@ class OnevisionImageProcessor:
                 raise ValueError(f"image_grid_pinpoints: {pinpoint} must be two multiples of image_size {self.image_size}")
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: str | Path,
-        image_size: int,
-        image_grid_pinpoints: Sequence[Sequence[int]],
-        patch_size: int,
-        max_tiles: int,
-    ) -> "OnevisionImageProcessor":
-        """Read mean and std from a checkpoint folder; SigLIP's hold where it stores none. The rest is the model's config's.
+    def from_folder(cls, folder: str | Path, config: LlavaNextConfig) -> "OnevisionImageProcessor":
+        """Read mean and std from a checkpoint folder; its tower's own hold where it stores none. The rest is the `config`'s.
 
-        Raises ValueError where the folder's settings disagree with these, or ask for something else than a bicubic resize
+        Raises ValueError where the folder's settings disagree with it, or ask for something else than a bicubic resize
         and a normalisation, and FileNotFoundError for a missing folder.
         """
         settings = read_settings(Path(folder))
-        check_size("size", settings.get("size"), image_size)
-        pinpoints = _pinpoints(image_grid_pinpoints)
+        vision, pinpoints = config.vision_config, config.image_grid_pinpoints
+        check_size("size", settings.get("size"), vision.image_size)
         if _pinpoints(settings.get("image_grid_pinpoints", pinpoints)) != pinpoints:
             raise ValueError(f"{folder}: the image settings' image_grid_pinpoints are not those of the model's config.json")
         check_settings(folder, settings, FIXED_SETTINGS)
         mean = tuple(settings.get("image_mean", cls.image_mean))
         std = tuple(settings.get("image_std", cls.image_std))
-        return cls(image_size, pinpoints, patch_size, max_tiles, mean, std)
+        video_layout = config.video_layout if isinstance(config, LlavaOnevisionConfig) else ()
+        return cls(vision.image_size, pinpoints, vision.patch_size, config.max_tiles, mean, std, *video_layout)
 
     @property
     def patch_grid(self) -> int:

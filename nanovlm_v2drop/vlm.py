@@ -7,7 +7,7 @@ tower, D hidden_size of the decoder, n vision tokens of one picture or video.
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -306,8 +306,10 @@ def traces_of(
 ) -> tuple[VisionTrace, ...]:
     """A trace for each grid of a picture whose tokens are made behind the tower: features (n, D) need no projector any more.
 
-    `attention` gives (heads, n), `keys` (heads, n, head_dim).
+    `attention` gives (heads, n), `keys` (heads, n, head_dim); each is computed once, when first asked for by any of the grids,
+    and held as long as one of the traces.
     """
+    attention, keys = cache(attention), cache(keys)
     sizes = [prod(grid) for grid in medium.grids]
     spans = [slice(start, start + size) for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False)]
 

@@ -6,7 +6,7 @@ A new model of a known family is one entry in MODELS.
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from .images import DEFAULT_ASPECT_RATIO, ImageProcessor, ImageSource
 from .images_onevision import NextImageProcessor, OnevisionImageProcessor
 from .images_qwen2 import Qwen2VLImageProcessor
 from .parallel import join_processes, tensor_mesh
-from .prompts import TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
+from .prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
 from .video import FpsSampling, FrameSampling, UniformSampling, read_frames
 from .vlm import VLM, PackedInputs, VisionInput
 
@@ -54,8 +54,8 @@ class Family:
 
 
 FAMILIES: dict[type[VLMConfig], Family] = {
-    LlavaConfig: Family("vicuna_v1", UniformSampling()),
-    LlavaNextConfig: Family("vicuna_v1", UniformSampling()),
+    LlavaConfig: Family(DEFAULT_TEMPLATE, UniformSampling()),
+    LlavaNextConfig: Family(DEFAULT_TEMPLATE, UniformSampling()),
     LlavaOnevisionConfig: Family("qwen_1_5", UniformSampling()),
     Qwen2VLConfig: Family("qwen2_vl", FpsSampling()),
 }
@@ -66,17 +66,10 @@ def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, ma
     match config:
         case Qwen2VLConfig():
             return Qwen2VLImageProcessor.from_folder(folder, config.vision_config, max_pixels)
-        case LlavaOnevisionConfig(vision_config=vision):
-            pinpoints = config.image_grid_pinpoints
-            processor = OnevisionImageProcessor.from_folder(
-                folder, vision.image_size, pinpoints, vision.patch_size, config.max_tiles
-            )
-            pool_mode, newline_position = config.video_layout
-            return replace(processor, mm_spatial_pool_mode=pool_mode, mm_newline_position=newline_position)
-        case LlavaNextConfig(vision_config=vision):
-            return NextImageProcessor.from_folder(
-                folder, vision.image_size, config.image_grid_pinpoints, vision.patch_size, config.max_tiles
-            )
+        case LlavaOnevisionConfig():
+            return OnevisionImageProcessor.from_folder(folder, config)
+        case LlavaNextConfig():
+            return NextImageProcessor.from_folder(folder, config)
         case LlavaConfig(vision_config=vision):
             return ImageProcessor.from_folder(folder, vision.image_size, image_aspect_ratio, vision.patch_size)
     raise TypeError(f"{type(config).__name__} has no image processor")

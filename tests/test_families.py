@@ -15,7 +15,7 @@ from test_inference import make as make_at
 from tiny import META, NoWaiting
 
 from nanovlm_v2drop.dropping import DROPPERS, TokenDropper
-from nanovlm_v2drop.inference import Prefilled, decode_one_token, prefill
+from nanovlm_v2drop.inference import Prefilled, decode_one_token, initial_state, prefill
 from nanovlm_v2drop.prompts import Request
 from nanovlm_v2drop.zoo import VisionLanguageModel, load
 
@@ -102,6 +102,21 @@ def test_each_layer_gets_what_the_schedule_says_and_all_text(name, family, prefi
             numbers = sequences[index].tolist()
             assert numbers == sorted(set(numbers) & set(range(vision)))
             assert len(numbers) == entering[layer] or DROPPERS[name].merges
+
+
+@pytest.mark.parametrize("name", ["visionzip", "tome"])
+def test_patches_that_qwen2_vl_keeps_before_the_decoder_keep_their_places(name, models) -> None:
+    packed = models["qwen2-vl"].prepare(REQUESTS["qwen2-vl"])
+    before = initial_state(packed)
+    with torch.no_grad():
+        after = make(name)(before)
+    for (start, end), (first, last) in zip(before.spans, after.spans, strict=True):
+        numbers, positions = after.vision_indices[first:last], after.position_ids[:, first:last]
+        vision = packed.position_ids[:, start:end][:, packed.vision_mask[start:end]]
+        assert positions[:, numbers >= 0].tolist() == vision[:, numbers[numbers >= 0]].tolist()
+        places = [tuple(place) for place in vision.T.tolist()]
+        rows = [places.index(tuple(place)) for place in positions[:, numbers != -1].T.tolist()]
+        assert rows == sorted(set(rows))
 
 
 @every_family

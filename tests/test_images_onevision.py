@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import resizing_horizontally_first
 from torch import Tensor
 
+from nanovlm_v2drop.config import LlavaOnevisionConfig, SiglipVisionConfig, TextConfig
 from nanovlm_v2drop.images_onevision import OnevisionImageProcessor, fit_into
 
 IMAGE_SIZE, PATCH_SIZE = 24, 8
@@ -227,9 +228,10 @@ def test_impossible_settings_are_refused(wrong: dict[str, object], message: str)
         OnevisionImageProcessor(**fields)
 
 
-def from_folder(folder, image_size: int = IMAGE_SIZE) -> OnevisionImageProcessor:
-    listed = [list(pinpoint) for pinpoint in pinpoints(image_size)]
-    return OnevisionImageProcessor.from_folder(folder, image_size, listed, PATCH_SIZE, max_tiles=9)
+def from_folder(folder, **settings: str) -> OnevisionImageProcessor:
+    tower = SiglipVisionConfig(image_size=IMAGE_SIZE, patch_size=PATCH_SIZE)
+    config = LlavaOnevisionConfig(TextConfig(), vision_config=tower, image_grid_pinpoints=pinpoints(), **settings)
+    return OnevisionImageProcessor.from_folder(folder, config)
 
 
 def test_settings_saved_by_transformers_are_read(tmp_path) -> None:
@@ -255,6 +257,13 @@ def test_settings_that_disagree_with_the_model_are_refused(tmp_path, settings, m
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=message):
         from_folder(tmp_path)
+
+
+def test_a_folders_processor_counts_a_videos_tokens_as_the_models_config_says(tmp_path) -> None:
+    frames = [noise(40, 30)] * 2
+    assert from_folder(tmp_path).video(frames).grids == ((2, 2, 2), (1, 1, 1))
+    llava_video = from_folder(tmp_path, mm_spatial_pool_mode="average", mm_newline_position="grid")
+    assert llava_video.video(frames).grids == ((2, 1, 2),)
 
 
 def test_a_missing_folder_is_an_error_that_names_it(tmp_path) -> None:

@@ -640,6 +640,22 @@ def test_received_attention_and_keys_are_arranged_as_the_features_are(
         torch.testing.assert_close(torch.cat([part.keys() for part in parts], dim=1), arranged_keys, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["received_attention", "keys"])
+def test_what_the_tower_gives_a_trace_is_computed_once_a_picture_and_only_when_asked(
+    name: str, vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower, computed = vlm.model.vision_tower, []
+    compute = getattr(tower, name)
+    monkeypatch.setattr(tower, name, lambda block_input: computed.append(compute(block_input)) or computed[-1])
+    packed = vlm.prepare([REQUESTS["two pictures"]])
+    assert len(packed.vision) == 4
+    assert computed == []
+    parts = [getattr(trace, name)() for trace in packed.vision]
+    assert len(computed) == 2
+    assert all(torch.equal(getattr(trace, name)(), part) for trace, part in zip(packed.vision, parts, strict=True))
+    assert len(computed) == 2
+
+
 @pytest.mark.parametrize(("name", "columns"), [("wide", 82), ("two pictures", 1), ("video", 1)])
 def test_newline_rows_receive_no_attention_and_have_no_keys(name: str, columns: int, vlm: VisionLanguageModel) -> None:
     packed = vlm.prepare([REQUESTS[name]])

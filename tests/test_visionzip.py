@@ -1,6 +1,8 @@
 """VisionZip beside the authors' algorithm written out in loops, and the way from a vision tower to its tokens."""
 
 from dataclasses import replace
+from itertools import pairwise
+from math import prod
 from random import Random
 
 import pytest
@@ -18,6 +20,7 @@ from nanovlm_v2drop.dropping.before_decoder import share_evenly
 from nanovlm_v2drop.dropping.schedule import CountSchedule
 from nanovlm_v2drop.inference import initial_state, prefill
 from nanovlm_v2drop.tasks.demo import held_out
+from nanovlm_v2drop.vision_qwen2 import multimodal_positions
 from nanovlm_v2drop.vlm import PackedInputs
 
 VisionZip = DROPPERS["visionzip"]
@@ -42,24 +45,44 @@ def prompt(*parts: int | VisionTrace) -> PackedInputs:
     dtype = traces[0].hidden_states.dtype if traces else torch.float32
     noise = torch.Generator().manual_seed(len(parts))
     rows = [
-        part.project(part.hidden_states[1:])
+        part.project(part.hidden_states[part.num_class_tokens :])
         if isinstance(part, VisionTrace)
         else torch.randn(part, 32, generator=noise).to(dtype)
         for part in parts
     ]
     mask = torch.cat([torch.full((len(row),), isinstance(part, VisionTrace)) for part, row in zip(parts, rows, strict=True)])
-    grids = tuple((1, 1, len(trace.hidden_states) - 1) for trace in traces)
+    grids = tuple((1, 1, len(trace.hidden_states) - trace.num_class_tokens) for trace in traces)
     return PackedInputs(torch.cat(rows), torch.arange(len(mask)), mask, [len(mask)], vision_grids=(grids,), vision=traces)
+
+
+def on_a_grid(trace: VisionTrace, grid: tuple[int, int, int], before: int = 3, behind: int = 4) -> PackedInputs:
+    """A picture in text whose positions are places in a grid, as Qwen2-VL's are."""
+    positions = multimodal_positions([0] * before + [1] * prod(grid) + [0] * behind, [grid], {1})
+    return replace(prompt(before, trace, behind), position_ids=positions, vision_grids=((grid,),))
+
+
+def without_class_token(num_patches: int, seed: int) -> VisionTrace:
+    """As of Qwen2-VL's tower: merged patches, which need no projector."""
+    trace = picture(num_patches, seed)
+    features, keys = trace.project(trace.hidden_states[1:]), trace.keys()[:, 1:]
+    return VisionTrace(features, trace.received_attention, lambda: keys, lambda hidden: hidden)
 
 
 def naive_visionzip(trace: VisionTrace, count: int) -> tuple[Tensor, list[int]]:
     """The authors' algorithm, one patch at a time: rows (count, D), and the number of the patch that each is, or MERGED."""
-    patches = trace.hidden_states[1:]
+    rows, numbers, _ = naive_visionzip_with_targets(trace, count)
+    return rows, numbers
+
+
+def naive_visionzip_with_targets(trace: VisionTrace, count: int) -> tuple[Tensor, list[int], list[int]]:
+    """Also the patches that the contextual tokens grew from."""
+    has_class = trace.num_class_tokens
+    patches = trace.hidden_states[has_class:]
     heads = trace.received_attention()
-    keys = trace.keys()[:, 1:].sum(0)
+    keys = trace.keys()[:, has_class:].sum(0)
     attention = [float(sum(head[patch] for head in heads)) for patch in range(len(patches))]
     num_contextual = count * 10 // 64 if count > 2 else 0
-    num_class = 1 if count > 1 else 0
+    num_class = has_class if count > 1 else 0
     ranked = sorted(range(len(patches)), key=lambda patch: -attention[patch])
     kept = sorted(ranked[: count - num_class - num_contextual])
     rest = [patch for patch in range(len(patches)) if patch not in kept]
@@ -71,7 +94,7 @@ def naive_visionzip(trace: VisionTrace, count: int) -> tuple[Tensor, list[int]]:
             joined[targets[similarity.index(max(similarity))]].append(patches[patch])
     contextual = [patches[target] + (sum(mean) / len(mean) if mean else 0) for target, mean in joined.items()]
     hidden = [*trace.hidden_states[:num_class], *(patches[patch] for patch in kept), *contextual]
-    return trace.project(torch.stack(hidden)), [MERGED] * num_class + kept + [MERGED] * num_contextual
+    return trace.project(torch.stack(hidden)), [MERGED] * num_class + kept + [MERGED] * num_contextual, targets
 
 
 def compress(name: str, packed: PackedInputs, count: int) -> PrefillState:
@@ -89,6 +112,46 @@ def test_a_picture_becomes_what_the_authors_algorithm_makes_of_it(count):
         assert torch.equal(after.hidden_states[:3], packed.inputs_embeds[:3])
         assert torch.equal(after.hidden_states[-4:], packed.inputs_embeds[-4:])
         assert after.position_ids.tolist() == list(range(7 + count))
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 7, 13, 26, 39])
+def test_on_a_grid_kept_patches_and_contextual_tokens_have_the_places_of_their_patches_in_reading_order(count):
+    for seed in range(5):
+        trace = without_class_token(40, seed)
+        packed = on_a_grid(trace, (4, 2, 5))
+        after = compress("visionzip", packed, count)
+        rows, numbers, targets = naive_visionzip_with_targets(trace, count)
+        places = [number for number in numbers if number != MERGED] + targets
+        in_order = sorted(range(count), key=places.__getitem__)
+        assert after.vision_indices[3:-4].tolist() == [numbers[row] for row in in_order]
+        torch.testing.assert_close(after.hidden_states[3:-4], rows[in_order], atol=1e-5, rtol=0)
+        wanted = [*range(3), *(3 + place for place in sorted(places)), *range(43, 47)]
+        assert after.position_ids.tolist() == packed.position_ids[:, wanted].tolist()
+
+
+@both_methods
+def test_on_a_grid_every_kept_patch_keeps_its_place_and_the_text_its_positions(name):
+    clip, photo = on_a_grid(without_class_token(16, 1), (4, 2, 2)), on_a_grid(without_class_token(24, 2), (1, 4, 6))
+    together = pack_together([clip, photo])
+    for count in (1, 6, 13, 15):
+        after = compress(name, together, count)
+        for index, (packed, (start, end)) in enumerate(zip((clip, photo), after.spans, strict=True)):
+            numbers, positions = after.vision_indices[start:end], after.position_ids[:, start:end]
+            kept = numbers >= 0
+            assert kept.sum() >= 0.8 * after.vision_counts[index]
+            assert positions[:, kept].tolist() == packed.position_ids[:, 3 + numbers[kept]].tolist()
+            assert positions[:, numbers == -1].tolist() == packed.position_ids[:, ~packed.vision_mask].tolist()
+            places = positions[:, after.vision_mask[start:end]].T.tolist()
+            assert all(first < second for first, second in pairwise(places))
+
+
+def test_on_a_grid_a_class_token_has_the_place_of_the_first_patch():
+    packed = on_a_grid(picture(16, 1), (4, 2, 2))
+    after = compress("visionzip", packed, 13)
+    rows, numbers, targets = naive_visionzip_with_targets(packed.vision[0], 13)
+    torch.testing.assert_close(after.hidden_states[3], rows[0], atol=1e-5, rtol=0)
+    places = [0, *sorted([number for number in numbers if number != MERGED] + targets)]
+    assert after.position_ids[:, 3:-4].tolist() == packed.position_ids[:, [3 + place for place in places]].tolist()
 
 
 @pytest.mark.parametrize(("setting", "parts"), [("64", (1, 53, 10)), ("128", (1, 107, 20)), ("192", (1, 161, 30))])
@@ -222,6 +285,27 @@ def test_a_count_is_shared_as_evenly_as_the_pictures_allow(sizes, count):
     assert all(0 <= share <= size for share, size in zip(shares, sizes, strict=True))
     not_full = [share for share, size in zip(shares, sizes, strict=True) if share < size]
     assert max(shares) - min(not_full, default=max(shares)) <= 1
+
+
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=5), st.integers(0, 60))
+def test_a_picture_gets_no_less_than_a_smaller_one(sizes, count):
+    shares = share_evenly(min(count, sum(sizes)), sizes)
+    by_size = [share for _, share in sorted(zip(sizes, shares, strict=True))]
+    assert by_size == sorted(by_size)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes", "shares"),
+    [
+        (1, [288, 1], [1, 0]),
+        (2, [288, 1], [1, 1]),
+        (2, [576, 8, 8], [1, 1, 0]),
+        (10, [8, 8, 576], [3, 3, 4]),
+        (20, [8, 8, 576], [7, 6, 7]),
+    ],
+)
+def test_what_cannot_be_divided_goes_to_the_larger_grids_and_not_to_a_newline(count, sizes, shares):
+    assert share_evenly(count, sizes) == shares
 
 
 def test_of_equal_pictures_the_first_get_what_cannot_be_divided():

@@ -1,12 +1,15 @@
 """The splice puts every vision feature where its image token stands; what does not match is refused."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanovlm_v2drop.config import LlavaConfig, TextConfig, VisionConfig
-from nanovlm_v2drop.vlm import LlavaModel, PackedInputs, VisionInput
+from nanovlm_v2drop.vlm import LlavaModel, PackedInputs, VisionInput, traces_of
 
 VOCAB_SIZE, NUM_PATCHES = 20, 4
 PICTURE = "picture"
@@ -55,6 +58,28 @@ def test_features_stand_at_the_image_tokens_in_reading_order(image_token_id: int
     assert packed.seqlens == tuple(map(len, token_ids))
     assert packed.vision_counts == tuple(NUM_PATCHES * prompt.count(PICTURE) for prompt in prompts)
     assert packed.seeds == tuple(range(len(prompts)))
+
+
+def test_what_the_grids_of_a_picture_share_is_computed_once_and_goes_with_their_traces() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def computed(*shape: int) -> torch.Tensor:
+        values = torch.randn(shape)
+        held.append(weakref.ref(values))
+        return values
+
+    medium = VisionInput(torch.zeros(1, 3, 8, 8), ((1, 2, 2), (1, 1, 1)), (8, 8))
+    traces = traces_of(medium, torch.randn(5, 6), lambda: computed(2, 5), lambda: computed(2, 5, 3))
+    assert held == []
+    assert [trace.received_attention().shape for trace in traces] == [(2, 4), (2, 1)]
+    assert [trace.keys().shape for trace in traces] == [(2, 4, 3), (2, 1, 3)]
+    assert len(held) == 2
+    gc.disable()  # so that nothing but the end of the traces lets the values go
+    try:
+        del traces
+        assert [values() for values in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_picture_has_the_same_features_in_every_batch() -> None:

@@ -1,5 +1,6 @@
 """Loading by name and by folder, downloads from a Hub of our own, and requests that become packed inputs."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +18,8 @@ from safetensors.torch import save_file
 from test_checkpoint import write_shards
 from torch import Tensor
 
-from nanovlm_v2drop import zoo
+from nanovlm_v2drop import prompts, zoo
+from nanovlm_v2drop.config import LlavaConfig, LlavaNextConfig
 from nanovlm_v2drop.prompts import TEMPLATES, Request, build_prompt
 from nanovlm_v2drop.zoo import FAMILIES, MODELS, ModelSpec, VisionLanguageModel, WeightsUnavailable, load
 
@@ -72,6 +74,14 @@ def test_a_folder_below_weights_comes_before_the_hub(
 ) -> None:
     link(empty_weights_folder / name, tiny_llava_folder)
     assert load(name).name == name
+
+
+def test_llava_1_5_and_1_6_are_asked_by_the_one_default_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "DEFAULT_TEMPLATE", "hub")
+    spec = importlib.util.spec_from_file_location("nanovlm_v2drop.zoo_anew", zoo.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    assert {anew.FAMILIES[kind].template for kind in (LlavaConfig, LlavaNextConfig)} == {"hub"}
 
 
 def test_a_folder_of_the_same_name_counts_only_with_a_config(

@@ -14,7 +14,9 @@ class BeforeDecoder(TokenDropper):
     """A method that makes fewer tokens of each picture before the decoder, from what the vision tower leaves of it.
 
     A method overrides `compress_picture`. A sequence's count is shared over its pictures as evenly as their sizes allow.
-    Each picture's tokens stand where the picture stood.
+    Each picture's tokens stand where the picture stood. Positions are counted anew, as for the authors' LLaVA, whose decoder
+    gets fewer tokens and knows no others. Where they are places in a grid (Qwen2-VL), each token has that of its patch, and
+    the tokens of a picture are in the order of their patches.
     """
 
     latest_layer = 0
@@ -25,26 +27,37 @@ class BeforeDecoder(TokenDropper):
 
     def compress_picture(
         self, trace: VisionTrace, features: Tensor, indices: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
-        """What a picture with features (P, D) and `vision_indices` (P,) becomes: (count, D) and (count,); 0 < count < P."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a picture with features (P, D) and `vision_indices` (P,) becomes; 0 < count < P.
+
+        Returns features (count, D), `vision_indices` (count,), and (count,) the patch in whose place each token stands.
+        """
         raise NotImplementedError(f"{type(self).__name__} must have a compress_picture")
 
     def compress(self, state: PrefillState, vision_counts: Sequence[int]) -> PrefillState:
-        rows, features, indices = [], [], []
-        for trace, picture, count in self.shared_pictures(state, vision_counts):
-            parts = state.hidden_states[picture], state.vision_indices[picture]
-            if 0 < count < len(picture):
-                parts = self.compress_picture(trace, *parts, count)
-            rows.append(picture[:count])  # no matter which of its rows: positions are renumbered
-            features.append(parts[0][:count])
-            indices.append(parts[1][:count])
-        written = torch.cat(rows)
-        changed = replace(
-            state,
-            hidden_states=state.hidden_states.index_copy(0, written, torch.cat(features)),
-            vision_indices=state.vision_indices.index_copy(0, written, torch.cat(indices)),
+        text = torch.cat(state.text_rows())
+        tokens = [(text, state.hidden_states[text], state.vision_indices[text])]
+        tokens += [self.tokens_of(state, *picture) for picture in self.shared_pictures(state, vision_counts)]
+        rows, features, indices = map(torch.cat, zip(*tokens, strict=True))
+        keep, order = rows.sort(stable=True)
+        return replace(
+            state.take(keep, vision_counts),
+            hidden_states=features.index_select(0, order),
+            vision_indices=indices.index_select(0, order),
         )
-        return changed.take(torch.cat([*state.text_rows(), written]).sort().values, vision_counts)
+
+    def tokens_of(
+        self, state: PrefillState, trace: VisionTrace, picture: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a picture at rows (P,): the rows (count,) in which its tokens stand, their features and their `vision_indices`."""
+        features, indices = state.hidden_states[picture], state.vision_indices[picture]
+        places = torch.arange(len(picture), device=picture.device)
+        if 0 < count < len(picture):
+            features, indices, places = self.compress_picture(trace, features, indices, count)
+        places, order = places[:count].sort(stable=True)  # two may be equal: a class token has a patch's place
+        if state.position_ids.dim() > 1:
+            features, indices = features[order], indices[order]
+        return picture[places], features[:count], indices[:count]
 
     def shared_pictures(
         self, state: PrefillState, vision_counts: Sequence[int]
@@ -69,9 +82,12 @@ def mean_keys(trace: VisionTrace) -> Tensor:
 
 
 def share_evenly(count: int, sizes: Sequence[int]) -> list[int]:
-    """`count` tokens for pictures of these sizes, none more than its size; of equal ones the first get what is left over."""
+    """`count` tokens for pictures of these sizes, none more than its size.
+
+    What is left over goes to the larger ones, so that a video comes before its newline, and to the first of equal ones.
+    """
     shares = [0] * len(sizes)
-    for done, picture in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
-        shares[picture] = min(sizes[picture], -(-count // (len(sizes) - done)))
+    for done, picture in enumerate(sorted(range(len(sizes)), key=lambda picture: (sizes[picture], -picture))):
+        shares[picture] = min(sizes[picture], count // (len(sizes) - done))
         count -= shares[picture]
     return shares

@@ -22,7 +22,8 @@ from .schedule import CountSchedule
 class ToMe(BeforeDecoder):
     """Merge the patches of a picture that are most alike.
 
-    A merged token stands in the place of its member of the second set, and has that patch's number in `vision_indices`.
+    A merged token stands in the place of its member of the second set: it has that patch's number in `vision_indices` and, on
+    Qwen2-VL, its position.
     Deviations from the released code: tokens merge on the tower's output, before the projector (there, a few in every block,
     between attention and MLP, and attention weighs a token by its size); in later rounds a token's key is the mean of its
     patches' keys (there, the next block's own); tokens stay in reading order (there, what is left of the first set comes before
@@ -37,13 +38,13 @@ class ToMe(BeforeDecoder):
 
     def compress_picture(
         self, trace: VisionTrace, features: Tensor, indices: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         left, home = bipartite_soft_matching(mean_keys(trace), count)
         patches = trace.hidden_states[trace.num_class_tokens :]
         merged = trace.project(average(patches.float(), left, home).to(patches.dtype)).to(features.dtype)
         # Which tokens are averages only the device knows: all are projected, and those of one patch stay bit for bit.
         is_average = (home == left[:, None]).sum(-1, keepdim=True) > 1
-        return torch.where(is_average, merged, features[left]), indices[left]
+        return torch.where(is_average, merged, features[left]), indices[left], left
 
 
 def bipartite_soft_matching(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:

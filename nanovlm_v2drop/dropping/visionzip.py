@@ -22,7 +22,8 @@ class VisionZip(BeforeDecoder):
     """Keep the patches that the class token looks at most, and summarise the others in a few contextual tokens.
 
     A picture becomes: the class token, the kept patches in reading order, the contextual tokens. `contextual_share` is the
-    share of the last; the authors' 10 of 64, 20 of 128 and 30 of 192 are all 5 / 32.
+    share of the last; the authors' 10 of 64, 20 of 128 and 30 of 192 are all 5 / 32. On Qwen2-VL a contextual token has the
+    place of the patch that the others join, and stands in reading order among those kept.
     Deviations from the released code: keys, similarities and means are in float32 (there, in half precision); only the class
     token's row of attention is computed (there, every block writes its whole matrix); the count is of a sequence (there, of
     every picture). A picture that has one token left keeps its best patch (there, the class token).
@@ -46,15 +47,17 @@ class VisionZip(BeforeDecoder):
 
     def compress_picture(
         self, trace: VisionTrace, features: Tensor, indices: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         num_class, num_patches, num_contextual = self.split(count, trace.num_class_tokens)
         attention, patches = trace.received_attention(), trace.hidden_states[trace.num_class_tokens :]
         ranked = attention.sum(0).argsort(descending=True, stable=True)
         kept, others = ranked[:num_patches].sort().values, ranked[num_patches:].sort().values
-        contextual = contextual_tokens(patches[others].float(), mean_keys(trace)[others], num_contextual)
+        targets = evenly_spaced(len(others), num_contextual)
+        contextual = contextual_tokens(patches[others].float(), mean_keys(trace)[others], targets)
         made = trace.project(torch.cat([trace.hidden_states[:num_class], contextual.to(patches.dtype)])).to(features.dtype)
         tokens = [made[:num_class], features[kept], made[num_class:]]
-        return torch.cat(tokens), F.pad(indices[kept], (num_class, num_contextual), value=MERGED)
+        places = [kept.new_zeros(num_class), kept, others[targets]]
+        return torch.cat(tokens), F.pad(indices[kept], (num_class, num_contextual), value=MERGED), torch.cat(places)
 
     def split(self, count: int, num_class_tokens: int) -> tuple[int, int, int]:
         """How many of `count` tokens are the class token, patches and contextual; at least one is a patch."""
@@ -63,12 +66,17 @@ class VisionZip(BeforeDecoder):
         return num_class, count - num_class - num_contextual, num_contextual
 
 
-def contextual_tokens(hidden_states: Tensor, keys: Tensor, count: int) -> Tensor:
-    """(count, V): evenly spaced ones of hidden_states (R, V), each plus the mean of those whose keys (R, C) are nearest."""
+def evenly_spaced(length: int, count: int) -> slice:
+    """`count` of 0, 1, ..., length - 1, from 0 on."""
+    step = length // max(count, 1)
+    return slice(0, step * count, step)
+
+
+def contextual_tokens(hidden_states: Tensor, keys: Tensor, targets: slice) -> Tensor:
+    """(count, V): the `targets` of hidden_states (R, V), each plus the mean of those whose keys (R, C) are nearest."""
+    count = len(hidden_states[targets])
     if count == 0:
-        return hidden_states[:0]
-    step = len(keys) // count
-    targets = slice(0, step * count, step)
+        return hidden_states[targets]
     directions = F.normalize(keys, dim=-1)
     nearest = (directions @ directions[targets].T).argmax(-1, keepdim=True)
     joins = (nearest == torch.arange(count, device=keys.device)).float()  # (R, count)
