@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Published, VisionTrace
+from .base import Published, VisionTrace, check_numbers
 from .before_decoder import BeforeDecoder, mean_keys
 from .schedule import CountSchedule
 
@@ -39,7 +39,9 @@ class ToMe(BeforeDecoder):
     def compress_picture(
         self, trace: VisionTrace, features: Tensor, indices: Tensor, count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        left, home = bipartite_soft_matching(mean_keys(trace), count)
+        keys = mean_keys(trace)
+        check_numbers(self.name, keys)
+        left, home = bipartite_soft_matching(keys, count)
         patches = trace.hidden_states[trace.num_class_tokens :]
         merged = trace.project(average(patches.float(), left, home).to(patches.dtype)).to(features.dtype)
         # Which tokens are averages only the device knows: all are projected, and those of one patch stay bit for bit.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import MERGED, Published, VisionTrace
+from .base import MERGED, Published, VisionTrace, check_numbers
 from .before_decoder import BeforeDecoder, mean_keys
 from .schedule import CountSchedule, DropSchedule
 
@@ -50,6 +50,7 @@ class VisionZip(BeforeDecoder):
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_class, num_patches, num_contextual = self.split(count, trace.num_class_tokens)
         attention, patches = trace.received_attention(), trace.hidden_states[trace.num_class_tokens :]
+        check_numbers(self.name, attention)
         ranked = attention.sum(0).argsort(descending=True, stable=True)
         kept, others = ranked[:num_patches].sort().values, ranked[num_patches:].sort().values
         targets = evenly_spaced(len(others), num_contextual)
