@@ -38,7 +38,7 @@ from nanovlm_v2drop.attention import BACKENDS
 from nanovlm_v2drop.checkpoint import CheckpointError
 from nanovlm_v2drop.claims import find_claims
 from nanovlm_v2drop.dropping import DROPPERS
-from nanovlm_v2drop.evaluate import Record, describe_machine, evaluate, read_records, run_summary, summarise, summarise_bias
+from nanovlm_v2drop.evaluate import Record, evaluate, machine_name, read_records, run_summary, summarise, summarise_bias
 from nanovlm_v2drop.images import ASPECT_RATIOS, DEFAULT_ASPECT_RATIO
 from nanovlm_v2drop.inference import MAX_NEW_TOKENS, generate
 from nanovlm_v2drop.parallel import ALONE, Processes, join_processes, leave_processes
@@ -218,7 +218,7 @@ def provenance(vlm: VisionLanguageModel, arguments: argparse.Namespace) -> dict[
         "command": shlex.join(["python", *sys.argv]),
         "accounting": arguments.accounting,
         "ablation": arguments.ablation,
-        "machine": describe_machine(vlm.device),
+        "machine": machine_name(vlm.device),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("nanovlm-v2drop", "torch")}},
     }

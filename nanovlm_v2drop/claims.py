@@ -3,10 +3,10 @@
     python train_free_eval.py --claims
 
 Scores are of the demo, and of the video demo where clips are spoken of, on the same questions for all rows; differences are
-paired by question, with 95 % intervals. A claim
-that something "hardly matters" holds where the whole interval of the difference lies within HARDLY points; one that something
-is better holds where the whole interval is above zero. Times and memory are of LAYERS layers of LLaVA-1.5-7B's shape with
-random bfloat16 weights. No verdict is written down beforehand: each follows from its figures.
+paired by question, with 95 % intervals. A claim that something "hardly matters" holds where the whole interval of the
+difference lies within HARDLY points; one that something is better holds where the whole interval is above zero. Times and
+memory are of LAYERS layers of LLaVA-1.5-7B's shape with random bfloat16 weights. No verdict is written down beforehand: each
+follows from its figures.
 """
 
 import argparse

@@ -303,7 +303,7 @@ def run_summary(vlm: VisionLanguageModel, rows: list[dict[str, Any]]) -> dict[st
     }
 
 
-def describe_machine(device: torch.device) -> str:
+def machine_name(device: torch.device) -> str:
     """The processor that runs, and how many threads or which GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -315,5 +315,3 @@ def processor_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
     return names[0] if names else platform.processor()
-
-
