@@ -37,7 +37,7 @@ from nanovlm_v2drop.ablations import ABLATIONS, ablation_plans
 from nanovlm_v2drop.attention import BACKENDS
 from nanovlm_v2drop.checkpoint import CheckpointError
 from nanovlm_v2drop.claims import find_claims
-from nanovlm_v2drop.dropping import DROPPERS
+from nanovlm_v2drop.dropping import DROPPERS, NotANumber
 from nanovlm_v2drop.evaluate import Record, evaluate, machine_name, read_records, run_summary, summarise, summarise_bias
 from nanovlm_v2drop.images import ASPECT_RATIOS, DEFAULT_ASPECT_RATIO
 from nanovlm_v2drop.inference import MAX_NEW_TOKENS, generate
@@ -54,6 +54,7 @@ from nanovlm_v2drop.zoo import DTYPES, MODELS, VisionLanguageModel, WeightsUnava
 ACCOUNTINGS = ("equal", "official")
 RETAIN = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of 576 tokens, the paper's three budgets
 RETAIN_OF_VIDEO = (0.25, 0.15)  # the largest and the smallest of the paper's for LLaVA-OneVision on video
+REPORTED = (WeightsUnavailable, DatasetUnavailable, CheckpointError, NotANumber, ValueError, FileNotFoundError, ImportError)
 PICTURES = 4  # samples whose kept tokens are drawn
 
 
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes = join_processes(torch.device(arguments.device).type, arguments.tensor_parallel)
         arguments.device = processes.device(arguments.device)
         run = run_mode(arguments, processes)
-    except (WeightsUnavailable, DatasetUnavailable, CheckpointError, ValueError, FileNotFoundError, ImportError) as error:
+    except REPORTED as error:
         print(f"train_free_eval.py: {rank_of(processes)}{error}", file=sys.stderr)
         return 2
     if processes.is_first:

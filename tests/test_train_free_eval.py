@@ -142,6 +142,15 @@ def test_a_method_of_ones_own_runs_from_its_file(tmp_path, capsys):
     assert [row["method"] for row in json.loads(out.splitlines()[-1])["results"]] == ["dense", "own"]
 
 
+def test_a_method_that_scores_nan_ends_in_one_line_and_exit_code_2(tmp_path, capsys):
+    file = tmp_path / "my_method.py"
+    file.write_text(OWN_METHOD.replace("norm(dim=-1)", "norm(dim=-1) * float('nan')"))
+    code, _, error = run(capsys, "--methods", f"{file}:Own", "--tokens", 32, "--limit", 1, "--output", tmp_path / "run")
+    assert code == 2
+    assert "train_free_eval.py: own scored a vision token NaN: it divides by zero, or activations overflow" in error
+    assert "Traceback" not in error
+
+
 def test_one_question_about_one_picture_is_answered_with_and_without_dropping(tmp_path, capsys):
     Image.new("RGB", (300, 200), (90, 120, 100)).save(tmp_path / "grey.png")
     code, out, _ = run(

@@ -160,6 +160,10 @@ class Published(NamedTuple):
     num_layers: int = PAPER_LAYERS  # of the decoder that the schedule's layers are of
 
 
+class NotANumber(RuntimeError):
+    """A method scored a vision token NaN; the message names it."""
+
+
 class TokenDropper:
     """A dropping method: the schedule, the per-sequence top-k, the return to reading order, and text never leaves.
 
@@ -238,7 +242,7 @@ class TokenDropper:
     def finite_scores(self, state: PrefillState) -> Tensor:
         """(T,) float32, so that no vision token can push a text token out of the top k.
 
-        Raises ValueError for a wrong shape, RuntimeError for NaN at a vision token (on a GPU at the next wait for it).
+        Raises ValueError for a wrong shape, NotANumber for NaN at a vision token (off the CPU RuntimeError, at the next wait).
         """
         scores: Any = self.score(state)
         if not isinstance(scores, Tensor) or scores.shape != state.vision_mask.shape:
@@ -246,7 +250,10 @@ class TokenDropper:
             wanted = tuple(state.vision_mask.shape)
             raise ValueError(f"the score of {self.name} must be one number for each token, text too: {wanted}, not {found}")
         ranked = (scores.isnan() & state.vision_mask).logical_not().all()
-        torch._assert_async(ranked, f"{self.name} scored a vision token NaN: it divides by zero, or activations overflow")
+        message = f"{self.name} scored a vision token NaN: it divides by zero, or activations overflow"
+        if ranked.device.type == "cpu" and not ranked:
+            raise NotANumber(message)
+        torch._assert_async(ranked, message)
         return scores.float().nan_to_num()
 
     def decode_pruning(self, state: PrefillState) -> DecodePruning | None:
