@@ -125,6 +125,16 @@ def test_published_settings_run_with_what_they_really_cost(tmp_path, capsys):
     assert "mapped from 32 layers and 576 tokens" in out
 
 
+def test_published_settings_of_dycoke_run_on_clips_and_leave_pictures_alone(tmp_path, capsys):
+    options = ["--methods", "dense,dycoke", "--accounting", "official", "--limit", 1]
+    for model, mean, note in (("demo-video", 159, "mapped from frames of 196 tokens"), ("demo", 144, "for videos: ")):
+        code, out, _ = run(capsys, "--model", model, *options, "--output", tmp_path / model)
+        assert code == 0
+        rows = {row["label"]: row for row in json.loads(out.splitlines()[-1])["results"]}
+        assert rows["dycoke K=0.7"]["mean_vision_tokens"] == mean
+        assert note in rows["dycoke K=0.7"]["note"]
+
+
 def test_an_ablation_stands_beside_the_papers_numbers(tmp_path, capsys):
     code, out, _ = run(capsys, "--ablation", "metric,steps", "--limit", 2, "--output", tmp_path)
     assert code == 0
