@@ -96,16 +96,23 @@ def check_resumable(task: Task, output: Path, resume: bool) -> None:
 
 
 def check_same_settings(vlm: VisionLanguageModel, output: Path) -> None:
-    """Note in `output`/settings.json what answers; raises ValueError where other answers lie there already."""
+    """Note in `output`/settings.json what answers; raises ValueError where answers made otherwise lie there already.
+
+    Settings that an older release did not note count as other ones.
+    """
     settings = {
         "model": vlm.name,
+        "weights": str(vlm.folder),
         "dtype": str(vlm.dtype),
         "template": vlm.template,
         "image_processor": repr(vlm.image_processor),
+        "sampling": repr(vlm.sampling),
     }
     path = output / "settings.json"
-    if path.is_file() and (before := read_json_object(path)) != settings:
-        raise ValueError(f"{output} holds answers made with {before}, not with {settings}; choose another --output")
+    before = read_json_object(path) if path.is_file() else settings
+    noted = {name: before.get(name, "not noted") for name in settings}
+    if changed := [f"{name} {noted[name]}, not {value}" for name, value in settings.items() if noted[name] != value]:
+        raise ValueError(f"{output} holds answers made with {'; '.join(changed)}; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
