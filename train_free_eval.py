@@ -188,13 +188,13 @@ def evaluate_tasks(arguments: argparse.Namespace, processes: Processes) -> dict[
     about = run_summary(vlm, [])
     if processes.is_first:
         print(", ".join(f"{name} {about[name]}" for name in ("model", "device", "dtype", "attention", "decode_attention")))
-    shown: dict[str, list[Sample]] = {}
+    shown, sample_ids = dict[str, list[Sample]](), dict[str, list[str]]()
     for task in tasks:
         plans[task.name] = plans_for(prompt_shape(vlm, task.first_sample().request), arguments)
-        shown[task.name] = run_task(vlm, task, plans[task.name], output, arguments, processes)
+        shown[task.name], sample_ids[task.name] = run_task(vlm, task, plans[task.name], output, arguments, processes)
     if not processes.is_first:
         return about
-    records = read_records(output)
+    records = read_records(output, sample_ids)
     galleries = [row for task in tasks for row in describe_galleries(vlm, task, shown[task.name], plans[task.name], records)]
     rows = [row for task in tasks for row in summarise(vlm, task, plans[task.name], records)]
     bias = [entry for task in tasks for entry in summarise_bias(task, plans[task.name], records)]
@@ -241,16 +241,17 @@ def run_task(
     output: Path,
     arguments: argparse.Namespace,
     processes: Processes,
-) -> list[Sample]:
-    """Answer one task with a progress bar on stderr; gives the first samples, of which is drawn what was kept."""
+) -> tuple[list[Sample], list[str]]:
+    """Answer one task with a progress bar on stderr; the first samples, of which is drawn what was kept, and the ids of all."""
     options = {"limit": arguments.limit, "batch_size": arguments.batch_size, "resume": arguments.resume}
     samples = evaluate(vlm, task, plans, output, **options, processes=processes)
     total, description = arguments.limit or task.default_samples, f"{vlm.name} on {task.name}"
-    shown: list[Sample] = []
+    shown, sample_ids = list[Sample](), list[str]()
     console = Console(stderr=True)
     for sample in track(samples, description=description, total=total, console=console, disable=not processes.is_first):
         shown += [sample] if len(shown) < PICTURES else []
-    return shown
+        sample_ids.append(sample.sample_id)
+    return shown, sample_ids
 
 
 def describe_galleries(

@@ -70,9 +70,8 @@ def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int |
     """The whole ledger; answers go to `output` as in any run. Takes some minutes."""
     shape = prompt_shape(vlm, task.first_sample().request)
     plans = ledger_plans(shape)
-    for _ in evaluate(vlm, task, plans, output, limit=limit, batch_size=8):
-        pass
-    records = read_records(output)
+    answered = [sample.sample_id for sample in evaluate(vlm, task, plans, output, limit=limit, batch_size=8)]
+    records = read_records(output, {task.name: answered})
     yield from score_findings(scores_by_label(task, plans, records))
     yield from video_findings(vlm, output / "demo-video", CLIPS if limit is None else limit)
     yield bias_finding({entry["label"]: entry["kl_bits"] for entry in summarise_bias(task, plans, records)})
@@ -153,9 +152,8 @@ def video_findings(vlm: VisionLanguageModel, output: Path, limit: int) -> Iterat
     shape = prompt_shape(video, task.first_sample().request)
     budget = SHARE_OF_VIDEO * shape.num_vision_tokens
     plans = equal_budget_plans(["v2drop", "random", "dycoke"], [budget], shape, seeds=range(3))
-    for _ in evaluate(video, task, plans, output, limit=limit, batch_size=8):
-        pass
-    yield from video_score_findings(scores_by_label(task, plans, read_records(output)))
+    answered = [sample.sample_id for sample in evaluate(video, task, plans, output, limit=limit, batch_size=8)]
+    yield from video_score_findings(scores_by_label(task, plans, read_records(output, {task.name: answered})))
 
 
 def video_score_findings(scores: Mapping[str, Resampled]) -> Iterator[Finding]:

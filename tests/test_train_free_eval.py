@@ -1,6 +1,7 @@
 """The command line as users run it, on the shipped demo."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,47 @@ def test_a_run_with_other_settings_does_not_go_on_with_these_answers(tmp_path, c
     assert code == 2
     assert "image_aspect_ratio='pad'" in error
     assert "choose another --output" in error
+
+
+def test_answers_made_with_other_frames_or_other_weights_are_not_gone_on_with(tmp_path, capsys):
+    options = ["--methods", "dense", "--limit", "1", "--output", tmp_path / "run"]
+    clips = [*options, "--model", "demo-video"]
+    assert run(capsys, *clips, "--frames", 8)[0] == 0
+    code, _, error = run(capsys, *clips, "--frames", 4, "--resume")
+    assert code == 2
+    assert "sampling UniformSampling(num_frames=8), not UniformSampling(num_frames=4); choose another --output" in error
+    copy = tmp_path / "copies" / "demo-video"
+    shutil.copytree(ROOT / "weights" / "demo-video", copy)
+    code, _, error = run(capsys, *options, "--model", copy, "--frames", 8, "--resume")
+    assert code == 2
+    assert f"not {copy}; choose another --output" in error
+
+
+def test_answers_whose_settings_were_noted_before_sampling_was_are_not_gone_on_with(tmp_path, capsys):
+    options = ["--methods", "dense", "--limit", "1", "--output", tmp_path]
+    run(capsys, *options)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings.pop("sampling") == "UniformSampling(num_frames=32)"
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    code, _, error = run(capsys, *options, "--resume")
+    assert code == 2
+    assert "holds answers made with sampling not noted, not UniformSampling(num_frames=32); choose another --output" in error
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(["--methods", "random", "--seeds", 1], ["--seeds", 2]), (["--methods", "dense"], ["--methods", "dense,v2drop"])],
+)
+def test_a_smaller_run_that_goes_on_with_a_larger_one_compares_its_own_samples_only(first, then, tmp_path, capsys):
+    options = ["--tokens", "60", "--output", tmp_path, *first]
+    assert run(capsys, *options, "--limit", 12)[0] == 0
+    code, out, _ = run(capsys, *options, *then, "--limit", 6, "--resume")
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
+    assert {row["samples"] for row in result["results"]} == {6}
+    assert len({row["relative_score"] is None for row in result["results"]}) == 1
+    galleries = json.loads((tmp_path / "galleries.json").read_text())
+    assert len({len(gallery["rows"]) for gallery in galleries}) == 1
 
 
 def test_a_batch_gives_the_same_answers_as_one_by_one(tmp_path, capsys):
