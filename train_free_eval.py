@@ -36,7 +36,7 @@ from rich.progress import track
 from nanovlm_v2drop.ablations import ABLATIONS, ablation_plans
 from nanovlm_v2drop.attention import BACKENDS
 from nanovlm_v2drop.checkpoint import CheckpointError
-from nanovlm_v2drop.claims import find_claims
+from nanovlm_v2drop.claims import find_claims, not_the_demo
 from nanovlm_v2drop.dropping import DROPPERS, NotANumber
 from nanovlm_v2drop.evaluate import Record, evaluate, machine_name, read_records, run_summary, summarise, summarise_bias
 from nanovlm_v2drop.images import ASPECT_RATIOS, DEFAULT_ASPECT_RATIO
@@ -274,6 +274,8 @@ def describe_galleries(
 
 def ledger(arguments: argparse.Namespace) -> dict[str, Any]:
     """The ledger of the paper's claims on the demo, printed and as rows."""
+    if arguments.model in MODELS and arguments.model != "demo":
+        raise not_the_demo(arguments.model)  # before gigabytes are fetched
     vlm, output = load_model(arguments), output_folder(arguments)
     findings = list(find_claims(vlm, load_task("demo"), output, arguments.limit))
     print_findings(findings, Console(width=None if sys.stdout.isatty() else 180))

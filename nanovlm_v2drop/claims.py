@@ -25,7 +25,7 @@ from .benchmark.run import build_parser, run_benchmark
 from .bootstrap import Resampled, difference, resample
 from .config import TextConfig
 from .demo import scenes
-from .demo.data import patch_labels
+from .demo.data import VISION, patch_labels
 from .dropping import PUBLISHED_SCHEDULES, DropSchedule
 from .dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS, layers_at_depths
 from .evaluate import Record, evaluate, read_records, summarise_bias
@@ -67,8 +67,9 @@ UNTESTED = (
 
 
 def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int | None = None) -> Iterator[Finding]:
-    """The whole ledger; answers go to `output` as in any run. Takes some minutes."""
+    """The whole ledger; answers go to `output` as in any run. Takes some minutes. Raises ValueError for another model."""
     shape = prompt_shape(vlm, task.first_sample().request)
+    check_shape(vlm.name, shape)
     plans = ledger_plans(shape)
     answered = [sample.sample_id for sample in evaluate(vlm, task, plans, output, limit=limit, batch_size=8)]
     records = read_records(output, {task.name: answered})
@@ -80,6 +81,19 @@ def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int |
     yield flops_finding()
     yield from cost_findings()
     yield from UNTESTED
+
+
+def check_shape(name: str, shape: Shape) -> None:
+    """Raise ValueError unless the vision tokens of a picture are the patches that the demo's scenes have labels of."""
+    if shape != Shape(VISION.num_patches, shape.num_layers):
+        raise not_the_demo(name)
+
+
+def not_the_demo(name: str) -> ValueError:
+    return ValueError(
+        f"--claims is for the demo, whose pictures are {VISION.num_patches} labelled patches, not for {name}: leave --model "
+        "out, or put single claims to the test with --methods and --ablation"
+    )
 
 
 def scores_by_label(task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> dict[str, Resampled]:
