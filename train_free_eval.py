@@ -36,9 +36,9 @@ from rich.progress import track
 from nanovlm_v2drop.ablations import ABLATIONS, ablation_plans
 from nanovlm_v2drop.attention import BACKENDS
 from nanovlm_v2drop.checkpoint import CheckpointError
-from nanovlm_v2drop.claims import find_claims
-from nanovlm_v2drop.dropping import DROPPERS
-from nanovlm_v2drop.evaluate import Record, describe_machine, evaluate, read_records, run_summary, summarise, summarise_bias
+from nanovlm_v2drop.claims import find_claims, not_the_demo
+from nanovlm_v2drop.dropping import DROPPERS, NotANumber
+from nanovlm_v2drop.evaluate import Record, evaluate, machine_name, read_records, run_summary, summarise, summarise_bias
 from nanovlm_v2drop.images import ASPECT_RATIOS, DEFAULT_ASPECT_RATIO
 from nanovlm_v2drop.inference import MAX_NEW_TOKENS, generate
 from nanovlm_v2drop.parallel import ALONE, Processes, join_processes, leave_processes
@@ -54,6 +54,7 @@ from nanovlm_v2drop.zoo import DTYPES, MODELS, VisionLanguageModel, WeightsUnava
 ACCOUNTINGS = ("equal", "official")
 RETAIN = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of 576 tokens, the paper's three budgets
 RETAIN_OF_VIDEO = (0.25, 0.15)  # the largest and the smallest of the paper's for LLaVA-OneVision on video
+REPORTED = (WeightsUnavailable, DatasetUnavailable, CheckpointError, NotANumber, ValueError, FileNotFoundError, ImportError)
 PICTURES = 4  # samples whose kept tokens are drawn
 
 
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes = join_processes(torch.device(arguments.device).type, arguments.tensor_parallel)
         arguments.device = processes.device(arguments.device)
         run = run_mode(arguments, processes)
-    except (WeightsUnavailable, DatasetUnavailable, CheckpointError, ValueError, FileNotFoundError, ImportError) as error:
+    except REPORTED as error:
         print(f"train_free_eval.py: {rank_of(processes)}{error}", file=sys.stderr)
         return 2
     if processes.is_first:
@@ -187,13 +188,13 @@ def evaluate_tasks(arguments: argparse.Namespace, processes: Processes) -> dict[
     about = run_summary(vlm, [])
     if processes.is_first:
         print(", ".join(f"{name} {about[name]}" for name in ("model", "device", "dtype", "attention", "decode_attention")))
-    shown: dict[str, list[Sample]] = {}
+    shown, sample_ids = dict[str, list[Sample]](), dict[str, list[str]]()
     for task in tasks:
         plans[task.name] = plans_for(prompt_shape(vlm, task.first_sample().request), arguments)
-        shown[task.name] = run_task(vlm, task, plans[task.name], output, arguments, processes)
+        shown[task.name], sample_ids[task.name] = run_task(vlm, task, plans[task.name], output, arguments, processes)
     if not processes.is_first:
         return about
-    records = read_records(output)
+    records = read_records(output, sample_ids)
     galleries = [row for task in tasks for row in describe_galleries(vlm, task, shown[task.name], plans[task.name], records)]
     rows = [row for task in tasks for row in summarise(vlm, task, plans[task.name], records)]
     bias = [entry for task in tasks for entry in summarise_bias(task, plans[task.name], records)]
@@ -218,7 +219,7 @@ def provenance(vlm: VisionLanguageModel, arguments: argparse.Namespace) -> dict[
         "command": shlex.join(["python", *sys.argv]),
         "accounting": arguments.accounting,
         "ablation": arguments.ablation,
-        "machine": describe_machine(vlm.device),
+        "machine": machine_name(vlm.device),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("nanovlm-v2drop", "torch")}},
     }
@@ -240,16 +241,17 @@ def run_task(
     output: Path,
     arguments: argparse.Namespace,
     processes: Processes,
-) -> list[Sample]:
-    """Answer one task with a progress bar on stderr; gives the first samples, of which is drawn what was kept."""
+) -> tuple[list[Sample], list[str]]:
+    """Answer one task with a progress bar on stderr; the first samples, of which is drawn what was kept, and the ids of all."""
     options = {"limit": arguments.limit, "batch_size": arguments.batch_size, "resume": arguments.resume}
     samples = evaluate(vlm, task, plans, output, **options, processes=processes)
     total, description = arguments.limit or task.default_samples, f"{vlm.name} on {task.name}"
-    shown: list[Sample] = []
+    shown, sample_ids = list[Sample](), list[str]()
     console = Console(stderr=True)
     for sample in track(samples, description=description, total=total, console=console, disable=not processes.is_first):
         shown += [sample] if len(shown) < PICTURES else []
-    return shown
+        sample_ids.append(sample.sample_id)
+    return shown, sample_ids
 
 
 def describe_galleries(
@@ -272,6 +274,8 @@ def describe_galleries(
 
 def ledger(arguments: argparse.Namespace) -> dict[str, Any]:
     """The ledger of the paper's claims on the demo, printed and as rows."""
+    if arguments.model in MODELS and arguments.model != "demo":
+        raise not_the_demo(arguments.model)  # before gigabytes are fetched
     vlm, output = load_model(arguments), output_folder(arguments)
     findings = list(find_claims(vlm, load_task("demo"), output, arguments.limit))
     print_findings(findings, Console(width=None if sys.stdout.isatty() else 180))

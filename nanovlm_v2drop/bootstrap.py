@@ -25,8 +25,15 @@ def resample(task: Task, by_seed: list[list[dict[str, Any]]]) -> Resampled:
     """The draws are the same for all rows that answered the same samples, so that their ratios are paired.
 
     Where there are several seeds, each draw takes as many of them with replacement: the interval is of questions and seeds.
+    Raises ValueError where the seeds answered different samples.
     """
     by_seed = [sorted(records, key=lambda record: record["sample_id"]) for records in by_seed]
+    if len({tuple(record["sample_id"] for record in records) for records in by_seed}) > 1:
+        counts = ", ".join(str(len(records)) for records in by_seed)
+        raise ValueError(
+            f"the seeds of a row answered different samples ({counts}): leave only those of one run, as "
+            "read_records(output, sample_ids) does"
+        )
     units = [resampling_units(records) for records in by_seed]
     draws = np.random.default_rng(0).integers(len(units[0]), size=(BOOTSTRAP_DRAWS, len(units[0])))
     seeds = np.random.default_rng(1).integers(len(units), size=(BOOTSTRAP_DRAWS, len(units)))

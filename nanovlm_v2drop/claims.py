@@ -3,10 +3,10 @@
     python train_free_eval.py --claims
 
 Scores are of the demo, and of the video demo where clips are spoken of, on the same questions for all rows; differences are
-paired by question, with 95 % intervals. A claim
-that something "hardly matters" holds where the whole interval of the difference lies within HARDLY points; one that something
-is better holds where the whole interval is above zero. Times and memory are of LAYERS layers of LLaVA-1.5-7B's shape with
-random bfloat16 weights. No verdict is written down beforehand: each follows from its figures.
+paired by question, with 95 % intervals. A claim that something "hardly matters" holds where the whole interval of the
+difference lies within HARDLY points; one that something is better holds where the whole interval is above zero. Times and
+memory are of LAYERS layers of LLaVA-1.5-7B's shape with random bfloat16 weights. No verdict is written down beforehand: each
+follows from its figures.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .benchmark.run import build_parser, run_benchmark
 from .bootstrap import Resampled, difference, resample
 from .config import TextConfig
 from .demo import scenes
-from .demo.data import patch_labels
+from .demo.data import VISION, patch_labels
 from .dropping import PUBLISHED_SCHEDULES, DropSchedule
 from .dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS, layers_at_depths
 from .evaluate import Record, evaluate, read_records, summarise_bias
@@ -67,12 +67,12 @@ UNTESTED = (
 
 
 def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int | None = None) -> Iterator[Finding]:
-    """The whole ledger; answers go to `output` as in any run. Takes some minutes."""
+    """The whole ledger; answers go to `output` as in any run. Takes some minutes. Raises ValueError for another model."""
     shape = prompt_shape(vlm, task.first_sample().request)
+    check_shape(vlm.name, shape)
     plans = ledger_plans(shape)
-    for _ in evaluate(vlm, task, plans, output, limit=limit, batch_size=8):
-        pass
-    records = read_records(output)
+    answered = [sample.sample_id for sample in evaluate(vlm, task, plans, output, limit=limit, batch_size=8)]
+    records = read_records(output, {task.name: answered})
     yield from score_findings(scores_by_label(task, plans, records))
     yield from video_findings(vlm, output / "demo-video", CLIPS if limit is None else limit)
     yield bias_finding({entry["label"]: entry["kl_bits"] for entry in summarise_bias(task, plans, records)})
@@ -81,6 +81,19 @@ def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int |
     yield flops_finding()
     yield from cost_findings()
     yield from UNTESTED
+
+
+def check_shape(name: str, shape: Shape) -> None:
+    """Raise ValueError unless the vision tokens of a picture are the patches that the demo's scenes have labels of."""
+    if shape.num_vision_tokens != VISION.num_patches:
+        raise not_the_demo(name)
+
+
+def not_the_demo(name: str) -> ValueError:
+    return ValueError(
+        f"--claims is for the demo, whose pictures are {VISION.num_patches} labelled patches, not for {name}: leave --model "
+        "out, or put single claims to the test with --methods and --ablation"
+    )
 
 
 def scores_by_label(task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> dict[str, Resampled]:
@@ -153,9 +166,8 @@ def video_findings(vlm: VisionLanguageModel, output: Path, limit: int) -> Iterat
     shape = prompt_shape(video, task.first_sample().request)
     budget = SHARE_OF_VIDEO * shape.num_vision_tokens
     plans = equal_budget_plans(["v2drop", "random", "dycoke"], [budget], shape, seeds=range(3))
-    for _ in evaluate(video, task, plans, output, limit=limit, batch_size=8):
-        pass
-    yield from video_score_findings(scores_by_label(task, plans, read_records(output)))
+    answered = [sample.sample_id for sample in evaluate(video, task, plans, output, limit=limit, batch_size=8)]
+    yield from video_score_findings(scores_by_label(task, plans, read_records(output, {task.name: answered})))
 
 
 def video_score_findings(scores: Mapping[str, Resampled]) -> Iterator[Finding]:

@@ -64,13 +64,9 @@ def evaluate(
     for number, batch in enumerate(iter(lambda: list(islice(samples, batch_size)), [])):
         order += [(plan.key, sample.sample_id) for plan in plans for sample in batch]
         missing = [] if number % processes.replicas != processes.replica else missing_answers(batch, plans, done)
-        prepared: dict[tuple[str, ...], Prepared] = {}  # one for all plans, unless an interruption left them uneven
-        for plan, asked in missing:
-            ids = tuple(sample.sample_id for sample in asked)
-            if not warm:  # the first run pays for page faults and kernel selection: not counted
-                warm = bool(answer_batch(vlm, task, plan, prepare_batch(vlm, asked)))
-            prepared[ids] = prepared.get(ids) or prepare_batch(vlm, asked)
-            records = answer_batch(vlm, task, plan, prepared[ids])
+        if missing and not warm:  # the first run pays for page faults and kernel selection: not counted
+            warm = bool(next(answer_missing(vlm, task, missing)))
+        for records in answer_missing(vlm, task, missing):
             if processes.is_first_of_replica:
                 append_records(records_path(output, processes), records)
         yield from batch
@@ -88,6 +84,17 @@ def missing_answers(
     return [(plan, samples) for plan, samples in left if samples]
 
 
+def answer_missing(
+    vlm: VisionLanguageModel, task: Task, missing: Sequence[tuple[Plan, list[Sample]]]
+) -> Iterator[list[Record]]:
+    """The answers of one plan after the other."""
+    prepared: dict[tuple[str, ...], Prepared] = {}  # one for all plans, unless an interruption left them uneven
+    for plan, samples in missing:
+        ids = tuple(sample.sample_id for sample in samples)
+        prepared[ids] = prepared.get(ids) or prepare_batch(vlm, samples)
+        yield answer_batch(vlm, task, plan, prepared[ids])
+
+
 def check_resumable(task: Task, output: Path, resume: bool) -> None:
     """Raise ValueError where there are answers to this task that nobody asked to go on with."""
     if not resume and any(record.task == task.name for record in read_records(output)):
@@ -96,16 +103,23 @@ def check_resumable(task: Task, output: Path, resume: bool) -> None:
 
 
 def check_same_settings(vlm: VisionLanguageModel, output: Path) -> None:
-    """Note in `output`/settings.json what answers; raises ValueError where other answers lie there already."""
+    """Note in `output`/settings.json what answers; raises ValueError where answers made otherwise lie there already.
+
+    Settings that an older release did not note count as other ones.
+    """
     settings = {
         "model": vlm.name,
+        "weights": str(vlm.folder),
         "dtype": str(vlm.dtype),
         "template": vlm.template,
         "image_processor": repr(vlm.image_processor),
+        "sampling": repr(vlm.sampling),
     }
     path = output / "settings.json"
-    if path.is_file() and (before := read_json_object(path)) != settings:
-        raise ValueError(f"{output} holds answers made with {before}, not with {settings}; choose another --output")
+    before = read_json_object(path) if path.is_file() else settings
+    noted = {name: before.get(name, "not noted") for name in settings}
+    if changed := [f"{name} {noted[name]}, not {value}" for name, value in settings.items() if noted[name] != value]:
+        raise ValueError(f"{output} holds answers made with {'; '.join(changed)}; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
@@ -127,33 +141,23 @@ def prepare_batch(vlm: VisionLanguageModel, samples: Sequence[Sample]) -> Prepar
 
 def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: Prepared) -> list[Record]:
     """Prefill and decode the samples as one packed batch, timing each step."""
-    decoder, packed, count = vlm.model.language_model, prepared.packed, len(prepared.samples)
+    decoder, count = vlm.model.language_model, len(prepared.samples)
     reset_peak_memory(vlm.device)
     started = timestamp(vlm.device)
     with warnings.catch_warnings():
         if plan.note:  # a floor may be everything, and the table says so
             warnings.simplefilter("ignore", NothingDropped)
-        prefilled = prefill(decoder, packed, plan.dropper, max_new_tokens=task.max_new_tokens)
+        prefilled = prefill(decoder, prepared.packed, plan.dropper, max_new_tokens=task.max_new_tokens)
     filled = timestamp(vlm.device)
     shares = 1 if decoder.tensor_parallel is None else decoder.tensor_parallel.size  # each process holds one of the cache
     cache_bytes = [shares * prefilled.cache.nbytes_of(index) for index in range(count)]
     tokens = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, task.max_new_tokens)
     finished, peak = timestamp(vlm.device), peak_memory_mb(vlm.device)
     kept = prefilled.kept
-    texts = [vlm.tokenizer.decode(ids).strip() for ids in tokens]
     return [
         Record(
-            task=task.name,
-            plan=plan.key,
-            sample_id=sample.sample_id,
-            kind=sample.kind,
-            group=sample.group,
-            question=sample.text,
-            answer=sample.answer,
-            text=texts[index],
-            correct=task.correct(texts[index], sample),
-            text_tokens=packed.seqlens[index] - packed.vision_counts[index],
-            vision_tokens=packed.vision_counts[index],
+            **answer_fields(task, plan, sample, vlm.tokenizer.decode(ids).strip()),
+            **prompt_fields(prepared.packed, index),
             vision_ms=prepared.vision_ms,
             prefill_ms=(filled - started) * 1000 / count,
             decode_ms=(finished - filled) * 1000 / count,
@@ -161,10 +165,34 @@ def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: Pre
             kv_cache_bytes=cache_bytes[index],
             peak_memory_mb=peak,
             kept=[stages[index].tolist() for _, stages in kept],
-            vision_grids=[list(grid) for grid in packed.vision_grids[index]],
         )
-        for index, sample in enumerate(prepared.samples)
+        for index, (sample, ids) in enumerate(zip(prepared.samples, tokens, strict=True))
     ]
+
+
+def answer_fields(task: Task, plan: Plan, sample: Sample, text: str) -> dict[str, Any]:
+    """Of a record: who was asked what, and what came back."""
+    return {
+        "task": task.name,
+        "plan": plan.key,
+        "sample_id": sample.sample_id,
+        "kind": sample.kind,
+        "group": sample.group,
+        "question": sample.text,
+        "answer": sample.answer,
+        "text": text,
+        "correct": task.correct(text, sample),
+    }
+
+
+def prompt_fields(packed: PackedInputs, index: int) -> dict[str, Any]:
+    """Of a record: the sizes of a prompt."""
+    vision_tokens = packed.vision_counts[index]
+    return {
+        "text_tokens": packed.seqlens[index] - vision_tokens,
+        "vision_tokens": vision_tokens,
+        "vision_grids": [list(grid) for grid in packed.vision_grids[index]],
+    }
 
 
 def timestamp(device: torch.device) -> float:
@@ -303,7 +331,7 @@ def run_summary(vlm: VisionLanguageModel, rows: list[dict[str, Any]]) -> dict[st
     }
 
 
-def describe_machine(device: torch.device) -> str:
+def machine_name(device: torch.device) -> str:
     """The processor that runs, and how many threads or which GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -315,5 +343,3 @@ def processor_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
     return names[0] if names else platform.processor()
-
-

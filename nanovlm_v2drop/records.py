@@ -1,7 +1,7 @@
 """Answers on disk: one JSON line each in samples.jsonl, and in a part of its own for each of several processes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -44,9 +44,16 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
         file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
 
 
-def read_records(output: Path) -> list[Record]:
-    """The answers written so far; those in parts of several processes only when `merge_records` has put them together."""
-    return records_of(output / "samples.jsonl")
+def read_records(output: Path, sample_ids: Mapping[str, Collection[str]] | None = None) -> list[Record]:
+    """The answers written so far; those in parts of several processes only when `merge_records` has put them together.
+
+    `sample_ids`, by task, leaves only the answers to these: what an earlier, larger run answered must not mix in.
+    """
+    records = records_of(output / "samples.jsonl")
+    if sample_ids is None:
+        return records
+    wanted = {(task, sample_id) for task, own in sample_ids.items() for sample_id in own}
+    return [record for record in records if (record.task, record.sample_id) in wanted]
 
 
 def records_of(path: Path) -> list[Record]:

@@ -118,7 +118,10 @@ MODELS = {
 
 @dataclass(eq=False)
 class VisionLanguageModel:
-    """A model with everything between it and a request: tokenizer, image processor, chat template, frame sampling."""
+    """A model with everything between it and a request: tokenizer, image processor, chat template, frame sampling.
+
+    `folder` is where its weights were read.
+    """
 
     name: str
     model: VLM
@@ -126,6 +129,7 @@ class VisionLanguageModel:
     image_processor: MediaProcessor
     template: str
     sampling: FrameSampling
+    folder: Path
 
     @property
     def config(self) -> VLMConfig:
@@ -246,7 +250,7 @@ def load(
     model = load_model(folder, config, device=device, dtype=dtype, attention=attention, mesh=mesh)
     template = template or spec.template or family.template
     frames = sampling or spec.sampling or family.sampling
-    return VisionLanguageModel(spec.name, model, tokenizer, image_processor, template, frames)
+    return VisionLanguageModel(spec.name, model, tokenizer, image_processor, template, frames, folder.resolve())
 
 
 def locate(name_or_folder: str | Path, weights: str | Path | None = None) -> tuple[ModelSpec, Path]:

@@ -57,6 +57,11 @@ def test_questions_about_one_picture_are_resampled_together() -> None:
     assert result["score_interval"] == [50, 50]
 
 
+def test_seeds_that_answered_different_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the seeds of a row answered different samples \(3, 2\): leave only those of one"):
+        resample(Loose(), [scored([1.0, 0.0, 1.0]), scored([1.0, 0.0])])
+
+
 def test_seeds_that_disagree_widen_the_interval_and_share_the_score() -> None:
     right, wrong = scored([1.0] * 40), scored([0.0] * 40)
     apart = score_fields(resample(Loose(), [right, wrong, right, wrong]), None)

@@ -1,6 +1,9 @@
 """The ledger: verdicts follow from figures, and the figures from what they are said to be of."""
 
 import json
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from nanovlm_v2drop.claims import (
     OPEN,
     area_under_roc,
     bias_finding,
+    check_shape,
     cost_findings,
     flops_finding,
     hardly_matters,
@@ -27,8 +31,14 @@ from nanovlm_v2drop.claims import (
     video_score_findings,
 )
 from nanovlm_v2drop.evaluate import read_records
-from nanovlm_v2drop.plans import Shape
+from nanovlm_v2drop.plans import Shape, prompt_shape
+from nanovlm_v2drop.tasks import load_task
 from nanovlm_v2drop.zoo import load
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_free_eval  # noqa: E402
 
 DEMO = Shape(144, 12)
 
@@ -127,10 +137,24 @@ def test_costs_are_judged_by_the_benchmarks_rows(monkeypatch, speedups, peak, pe
     assert [finding.verdict for finding in cost_findings()] == verdicts
 
 
+@pytest.mark.parametrize("model", ["demo-video", "llava-1.5-7b", ROOT / "weights" / "demo-video"])
+def test_a_model_that_is_not_the_demo_is_refused_before_anything_is_answered(model, tmp_path, capsys):
+    assert train_free_eval.main(["--claims", "--model", str(model), "--limit", "6", "--output", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    name = Path(model).name
+    assert f"--claims is for the demo, whose pictures are 144 labelled patches, not for {name}: leave --model out" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_copy_of_the_demo_is_the_demo():
+    shape = prompt_shape(load(ROOT / "weights" / "demo"), load_task("demo").first_sample().request)
+    check_shape("copy", shape)
+    with pytest.raises(ValueError, match="not for copy"):
+        check_shape("copy", replace(shape, num_vision_tokens=145))
+
+
 @pytest.mark.slow
 def test_the_whole_ledger_runs_on_the_demo(tmp_path, monkeypatch, capsys):
-    import train_free_eval
-
     own = {"rounds_ms": [1.0], "drop_points_percent": 0.1, "peak_memory_mb": 1.0}
     rows = {"dense": {"peak_memory_mb": 2.0, "rounds_ms": [2.0]}, "v2drop": own}
     monkeypatch.setattr(module, "measure_costs", lambda *_: rows)

@@ -81,7 +81,24 @@ def test_the_released_count_is_for_videos_and_leaves_pictures_alone():
         prefill(tiny_decoder(), picture, DyCoke.official())
 
 
-OTHER_PROMPTS = [((2, 14, 14), (2, 14, 14)), ((1, 28, 28),), ((8, 7, 14),), ((4, 1, 195), (1, 1, 4)), ((4, 12, 12),)]
+def test_the_released_setting_keeps_onevisions_newline_and_maps_to_frames_of_another_size():
+    mapped = DyCoke.official().schedule.mapped(12, 8 * 36 + 1, frames=8)
+    for schedule, size in ((DyCoke.official().schedule, 196), (mapped, 36)):
+        reduced = int(0.3 * size)
+        without, behind = random_video(8, size), random_video(1, 8 * size + 1)
+        kept = kept_of(DyCoke(schedule), without)
+        assert [sum(token // size == frame for token in kept) for frame in range(8)] == [
+            size, reduced, reduced, reduced, size, reduced, size, reduced,
+        ]  # fmt: skip
+        with_newline = kept_of(DyCoke(schedule), as_one_video(behind, (8, 1, size), (1, 1, 1)))
+        assert with_newline[-1] == 8 * size
+        assert len(with_newline) == len(kept) + 1 == schedule.kept_count(0, 8 * size + 1)
+
+
+OTHER_PROMPTS = [
+    ((2, 14, 14), (2, 14, 14)), ((1, 28, 28),), ((8, 7, 14),), ((4, 1, 195), (1, 1, 4)), ((4, 12, 12),),
+    ((4, 14, 14), (1, 1, 2)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("grids", OTHER_PROMPTS)

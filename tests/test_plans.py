@@ -73,6 +73,17 @@ def test_published_settings_are_mapped_by_depth_and_share_and_say_so():
     assert plans["v2drop released-qwen2-vl"].note == "mapped from 28 layers and 576 tokens"
 
 
+def test_dycokes_settings_are_mapped_by_the_tokens_of_a_frame_and_say_so():
+    """Three of eight frames stay whole by the released rule; the newline stays too."""
+    (plan, *_), (own, *_), (picture, *_) = (
+        official_plans(["dycoke"], shape, seeds=[0]) for shape in (Shape(289, 12, 8), Shape(6273, 28, 32), DEMO)
+    )
+    assert mean_tokens(plan, Shape(289, 12, 8)) == 3 * 36 + 5 * 10 + 1
+    assert plan.note == "mapped from frames of 196 tokens"
+    assert (mean_tokens(own, Shape(6273, 28, 32)), own.note) == (3098 + 1, "")
+    assert (mean_tokens(picture, DEMO), picture.note) == (144, "for videos: drops nothing from a picture")
+
+
 def test_the_setting_for_qwen2_vl_keeps_its_layers_on_28():
     plans = {plan.label: plan for plan in official_plans(["v2drop"], Shape(391, 28), seeds=[0])}
     assert dict(plans["v2drop released-qwen2-vl"].schedule) == {3: 0.25, 16: 0.05, 22: 0.0}

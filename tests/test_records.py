@@ -33,6 +33,12 @@ def test_parts_are_put_together_once_each_in_the_order_of_the_task(tmp_path: Pat
     assert [file.name for file in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
+def test_only_the_answers_to_given_samples_of_a_task_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    append_records(tmp_path / "samples.jsonl", [record("0"), record("1"), record("0", task="pope"), record("0", "v2drop")])
+    own = read_records(tmp_path, {"demo": ["0", "2"]})
+    assert [(r.task, r.plan, r.sample_id) for r in own] == [("demo", "dense", "0"), ("demo", "v2drop", "0")]
+
+
 def test_a_torn_line_is_left_out_of_every_part_and_cut_from_the_file(tmp_path: Path) -> None:
     for name in ("samples.jsonl", "samples-3.jsonl"):
         append_records(tmp_path / name, [record(name)])

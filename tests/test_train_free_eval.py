@@ -1,6 +1,7 @@
 """The command line as users run it, on the shipped demo."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,47 @@ def test_a_run_with_other_settings_does_not_go_on_with_these_answers(tmp_path, c
     assert "choose another --output" in error
 
 
+def test_answers_made_with_other_frames_or_other_weights_are_not_gone_on_with(tmp_path, capsys):
+    options = ["--methods", "dense", "--limit", "1", "--output", tmp_path / "run"]
+    clips = [*options, "--model", "demo-video"]
+    assert run(capsys, *clips, "--frames", 8)[0] == 0
+    code, _, error = run(capsys, *clips, "--frames", 4, "--resume")
+    assert code == 2
+    assert "sampling UniformSampling(num_frames=8), not UniformSampling(num_frames=4); choose another --output" in error
+    copy = tmp_path / "copies" / "demo-video"
+    shutil.copytree(ROOT / "weights" / "demo-video", copy)
+    code, _, error = run(capsys, *options, "--model", copy, "--frames", 8, "--resume")
+    assert code == 2
+    assert f"not {copy}; choose another --output" in error
+
+
+def test_answers_whose_settings_were_noted_before_sampling_was_are_not_gone_on_with(tmp_path, capsys):
+    options = ["--methods", "dense", "--limit", "1", "--output", tmp_path]
+    run(capsys, *options)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings.pop("sampling") == "UniformSampling(num_frames=32)"
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    code, _, error = run(capsys, *options, "--resume")
+    assert code == 2
+    assert "holds answers made with sampling not noted, not UniformSampling(num_frames=32); choose another --output" in error
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(["--methods", "random", "--seeds", 1], ["--seeds", 2]), (["--methods", "dense"], ["--methods", "dense,v2drop"])],
+)
+def test_a_smaller_run_that_goes_on_with_a_larger_one_compares_its_own_samples_only(first, then, tmp_path, capsys):
+    options = ["--tokens", "60", "--output", tmp_path, *first]
+    assert run(capsys, *options, "--limit", 12)[0] == 0
+    code, out, _ = run(capsys, *options, *then, "--limit", 6, "--resume")
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
+    assert {row["samples"] for row in result["results"]} == {6}
+    assert len({row["relative_score"] is None for row in result["results"]}) == 1
+    galleries = json.loads((tmp_path / "galleries.json").read_text())
+    assert len({len(gallery["rows"]) for gallery in galleries}) == 1
+
+
 def test_a_batch_gives_the_same_answers_as_one_by_one(tmp_path, capsys):
     texts = []
     for size in (1, 5):
@@ -125,6 +167,16 @@ def test_published_settings_run_with_what_they_really_cost(tmp_path, capsys):
     assert "mapped from 32 layers and 576 tokens" in out
 
 
+def test_published_settings_of_dycoke_run_on_clips_and_leave_pictures_alone(tmp_path, capsys):
+    options = ["--methods", "dense,dycoke", "--accounting", "official", "--limit", 1]
+    for model, mean, note in (("demo-video", 159, "mapped from frames of 196 tokens"), ("demo", 144, "for videos: ")):
+        code, out, _ = run(capsys, "--model", model, *options, "--output", tmp_path / model)
+        assert code == 0
+        rows = {row["label"]: row for row in json.loads(out.splitlines()[-1])["results"]}
+        assert rows["dycoke K=0.7"]["mean_vision_tokens"] == mean
+        assert note in rows["dycoke K=0.7"]["note"]
+
+
 def test_an_ablation_stands_beside_the_papers_numbers(tmp_path, capsys):
     code, out, _ = run(capsys, "--ablation", "metric,steps", "--limit", 2, "--output", tmp_path)
     assert code == 0
@@ -140,6 +192,15 @@ def test_a_method_of_ones_own_runs_from_its_file(tmp_path, capsys):
     code, out, _ = run(capsys, "--methods", f"dense,{file}:Own", "--tokens", 32, "--limit", 2, "--output", tmp_path / "run")
     assert code == 0
     assert [row["method"] for row in json.loads(out.splitlines()[-1])["results"]] == ["dense", "own"]
+
+
+def test_a_method_that_scores_nan_ends_in_one_line_and_exit_code_2(tmp_path, capsys):
+    file = tmp_path / "my_method.py"
+    file.write_text(OWN_METHOD.replace("norm(dim=-1)", "norm(dim=-1) * float('nan')"))
+    code, _, error = run(capsys, "--methods", f"{file}:Own", "--tokens", 32, "--limit", 1, "--output", tmp_path / "run")
+    assert code == 2
+    assert "train_free_eval.py: own scored a vision token NaN: it divides by zero, or activations overflow" in error
+    assert "Traceback" not in error
 
 
 def test_one_question_about_one_picture_is_answered_with_and_without_dropping(tmp_path, capsys):

@@ -23,6 +23,7 @@ from .workload import Workload
 Linear = nn.Linear | PrepackedLinear
 READ_BYTES = 2**30  # as much as the bandwidth is measured with: many times what any cache holds
 
+
 def gemm_products(decoder: Decoder, tokens_per_layer: Sequence[int]) -> list[tuple[Linear, int]]:
     """Every linear layer of a prefill with the number of rows it meets; the head meets one."""
     pairs = zip(decoder.layers, tokens_per_layer, strict=True)

@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .scenes import COLORS, IMAGE_SIZE, SHAPES, Question, Thing, draw_background, draw_digit, draw_shape, sample_thing
+from .scenes import COLORS, IMAGE_SIZE, SHAPES, Question, Thing, draw_background, draw_digit, draw_shape, sample_thing, shade
 
 FRAMES = 8
 MAX_ACTORS = 4
@@ -114,12 +114,6 @@ def draw_clip(clip: Clip) -> list[Image.Image]:
     background = draw_background(noise)
     fills = [shade(actor.thing, noise) for actor in clip.actors]
     return [draw_frame(background, clip, fills, frame) for frame in range(FRAMES)]
-
-
-def shade(thing: Thing, noise: np.random.Generator) -> tuple[int, ...]:
-    """The thing's colour, a little off."""
-    jitter = noise.integers(-18, 19, size=3)
-    return tuple(int(value) for value in np.clip(np.array(COLORS[thing.color]) + jitter, 0, 255))
 
 
 def draw_frame(background: Image.Image, clip: Clip, fills: list[tuple[int, ...]], frame: int) -> Image.Image:

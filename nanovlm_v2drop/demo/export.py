@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from ..config import LlavaConfig
 from ..images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
+from ..images_onevision import SIGLIP_IMAGE_MEAN, SIGLIP_IMAGE_STD
 from ..vlm import LlavaModel, LlavaOnevisionModel
 from .data import VISION
-
-SIGLIP_IMAGE_MEAN = SIGLIP_IMAGE_STD = (0.5, 0.5, 0.5)
 
 
 def export_llava(model: LlavaModel, tokenizer: Tokenizer, output: Path) -> None:

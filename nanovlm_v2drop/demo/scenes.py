@@ -119,11 +119,16 @@ def draw_scene(scene: Scene) -> Image.Image:
     image = draw_background(noise)
     canvas = ImageDraw.Draw(image)
     for thing in scene.things:
-        jitter = noise.integers(-18, 19, size=3)
-        fill = tuple(int(value) for value in np.clip(np.array(COLORS[thing.color]) + jitter, 0, 255))
+        fill = shade(thing, noise)
         draw_shape(canvas, thing, fill)
         draw_digit(canvas, thing, fill)
     return image
+
+
+def shade(thing: Thing, noise: np.random.Generator) -> tuple[int, ...]:
+    """The thing's colour, a little off."""
+    jitter = noise.integers(-18, 19, size=3)
+    return tuple(int(value) for value in np.clip(np.array(COLORS[thing.color]) + jitter, 0, 255))
 
 
 def draw_background(noise: np.random.Generator) -> Image.Image:
@@ -136,8 +141,8 @@ def draw_background(noise: np.random.Generator) -> Image.Image:
     image = Image.fromarray(pixels)
     canvas = ImageDraw.Draw(image)
     for _ in range(noise.integers(0, 4)):
-        shade = int(noise.integers(60, 220))
-        canvas.line([int(value) for value in noise.integers(0, IMAGE_SIZE, size=4)], fill=(shade, shade, shade))
+        grey = int(noise.integers(60, 220))
+        canvas.line([int(value) for value in noise.integers(0, IMAGE_SIZE, size=4)], fill=(grey, grey, grey))
     return image
 
 

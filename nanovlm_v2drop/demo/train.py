@@ -35,6 +35,7 @@ from ..arrange import arrange_video
 from ..config import LlavaConfig, TextConfig, VLMConfig
 from ..decoder import Rotary, rotary_table
 from ..images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
+from ..images_onevision import SIGLIP_IMAGE_MEAN, SIGLIP_IMAGE_STD
 from ..vlm import LlavaModel, LlavaOnevisionModel
 from . import clips
 from .data import (
@@ -52,7 +53,7 @@ from .data import (
     video_corpus,
     word_tokens,
 )
-from .export import SIGLIP_IMAGE_MEAN, SIGLIP_IMAGE_STD, export_llava, export_onevision, onevision_settings
+from .export import export_llava, export_onevision, onevision_settings
 from .warm_start import warm_start
 
 Model = LlavaModel | LlavaOnevisionModel

@@ -5,7 +5,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterable
 
-from .base import PrefillState, TokenDropper
+from .base import NotANumber, PrefillState, TokenDropper
 from .random import Random
 from .schedule import BatchSchedule, DropSchedule
 from .v2drop import PUBLISHED_SCHEDULES, V2Drop
@@ -35,6 +35,7 @@ __all__ = [
     "PUBLISHED_SCHEDULES",
     "BatchSchedule",
     "DropSchedule",
+    "NotANumber",
     "PrefillState",
     "Random",
     "TokenDropper",

@@ -160,6 +160,10 @@ class Published(NamedTuple):
     num_layers: int = PAPER_LAYERS  # of the decoder that the schedule's layers are of
 
 
+class NotANumber(RuntimeError):
+    """A method scored a vision token NaN; the message names it."""
+
+
 class TokenDropper:
     """A dropping method: the schedule, the per-sequence top-k, the return to reading order, and text never leaves.
 
@@ -243,7 +247,7 @@ class TokenDropper:
     def finite_scores(self, state: PrefillState) -> Tensor:
         """(T,) float32, so that no vision token can push a text token out of the top k.
 
-        Raises ValueError for a wrong shape, RuntimeError for NaN at a vision token (on a GPU at the next wait for it).
+        Raises ValueError for a wrong shape, NotANumber for NaN at a vision token (off the CPU RuntimeError, at the next wait).
         """
         scores: Any = self.score(state)
         if not isinstance(scores, Tensor) or scores.shape != state.vision_mask.shape:
@@ -259,6 +263,9 @@ class TokenDropper:
 
 
 def check_numbers(name: str, ranked: Tensor) -> None:
-    """Raise RuntimeError where what a method ranks vision tokens by holds NaN; on a GPU at the next wait for it."""
+    """Raise NotANumber where what a method ranks vision tokens by holds NaN; off the CPU a RuntimeError, at the next wait."""
     message = f"{name} scored a vision token NaN: it divides by zero, or activations overflow"
-    torch._assert_async(ranked.isnan().any().logical_not(), message)
+    are_numbers = ranked.isnan().any().logical_not()
+    if ranked.device.type == "cpu" and not are_numbers:
+        raise NotANumber(message)
+    torch._assert_async(are_numbers, message)

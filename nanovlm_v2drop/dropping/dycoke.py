@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..attention import attention_weights
 from .base import DecodePruning, PrefillState, Published, TokenDropper, check_numbers
-from .schedule import DropSchedule, OutOfReach
+from .schedule import PAPER_LAYERS, DropSchedule, OutOfReach
 
 Grid = tuple[int, int, int]  # frames, rows, columns
+NEWLINE = 1  # token that LLaVA-OneVision puts behind a video, in no frame: it stays
 FRAMES_BACK = (0, 1, 2, 1)  # how far before it lies the frame that each of four is compared with; 0: it stays whole
 
 
@@ -40,9 +41,9 @@ def released_frames(frames: int) -> dict[int, int]:
 class ReleasedFrames(DropSchedule):
     """The count of the released code, which keeps `share` of each reduced frame; for prompts with one video.
 
-    Any other number of tokens than whole frames is one of pictures, which stay. The released code stops with an error at four
-    frames and fewer; here its rule goes on: the second and the fourth are reduced, the third of three is lost, the third of
-    four stays whole, and a single frame is a picture.
+    Any other number of tokens than whole frames, with or without a newline behind them, is one of pictures, which stay. The
+    released code stops with an error at four frames and fewer; here its rule goes on: the second and the fourth are reduced,
+    the third of three is lost, the third of four stays whole, and a single frame is a picture.
     """
 
     def __init__(self, share: float, tokens_per_frame: int = 196) -> None:
@@ -51,11 +52,17 @@ class ReleasedFrames(DropSchedule):
 
     def kept_count(self, layer_idx: int, current: int) -> int:
         frames, rest = divmod(current, self.tokens_per_frame)
-        if rest:
+        if rest > NEWLINE:
             return current
         reduced = int(self[layer_idx] * self.tokens_per_frame)
         compared = released_frames(frames).items()
-        return sum(self.tokens_per_frame if frame == earlier else reduced for frame, earlier in compared)
+        return sum(self.tokens_per_frame if frame == earlier else reduced for frame, earlier in compared) + rest
+
+    def mapped(
+        self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS, frames: int = 1
+    ) -> "ReleasedFrames":
+        """The same share of each reduced frame of a video, however many tokens its frames have; of pictures nothing changes."""
+        return type(self)(self[0], num_vision_tokens // frames if frames > 1 else self.tokens_per_frame)
 
     def with_values(self, keep_ratios: Mapping[int, float], scale: float) -> "ReleasedFrames":
         return type(self)(keep_ratios[0], self.tokens_per_frame)
@@ -64,7 +71,9 @@ class ReleasedFrames(DropSchedule):
         """Raise ValueError for a prompt that `kept_count`, which knows only how many tokens there are, takes for another."""
         current = sum(map(prod, grids))
         pictures = all(frames == 1 for frames, _, _ in grids) and self.kept_count(0, current) == current
-        if not pictures and [rows * columns for _, rows, columns in grids] != [self.tokens_per_frame]:
+        sizes = [rows * columns for _, rows, columns in grids[:1]]
+        one_video = sizes == [self.tokens_per_frame] and tuple(grids[1:]) in ((), ((1, 1, NEWLINE),))
+        if not pictures and not one_video:
             raise ValueError(f"the released setting is for one video of {self.tokens_per_frame} tokens a frame, not {grids}")
 
 

@@ -63,10 +63,13 @@ class DropSchedule(Mapping[int, float]):
                     f"{num_layers}-layer decoder; DropSchedule.for_mean_tokens maps a schedule to any depth"
                 )
 
-    def mapped(self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS) -> "DropSchedule":
+    def mapped(
+        self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS, frames: int = 1
+    ) -> "DropSchedule":
         """This schedule of a decoder of `from_layers` (and 576 vision tokens) at the same depths of another decoder.
 
-        Raises ValueError where two drop points would fall on one layer.
+        `frames` of the prompt's video, for schedules that count them. Raises ValueError where two drop points would fall on
+        one layer.
         """
         layers = [layers_at_depths(num_layers, [layer / from_layers])[0] for layer in self]
         if len(set(layers)) < len(layers):

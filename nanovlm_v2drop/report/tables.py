@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..claims import Finding
+from ..position_bias import BINS
 
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
@@ -107,7 +108,7 @@ TIMES: Columns = {
 BIAS: Columns = {
     "layer": number("layer", "d"),
     "kept": lambda entry: f"{100 * entry['kept_share']:.0f}",
-    **{str(index + 1): percent("bins", index) for index in range(10)},
+    **{str(index + 1): percent("bins", index) for index in range(BINS)},
     "KL bits": number("kl_bits", ".4f"),
     "chi-square": number("chi_square", ".0f"),
 }

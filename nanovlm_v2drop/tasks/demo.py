@@ -3,40 +3,23 @@
 Training draws its scenes from integer seeds, these come from named ones, so no scene is shared.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import count
 from random import Random
-from statistics import mean
-from typing import Any
 
 from ..demo import scenes
-from .base import Sample, Task
+from .base import Sample
+from .synthetic import SyntheticTask
 
 
-class Demo(Task):
-    """`score` is accuracy in percent by exact answer; beside it stands the accuracy of each kind of question."""
+class Demo(SyntheticTask):
+    """Questions about pictures of scenes, scored as every SyntheticTask."""
 
     name = "demo"
-    max_new_tokens = 8
+    kinds = scenes.KINDS
     default_samples = 360
 
-    def samples(self, limit: int | None = None) -> Iterator[Sample]:
-        return islice(map(held_out, count()), limit)
-
-    def correct(self, answer: str, sample: Sample) -> float:
-        return float(answer.strip().lower() == sample.answer)
-
-    def summary(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-        by_kind = defaultdict(list)
-        for record in records:
-            by_kind[record["kind"]].append(record["correct"])
-        if not by_kind:
-            raise ValueError("no records to score; was --limit 0?")
-        return {
-            "score": 100 * mean(record["correct"] for record in records),
-            **{kind: 100 * mean(by_kind[kind]) for kind in scenes.KINDS if kind in by_kind},
-        }
+    def sample(self, number: int) -> Sample:
+        return held_out(number)
 
 
 def held_out(number: int) -> Sample:

@@ -1,0 +1,38 @@
+"""What the demos' tasks have in common: questions that are drawn, each from its number, in equal parts of every kind."""
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from statistics import mean
+from typing import Any, ClassVar
+
+from .base import Sample, Task
+
+
+class SyntheticTask(Task):
+    """`score` is accuracy in percent by exact answer; beside it stands the accuracy of each kind of question."""
+
+    max_new_tokens = 8
+    kinds: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def sample(self, number: int) -> Sample:
+        """The sample of that number, from 0 on without end."""
+
+    def samples(self, limit: int | None = None) -> Iterator[Sample]:
+        return islice(map(self.sample, count()), limit)
+
+    def correct(self, answer: str, sample: Sample) -> float:
+        return float(answer.strip().lower() == sample.answer)
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+        by_kind = defaultdict(list)
+        for record in records:
+            by_kind[record["kind"]].append(record["correct"])
+        if not by_kind:
+            raise ValueError("no records to score; was --limit 0?")
+        return {
+            "score": 100 * mean(record["correct"] for record in records),
+            **{kind: 100 * mean(by_kind[kind]) for kind in self.kinds if kind in by_kind},
+        }
