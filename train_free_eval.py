@@ -54,7 +54,13 @@ from nanovlm_v2drop.zoo import DTYPES, MODELS, VisionLanguageModel, WeightsUnava
 ACCOUNTINGS = ("equal", "official")
 RETAIN = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of 576 tokens, the paper's three budgets
 RETAIN_OF_VIDEO = (0.25, 0.15)  # the largest and the smallest of the paper's for LLaVA-OneVision on video
-REPORTED = (WeightsUnavailable, DatasetUnavailable, CheckpointError, NotANumber, ValueError, FileNotFoundError, ImportError)
+REPORTED = (WeightsUnavailable, DatasetUnavailable, CheckpointError, NotANumber, ValueError, OSError, ImportError)
+IGNORED = {  # option -> what would have no effect beside it
+    "accounting": ("tokens", "retain"),
+    "ablation": ("methods", "accounting", "tokens", "retain", "seed", "seeds"),
+    "claims": ("prompt", "image", "video", "methods", "accounting", "ablation", "tasks", "tokens", "retain", "seed", "seeds"),
+    "prompt": ("tasks", "data", "limit", "batch_size", "resume"),
+}
 PICTURES = 4  # samples whose kept tokens are drawn
 
 
@@ -78,7 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--claims", action="store_true", help="put the paper's claims to the test on the demo; takes some minutes")
     add("--seed", type=int, default=0, help="the first seed of methods that draw at random")
     add("--seeds", type=int, default=3, help="how many seeds, whose answers share a row")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--tensor-parallel", type=int, default=1, help="processes that share a decoder, of those that torchrun starts")
     add("--dtype", choices=DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
     add("--attention", choices=("auto", *BACKENDS), default="auto")
@@ -93,6 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-pixels", type=int, help="the most that Qwen2-VL leaves of a picture or frame; default the checkpoint's own")
     add("--frames", type=int, help="frames of a video, evenly spaced; default as the model was released with")
     arguments = parser.parse_args(argv)
+    check_conflicts(parser, arguments)
     arguments.methods = arguments.methods or default_methods(arguments.model)
     if (arguments.image is None and arguments.video is None) != (arguments.prompt is None):
         parser.error("--image or --video belongs together with --prompt")
@@ -104,8 +111,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def check_conflicts(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with an error where an option would be ignored beside another."""
+    given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+    for name in [name for name in IGNORED if name in given]:
+        if ignored := [f"--{other.replace('_', '-')}" for other in IGNORED[name] if other in given]:
+            parser.error(f"beside --{name} {', '.join(ignored)} would be ignored; leave one of them out")
+
+
 def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """Separated by commas; one at least."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("nothing is named")
+    return found
+
+
+def device_name(text: str) -> str:
+    try:
+        return str(torch.device(text))
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}; cpu, cuda or cuda:N") from error
 
 
 def numbers(text: str) -> list[float]:
@@ -133,7 +159,8 @@ def rank_of(processes: Processes) -> str:
 
 def run_mode(arguments: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """What the last line of stdout says, of which the first process alone knows the results."""
-    if not arguments.prompt and not arguments.claims:
+    asks = arguments.prompt is not None
+    if not asks and not arguments.claims:
         return evaluate_tasks(arguments, processes)
     if arguments.claims and processes.world_size > 1:
         raise ValueError("--claims is for one process; start train_free_eval.py without torchrun")
@@ -142,7 +169,7 @@ def run_mode(arguments: argparse.Namespace, processes: Processes) -> dict[str, A
             f"one question keeps one decoder busy, not {processes.replicas}: start train_free_eval.py without torchrun, "
             f"or share the decoder with --tensor-parallel {processes.world_size}"
         )
-    return answer_one(arguments, processes) if arguments.prompt else ledger(arguments)
+    return answer_one(arguments, processes) if asks else ledger(arguments)
 
 
 def load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
@@ -291,9 +318,10 @@ def answer_one(arguments: argparse.Namespace, processes: Processes) -> dict[str,
     request = Request(text=arguments.prompt, images=images, video=arguments.video)
     drawn, results = [], []
     for plan in first_seeds(plans_for(prompt_shape(vlm, request), arguments)):
-        (answer,) = generate(vlm, [request], plan.dropper, max_new_tokens=MAX_NEW_TOKENS)
+        with plan.floor_allowed():
+            (answer,) = generate(vlm, [request], plan.dropper, max_new_tokens=MAX_NEW_TOKENS)
         if processes.is_first:
-            print(f"{plan.row:>20}  {answer.text}")
+            print(f"{plan.row:>20}  {answer.text}" + (f"   ({plan.note})" if plan.note else ""))
         drawn.append(GalleryRow(plan.row, answer.text, [(layer, kept.tolist()) for layer, kept in answer.kept]))
         results.append({"method": plan.method, "asked_tokens": plan.asked_tokens, "text": answer.text})
     if not processes.is_first:

@@ -9,7 +9,6 @@ import platform
 import re
 import resource
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -24,7 +23,7 @@ import torch
 from .attention import decode_backend
 from .bootstrap import resample, score_fields
 from .config import read_json_object
-from .inference import NothingDropped, decode_tokens, decode_until, prefill
+from .inference import decode_tokens, decode_until, prefill
 from .parallel import ALONE, Processes
 from .plans import DENSE, Plan
 from .position_bias import position_bias
@@ -144,9 +143,7 @@ def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: Pre
     decoder, count = vlm.model.language_model, len(prepared.samples)
     reset_peak_memory(vlm.device)
     started = timestamp(vlm.device)
-    with warnings.catch_warnings():
-        if plan.note:  # a floor may be everything, and the table says so
-            warnings.simplefilter("ignore", NothingDropped)
+    with plan.floor_allowed():
         prefilled = prefill(decoder, prepared.packed, plan.dropper, max_new_tokens=task.max_new_tokens)
     filled = timestamp(vlm.device)
     shares = 1 if decoder.tensor_parallel is None else decoder.tensor_parallel.size  # each process holds one of the cache

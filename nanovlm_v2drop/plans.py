@@ -3,7 +3,9 @@
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +14,7 @@ from typing import Any
 from .dropping import DROPPERS, DropSchedule, TokenDropper, by_name
 from .dropping.dycoke import ReleasedFrames
 from .dropping.schedule import PAPER_VISION_TOKENS, OutOfReach
+from .inference import NothingDropped
 from .prompts import Request
 from .zoo import VisionLanguageModel
 
@@ -53,6 +56,14 @@ class Plan:
     def key(self) -> str:
         """Names the plan in results files: its row and, where the method draws at random, the seed."""
         return self.row + (f" seed {self.seed}" if self.dropper is not None and self.dropper.seeded else "")
+
+    @contextmanager
+    def floor_allowed(self) -> Iterator[None]:
+        """In here nobody is warned that nothing was dropped, where `note` says so already: a floor may be everything."""
+        with warnings.catch_warnings():
+            if self.note:
+                warnings.simplefilter("ignore", NothingDropped)
+            yield
 
 
 @dataclass(frozen=True)

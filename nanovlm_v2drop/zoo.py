@@ -179,8 +179,8 @@ class VisionLanguageModel:
         text, length, vision_tokens = self.config.text_config, len(token_ids), set(self.config.vision_tokens.values())
         if length > text.max_position_embeddings:
             raise ValueError(
-                f"the prompt has {length} tokens ({num_vision_tokens} of them from pictures), but the context of "
-                f"{self.name} holds {text.max_position_embeddings}; shorten the text or give fewer pictures"
+                f"the prompt has {length} tokens ({num_vision_tokens} of them from pictures and frames), but the context of "
+                f"{self.name} holds {text.max_position_embeddings}; shorten the text or give fewer of them"
             )
         if token_ids[-1] in vision_tokens:
             raise ValueError("the prompt ends with a picture, whose last token could be dropped; end it with text")
@@ -244,6 +244,10 @@ def load(
     spec, folder = locate(name_or_folder, weights)
     config = VLMConfig.from_folder(folder)
     family = FAMILIES[type(config)]
+    if max_pixels is not None and not isinstance(config, Qwen2VLConfig):
+        raise ValueError(f"max_pixels {max_pixels} has no meaning for {spec.name}: only Qwen2-VL's pictures come in any size")
+    if sampling is not None and config.video_token_id is None:
+        raise ValueError(f"{spec.name} takes pictures only: no frames of a video can be chosen for it")
     # The weights come last: everything else fails in milliseconds.
     image_processor = media_processor(folder, config, image_aspect_ratio, max_pixels)
     tokenizer = load_tokenizer(folder, config.vision_tokens)

@@ -141,12 +141,12 @@ def test_of_a_picture_nothing_can_be_dropped():
     assert caught.value.floor.mean_tokens(144, 12) == 144
     assert DyCoke.schedule_for(144, 144, 12).mean_tokens(144, 12) == 144
     picture = as_one_video(random_video(1, 24), (1, 4, 6))
-    with pytest.raises(ValueError, match="cannot keep 12 of 24 vision tokens: 24 stand in whole frames"):
+    with pytest.raises(ValueError, match="cannot keep 12 of 24 tokens: 24 stand in whole frames"):
         prefill(tiny_decoder(), picture, DyCoke(DropSchedule({0: 0.5})))
 
 
 def test_fewer_than_the_whole_frames_hold_is_refused():
-    with pytest.raises(ValueError, match="cannot keep 11 of 36 vision tokens: 12 stand in whole frames"):
+    with pytest.raises(ValueError, match="cannot keep 11 of 36 tokens: 12 stand in whole frames"):
         kept_of(DyCoke(DropSchedule({0: 11.5 / 36})), random_video(6, 6))
 
 

@@ -4,22 +4,22 @@ import re
 from pathlib import Path
 
 from nanovlm_v2drop import DropSchedule
-from nanovlm_v2drop.demo import scenes
+from nanovlm_v2drop.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_python_examples_run_one_after_the_other(tmp_path, monkeypatch, capsys):
-    things = (scenes.Thing("red", "circle", 3, 40, 40, 28), scenes.Thing("blue", "star", 8, 100, 110, 30))
-    scenes.draw_scene(scenes.Scene(things, 5)).save(tmp_path / "scene.png")
-    monkeypatch.chdir(tmp_path)
+def test_the_python_examples_run_one_after_the_other(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
     assert len(blocks) == 2
     assert isinstance(names["schedule"], DropSchedule)
-    assert capsys.readouterr().out.splitlines()[0].startswith("8 [(1, tensor(")
+    sample = load_task("demo").first_sample()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"{sample.request.text} {sample.answer} [(1, tensor(")
+    assert printed[-1]
 
 
 def test_every_file_that_the_tree_names_is_there():

@@ -267,3 +267,38 @@ def test_the_demo_reaches_its_accuracies_and_is_sensitive_to_random_dropping(tmp
     assert dense["existence"] >= 95
     assert dense["score"] >= 90
     assert rows["random", 16.0]["relative_interval"][1] < 90
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--accounting", "official", "--tokens", "32"], "beside --accounting --tokens would be ignored; leave one"),
+        (["--ablation", "metric", "--methods", "fastv", "--seeds", "2"], "beside --ablation --methods, --seeds would be"),
+        (["--claims", "--image", "a.png", "--prompt", "b"], "beside --claims --prompt, --image would be ignored"),
+        (["--image", "a.png", "--prompt", "b", "--limit", "3", "--tasks", "pope"], "beside --prompt --tasks, --limit"),
+        (["--methods", ""], "argument --methods: nothing is named"),
+        (["--retain", " , "], "argument --retain: nothing is named"),
+        (["--device", "foo"], "unknown device 'foo'; cpu, cuda or cuda:N"),
+    ],
+)
+def test_an_option_that_would_be_ignored_or_means_nothing_is_refused(options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_free_eval.main(options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-pixels", "100"], "max_pixels 100 has no meaning for demo"),
+        (["--frames", "3"], "demo takes pictures only"),
+        (["--image", str(ROOT / "weights/demo/report.png"), "--prompt", ""], "the request is blank"),
+        (["--output", "/dev/null"], "File exists"),
+    ],
+)
+def test_what_a_model_cannot_use_is_told_in_one_line(options, message, capsys):
+    assert train_free_eval.main([*options, "--methods", "dense", *([] if "--prompt" in options else ["--limit", "1"])]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("train_free_eval.py: ")
+    assert message in told

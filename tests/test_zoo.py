@@ -202,7 +202,7 @@ def test_prepared_inputs_are_in_the_dtype_of_the_model(tiny_llava_folder: Path) 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(vlm: VisionLanguageModel) -> None:
     longest = Request(prompt="<s>" * 510 + "no", images=[])
     assert vlm.prepare([longest]).seqlens == (512,)
-    with pytest.raises(ValueError, match=r"has 549 tokens \(36 of them from pictures\), .* holds 512; shorten"):
+    with pytest.raises(ValueError, match=r"has 549 tokens \(36 of them from pictures and frames\), .* holds 512; shorten"):
         vlm.prepare([longest, Request(prompt="<image>" + "<s>" * 512, images=[picture(0)])])
 
 
