@@ -57,7 +57,7 @@ def findings(**changes: float) -> dict[str, str]:
 
 def test_every_claim_about_scores_can_hold_and_can_fail():
     assert set(findings().values()) == {HOLDS}
-    worse = findings(v2drop_progressive=50.0, v2drop_l1=20.0)
+    worse = findings(v2drop_progressive=50.0, v2drop=50.0, v2drop_l1=20.0)
     assert set(worse.values()) == {FAILS}
 
 
@@ -102,7 +102,7 @@ def test_hardly_mattering_means_that_every_interval_lies_within_five_points(boun
 
 @pytest.mark.parametrize(("own", "verdict"), [(0.01, HOLDS), (0.3, FAILS)])
 def test_position_bias_is_judged_beside_attention(own, verdict):
-    assert bias_finding({"v2drop progressive": own, "fastv": 0.03, "random": 0.0}).verdict == verdict
+    assert bias_finding({"v2drop": own, "fastv": 0.03, "random": 0.0}).verdict == verdict
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2).filter(lambda pairs: len({p for _, p in pairs}) == 2))
