@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .base import PrefillState, TokenDropper, VisionTrace
+from .base import PrefillState, TokenDropper, VisionTrace, check_numbers
 
 
 class BeforeDecoder(TokenDropper):
@@ -53,6 +53,7 @@ class BeforeDecoder(TokenDropper):
         features, indices = state.hidden_states[picture], state.vision_indices[picture]
         places = torch.arange(len(picture), device=picture.device)
         if 0 < count < len(picture):
+            check_numbers(self.name, features)
             features, indices, places = self.compress_picture(trace, features, indices, count)
         places, order = places[:count].sort(stable=True)  # two may be equal: a class token has a patch's place
         if state.position_ids.dim() > 1:
