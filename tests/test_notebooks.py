@@ -1,9 +1,13 @@
 """The notebooks are committed as they ran, and still run."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from nanovlm_v2drop import DROPPERS, PrefillState
+from nanovlm_v2drop.attention import BACKENDS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
@@ -42,6 +46,27 @@ def test_a_notebook_leaves_no_trace_of_the_machine_that_it_ran_on(name):
     assert not re.findall(r"(?<![\w.:/~-])/(?:[\w.-]+/)+[\w-]+\.\w+", content)  # a file by its whole path
     assert "Traceback" not in content
     assert "Warning:" not in content
+
+
+def printed_by(name: str, source: str) -> list[str]:
+    """The lines that the only cell of a lesson with `source` in it has printed."""
+    (cell,) = [cell for cell in read(name).cells if cell.cell_type == "code" and source in cell.source]
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream").splitlines()
+
+
+def test_a_lesson_shows_the_fields_of_the_present_prefill_state():
+    lines = printed_by("07_your_own_method.ipynb", "dataclasses.fields(state)")
+    assert [line.split()[0] for line in lines] == [field.name for field in fields(PrefillState)]
+
+
+def test_a_lesson_lists_the_present_methods():
+    (line,) = printed_by("07_your_own_method.ipynb", '", ".join(DROPPERS)')
+    assert line.partition("methods: ")[2].split(", ") == list(DROPPERS)
+
+
+def test_a_lesson_tries_the_present_attention_back_ends():
+    _, *lines = printed_by("02_prefill_and_cache.ipynb", "for name in BACKENDS")  # the first line is what "auto" takes
+    assert [line.split()[0] for line in lines] == list(BACKENDS)
 
 
 @pytest.mark.slow
