@@ -236,7 +236,7 @@ def impact_findings(vlm: VisionLanguageModel, task: Task, num_prompts: int = 12,
         low, high = own["spearman_interval"]
         yield Finding(
             claim,
-            "Theorem 1 and its corollary",
+            "Theorem 1 and Proposition 1",
             f"Spearman {own['spearman']:.2f} [{low:.2f}, {high:.2f}] over {num_prompts} prompts at layer {layer_idx}",
             HOLDS if low > AGREES else FAILS if high < AGREES else OPEN,
             "notebooks/05_variation_impact.ipynb",
