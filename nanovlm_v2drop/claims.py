@@ -296,8 +296,8 @@ def cost_findings(long: int = 1728, share: float = 0.4) -> Iterator[Finding]:
     yield Finding(
         "long inputs gain more",
         "1.46 times on images, 3.9 times on video",
-        f"prefill {faster[0]} times faster at {sizes[0]} vision tokens, {faster[1]} at {sizes[1]}, same shares; in brackets the "
-        f"slowest and the fastest of {ROUNDS} rounds",
+        f"prefill {faster[0]} times faster at {sizes[0]} vision tokens, {faster[1]} at {sizes[1]}, same shares; in brackets "
+        f"the slowest and the fastest of {ROUNDS} rounds",
         HOLDS if min(gains[1]) > max(gains[0]) else FAILS if max(gains[1]) < min(gains[0]) else OPEN,
         command,
     )
