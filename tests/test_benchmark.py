@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanovlm_v2drop.benchmark import loading
 from nanovlm_v2drop.benchmark.contenders import (
     at_same_depths,
     check_logits,
@@ -104,10 +105,13 @@ def test_without_transformers_the_rest_is_measured_all_the_same(capsys):
     assert nothing == ""
 
 
-def test_loading_is_measured_instead_where_that_is_asked_for(capsys):
+def test_loading_is_measured_instead_where_that_is_asked_for(capsys, monkeypatch):
+    loaded = {"load_seconds": 1.0, "ready_seconds": 2.0, "cpu_seconds": 3.0, "peak_mb": 4.0}
+    monkeypatch.setattr(loading, "measured_apart", lambda *_: loaded)  # test_loading.py runs it
     report, text = run(capsys, "--loading", "--no-transformers", "--repeats=1", prompt=())
     assert {row["loading"] for row in report["loads"]} == {"ours"}
-    assert {row["dtype"] for row in report["loads"]} == {"float16", "bfloat16", "float32"}
+    pairs = {(row["stored"], row["dtype"]) for row in report["loads"]}
+    assert pairs == {("float16", name) for name in ("float16", "bfloat16", "float32")} | {("bfloat16", "bfloat16")}
     assert "prefill" not in report
     assert "beyond torch" in text
 
