@@ -250,7 +250,7 @@ def test_an_error_in_one_process_ends_the_run_and_is_shown(tmp_path):
     ],
 )
 def test_what_several_processes_cannot_do_is_one_clear_error(options, message, tmp_path):
-    done = evaluation(tmp_path / "run", *options)
+    done = torchrun(ROOT / "train_free_eval.py", *options, "--output", tmp_path / "run", processes=2)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "train_free_eval.py") not in done.stderr
