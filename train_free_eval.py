@@ -114,8 +114,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_conflicts(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """End with an error where an option would be ignored beside another."""
     given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
-    for name in [name for name in IGNORED if name in given]:
-        if ignored := [f"--{other.replace('_', '-')}" for other in IGNORED[name] if other in given]:
+    for name, others in IGNORED.items():
+        ignored = [f"--{other.replace('_', '-')}" for other in others if other in given]
+        if name in given and ignored:
             parser.error(f"beside --{name} {', '.join(ignored)} would be ignored; leave one of them out")
 
 

@@ -190,8 +190,8 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
 
 
 def softmax_weights(scores: Tensor, head_dim: int) -> Tensor:
-    """Attention from the products (..., K) of queries and keys, in float32 at least."""
-    return (scores.to(torch.promote_types(scores.dtype, torch.float32)) * head_dim**-0.5).softmax(-1)
+    """Attention from the products (..., K) of queries and keys, which it may overwrite; in float32 at least."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(head_dim**-0.5).softmax(-1)
 
 
 def attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: CacheSeqlens, backend: str) -> Tensor:

@@ -74,8 +74,7 @@ def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int |
     shape = prompt_shape(vlm, task.first_sample().request)
     check_shape(vlm.name, shape)
     plans = ledger_plans(shape)
-    answered = [sample.sample_id for sample in evaluate(vlm, task, plans, output, limit=limit, batch_size=8)]
-    records = read_records(output, {task.name: answered})
+    records = answers(vlm, task, plans, output, limit)
     yield from score_findings(scores_by_label(task, plans, records))
     yield from video_findings(vlm, output / "demo-video", CLIPS if limit is None else limit)
     yield bias_finding({entry["label"]: entry["kl_bits"] for entry in summarise_bias(task, plans, records)})
@@ -84,6 +83,14 @@ def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int |
     yield flops_finding()
     yield from cost_findings()
     yield from UNTESTED
+
+
+def answers(
+    vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], output: Path, limit: int | None
+) -> list[Record]:
+    """Of all plans to the task's samples; written to `output` as in any run."""
+    answered = [sample.sample_id for sample in evaluate(vlm, task, plans, output, limit=limit, batch_size=8)]
+    return read_records(output, {task.name: answered})
 
 
 def check_shape(name: str, shape: Shape) -> None:
@@ -169,8 +176,7 @@ def video_findings(vlm: VisionLanguageModel, output: Path, limit: int) -> Iterat
     shape = prompt_shape(video, task.first_sample().request)
     budget = SHARE_OF_VIDEO * shape.num_vision_tokens
     plans = equal_budget_plans(["v2drop", "random", "dycoke"], [budget], shape, seeds=range(3))
-    answered = [sample.sample_id for sample in evaluate(video, task, plans, output, limit=limit, batch_size=8)]
-    yield from video_score_findings(scores_by_label(task, plans, read_records(output, {task.name: answered})))
+    yield from video_score_findings(scores_by_label(task, plans, answers(video, task, plans, output, limit)))
 
 
 def video_score_findings(scores: Mapping[str, Resampled]) -> Iterator[Finding]:

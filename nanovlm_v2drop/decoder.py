@@ -168,12 +168,15 @@ class Decoder(nn.Module):
         has left few tokens; on CPUs it gains next to nothing. The first prompts of unequal length and the first decoded token
         wait for the compiler, which is the `backend` of torch.compile. Raises ValueError for a decoder that cannot be compiled.
         """
-        if self.tensor_parallel is not None or any(isinstance(module, PrepackedLinear) for module in self.modules()):
-            reason = "shared by processes" if self.tensor_parallel is not None else "in prepacked bfloat16 on a CPU"
+        is_shared = self.tensor_parallel is not None
+        is_packed = any(isinstance(module, PrepackedLinear) for module in self.modules())
+        if is_shared or is_packed:
+            reason = "shared by processes" if is_shared else "in prepacked bfloat16 on a CPU"
             raise ValueError(f"a decoder {reason} cannot be compiled; run it as it is, or in float32 by one process")
+        before_part = torch.compile(DecoderLayer.before_attention, fullgraph=True, backend=backend)
+        behind_part = torch.compile(DecoderLayer.behind_attention, fullgraph=True, backend=backend)
         for layer in cast(Iterable[DecoderLayer], self.layers):
-            layer.before_part = torch.compile(DecoderLayer.before_attention, fullgraph=True, backend=backend)
-            layer.behind_part = torch.compile(DecoderLayer.behind_attention, fullgraph=True, backend=backend)
+            layer.before_part, layer.behind_part = before_part, behind_part
 
     def all_heads(self, heads: Tensor) -> Tensor:
         """(..., own heads, head_dim) -> (..., all heads, head_dim)"""

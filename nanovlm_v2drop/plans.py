@@ -12,8 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from .dropping import DROPPERS, DropSchedule, TokenDropper, by_name
-from .dropping.dycoke import ReleasedFrames
-from .dropping.schedule import PAPER_VISION_TOKENS, OutOfReach
+from .dropping.schedule import OutOfReach
 from .inference import NothingDropped
 from .prompts import Request
 from .zoo import VisionLanguageModel
@@ -209,19 +208,8 @@ def official_plans(names: Sequence[str], shape: Shape, seeds: Sequence[int]) -> 
             raise ValueError(f"{method.name} has no published setting; compare it with --accounting equal")
         else:
             for setting, (schedule, options, num_layers) in method.published.items():
-                mapped = schedule.mapped(shape.num_layers, shape.num_vision_tokens, num_layers, shape.frames)
-                label, note = f"{method.name} {setting}", mapping_note(schedule, shape, num_layers)
-                droppers = make_droppers(method, mapped, seeds, options)
+                target = shape.num_layers, shape.num_vision_tokens, num_layers, shape.frames
+                label, note = f"{method.name} {setting}", schedule.mapping_note(*target)
+                droppers = make_droppers(method, schedule.mapped(*target), seeds, options)
                 plans += [Plan(label, dropper, note=note) for dropper in droppers]
     return plans
-
-
-def mapping_note(published: DropSchedule, shape: Shape, num_layers: int) -> str:
-    """What a published setting for a decoder of `num_layers` was made for, where this is not it."""
-    if not isinstance(published, ReleasedFrames):
-        is_papers = (shape.num_vision_tokens, shape.num_layers) == (PAPER_VISION_TOKENS, num_layers)
-        return "" if is_papers else f"mapped from {num_layers} layers and {PAPER_VISION_TOKENS} tokens"
-    if shape.frames == 1:
-        return "for videos: drops nothing from a picture"
-    is_papers = shape.num_vision_tokens // shape.frames == published.tokens_per_frame
-    return "" if is_papers else f"mapped from frames of {published.tokens_per_frame} tokens"

@@ -69,6 +69,7 @@ def records_of(path: Path) -> list[Record]:
 
 
 def parse_record(line: str, place: str) -> Record:
+    """The record in a line; raises ValueError with its `place` for what is none."""
     try:
         return Record(**json.loads(line))
     except (ValueError, TypeError) as error:

@@ -61,20 +61,29 @@ def at_same_depths(schedule: DropSchedule, model_layers: int, layers: int) -> Dr
 
 def our_contenders(workload: Workload, methods: Sequence[str], budgets: Mapping[str, float]) -> list[Contender]:
     """Dense, then every method at every budget; raises ValueError for an unknown method, or a budget that it cannot reach."""
-    depths = workload.model_layers, workload.decoder.config.num_hidden_layers
     run = partial(prefill, workload.decoder, workload.packed, max_new_tokens=workload.decode_steps)
     decoding = partial(decode_and_rewind, workload)
     contenders = [Contender(DENSE, run, decoding)]
     for label, budget in budgets.items():
         for method in filter(None, find_methods(methods)):
+            name = f"{method.name}@{label}"
             try:
-                whole = model_schedule(method, budget, workload)
-                dropper = method(at_same_depths(whole, *depths))
-                dropper.schedule.check(depths[1], method.earliest_layer, method.latest_layer)
+                dropper, whole = dropper_at(method, budget, workload)
             except ValueError as error:
-                raise ValueError(f"{method.name}@{label}: {error}") from error
-            contenders.append(Contender(f"{method.name}@{label}", partial(run, dropper), decoding, dropper, whole))
+                raise ValueError(f"{name}: {error}") from error
+            contenders.append(Contender(name, partial(run, dropper), decoding, dropper, whole))
     return contenders
+
+
+def dropper_at(method: type[TokenDropper], budget: float, workload: Workload) -> tuple[TokenDropper, DropSchedule]:
+    """The method in the layers that run, and its schedule in the whole model; raises ValueError as `model_schedule`.
+
+    And where it cannot act in so few layers.
+    """
+    whole, layers = model_schedule(method, budget, workload), workload.decoder.config.num_hidden_layers
+    dropper = method(at_same_depths(whole, workload.model_layers, layers))
+    dropper.schedule.check(layers, method.earliest_layer, method.latest_layer)
+    return dropper, whole
 
 
 def decode_and_rewind(workload: Workload, prefilled: Prefilled) -> Run:

@@ -131,9 +131,9 @@ class Workload:
 
 
 def make_workload(args: argparse.Namespace) -> Workload:
-    """The decoder and prompt asked for; raises ValueError for an unknown model, device, dtype, back end or number of layers.
+    """The decoder and prompt asked for.
 
-    And for a decoder that cannot be compiled, where that is asked for.
+    Raises ValueError for an unknown model, device, dtype, back end or number of layers, and as Decoder.compile_layers.
     """
     shape = shape_of(args.model)
     if args.layers > shape.num_hidden_layers:

@@ -64,6 +64,12 @@ class ReleasedFrames(DropSchedule):
         """The same share of each reduced frame of a video, however many tokens its frames have; of pictures nothing changes."""
         return type(self)(self[0], num_vision_tokens // frames if frames > 1 else self.tokens_per_frame)
 
+    def mapping_note(self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS, frames: int = 1) -> str:
+        if frames == 1:
+            return "for videos: drops nothing from a picture"
+        is_same = num_vision_tokens // frames == self.tokens_per_frame
+        return "" if is_same else f"mapped from frames of {self.tokens_per_frame} tokens"
+
     def with_values(self, keep_ratios: Mapping[int, float], scale: float) -> "ReleasedFrames":
         return type(self)(keep_ratios[0], self.tokens_per_frame)
 
@@ -149,7 +155,7 @@ class DyCoke(TokenDropper):
             whole, reduced = self.frames(rows, grids)
             whole_count = sum(map(len, whole))
             if count < whole_count:
-                raise ValueError(f"dycoke cannot keep {count} of {len(rows)} tokens: {whole_count} stand in whole frames")
+                raise ValueError(f"{self.name} cannot keep {count} of {len(rows)} tokens: {whole_count} stand in whole frames")
             shares = equal_shares([len(frame) for frame, _ in reduced], count - whole_count)
             best = [least_like(state, *pair, share) for pair, share in zip(reduced, shares, strict=True)]
             kept.append(torch.cat([text, *whole, *best]).sort().values)

@@ -6,6 +6,7 @@ V2Drop paper is the mean of these counts over the layers.
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 from ..config import TextConfig
 
@@ -20,6 +21,8 @@ class DropSchedule(Mapping[int, float]):
     The kept count is truncated as in the authors' code, int(n * share), but never below `minimum`: their "drop 100 %"
     keeps one token (V2Drop.py, max(1, ...)). `minimum=0` really drops all.
     """
+
+    shown_as: ClassVar[str] = ".4g"  # how a value is formatted
 
     def __init__(self, keep_ratios: Mapping[int, float], minimum: int = 1) -> None:
         """Raises ValueError for layers out of order or negative, ratios outside [0, 1], a negative minimum."""
@@ -50,7 +53,7 @@ class DropSchedule(Mapping[int, float]):
         return hash(repr(self))
 
     def __repr__(self) -> str:
-        ratios = ", ".join(f"{layer}: {ratio:.4g}" for layer, ratio in self.items())
+        ratios = ", ".join(f"{layer}: {ratio:{self.shown_as}}" for layer, ratio in self.items())
         return f"{type(self).__name__}({{{ratios}}}{'' if self.minimum == 1 else f', minimum={self.minimum}'})"
 
     def check(self, num_layers: int, earliest: int = 0, latest: int | None = None) -> None:
@@ -75,6 +78,11 @@ class DropSchedule(Mapping[int, float]):
         if len(set(layers)) < len(layers):
             raise ValueError(f"drop layers {list(self)} of {from_layers} fall on layers {layers} of {num_layers}: too shallow")
         return self.with_values(dict(zip(layers, self.values(), strict=True)), num_vision_tokens / PAPER_VISION_TOKENS)
+
+    def mapping_note(self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS, frames: int = 1) -> str:
+        """What `mapped` comes from, given the same; empty where that is the same decoder and prompt."""
+        is_same = (num_layers, num_vision_tokens) == (from_layers, PAPER_VISION_TOKENS)
+        return "" if is_same else f"mapped from {from_layers} layers and {PAPER_VISION_TOKENS} tokens"
 
     def with_values(self, keep_ratios: Mapping[int, float], scale: float) -> "DropSchedule":
         """The same kind of schedule with other values, for pictures of `scale` times as many tokens."""
@@ -157,15 +165,14 @@ class DropSchedule(Mapping[int, float]):
 class CountSchedule(DropSchedule):
     """Layer -> number of vision tokens that are kept, for methods whose settings are published as numbers."""
 
+    shown_as = ""
+
     def __init__(self, counts: Mapping[int, float], minimum: int = 1) -> None:
         """Raises ValueError as DropSchedule, and for a negative number."""
         super().__init__(dict.fromkeys(counts, 0.0), minimum)
         if any(count < 0 for count in counts.values()):
             raise ValueError(f"kept counts {list(counts.values())} must not be negative")
         self.keep_ratios = dict(counts)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.keep_ratios}{'' if self.minimum == 1 else f', minimum={self.minimum}'})"
 
     def kept_count(self, layer_idx: int, current: int) -> int:
         return min(current, max(self.minimum, int(self[layer_idx])))
