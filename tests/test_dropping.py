@@ -8,7 +8,7 @@ import torch
 from golden import Golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, one_prompt, pack_together, tiny_decoder, tiny_prompts
+from tiny import FAMILIES, changed_prompt, changed_trace, one_prompt, pack_together, tiny_decoder, tiny_prompts
 
 from nanovlm_v2drop.config import TextConfig
 from nanovlm_v2drop.dropping import (
@@ -205,38 +205,17 @@ def test_a_score_that_is_not_one_number_a_token_is_refused(score, found):
 @pytest.mark.parametrize("name", [name for name in DROPPERS if not name.startswith("random")])
 def test_every_method_that_ranks_refuses_a_vision_token_without_numbers(name):
     packed = one_prompt(5, 24, 7)
-    hidden_states = packed.inputs_embeds.clone()
-    hidden_states[5 + 13] = torch.nan
-    traces = [replace(trace, **broken(trace)) for trace in packed.vision]
+    packed.inputs_embeds[5 + 13] = torch.nan
+    packed = replace(packed, vision=tuple(changed_trace(trace, lambda values: values * torch.nan) for trace in packed.vision))
     layer = 0 if DROPPERS[name].latest_layer == 0 else 2
     with pytest.raises(RuntimeError, match=f"{name} scored a vision token NaN"):
-        prefill(
-            tiny_decoder(),
-            replace(packed, inputs_embeds=hidden_states, vision=tuple(traces)),
-            DROPPERS[name](DropSchedule({layer: 0.5})),
-        )
-
-
-def broken(trace):
-    """What a tower leaves of a picture whose values have overflowed."""
-    received, keys = trace.received_attention() * torch.nan, trace.keys() * torch.nan
-    hidden_states = trace.hidden_states * torch.nan
-    return {"hidden_states": hidden_states, "received_attention": lambda: received, "keys": lambda: keys}
+        prefill(tiny_decoder(), packed, DROPPERS[name](DropSchedule({layer: 0.5})))
 
 
 @pytest.mark.parametrize("name", DROPPERS)
 def test_every_method_computes_in_float64_what_it_computes_in_float32(name):
     layer, packed = 0 if DROPPERS[name].latest_layer == 0 else 2, pack_together(tiny_prompts())
-    traces = [
-        replace(
-            trace,
-            hidden_states=trace.hidden_states.double(),
-            received_attention=lambda trace=trace: trace.received_attention().double(),
-            keys=lambda trace=trace: trace.keys().double(),
-        )
-        for trace in packed.vision
-    ]
-    wide = replace(packed, inputs_embeds=packed.inputs_embeds.double(), vision=tuple(traces))
+    wide = changed_prompt(packed, lambda values: values.double() if values.is_floating_point() else values)
     dropper = DROPPERS[name](DropSchedule({layer: 0.5}))
     narrow, double = prefill(tiny_decoder(), packed, dropper), prefill(tiny_decoder().double(), wide, dropper)
     torch.testing.assert_close(double.logits, narrow.logits.double(), atol=1e-3, rtol=0)

@@ -1,12 +1,11 @@
 """The invariants of the prefill loop, each against its slow twin: one masked full forward."""
 
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import FAMILIES, META, NoWaiting, one_prompt, pack_together, tiny_decoder, tiny_prompts
+from tiny import FAMILIES, META, NoWaiting, changed_prompt, one_prompt, pack_together, tiny_decoder, tiny_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -204,13 +203,7 @@ def on_meta(packed):
     def moved(tensor):
         return tensor.to(META, torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
 
-    fields = {name: moved(getattr(packed, name)) for name in ("inputs_embeds", "position_ids", "vision_mask")}
-    traces = []
-    for trace in packed.vision:
-        hidden_states, received, keys = map(moved, (trace.hidden_states, trace.received_attention(), trace.keys()))
-        known = {"received_attention": lambda received=received: received, "keys": lambda keys=keys: keys}
-        traces.append(replace(trace, hidden_states=hidden_states, **known))
-    return replace(packed, vision=tuple(traces), **fields)
+    return changed_prompt(packed, moved)
 
 
 @every_family
@@ -358,7 +351,7 @@ def test_recorded_steps_decode_what_single_launches_decode(backend, monkeypatch)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_graph_decodes_what_single_launches_decode():
     decoder, packed = tiny_decoder().cuda(), pack_together(tiny_prompts())
-    packed = replace(packed, **{n: getattr(packed, n).cuda() for n in ("inputs_embeds", "position_ids", "vision_mask")})
+    packed = changed_prompt(packed, torch.Tensor.cuda)
     single, graphed = (prefill(decoder, packed, make("v2drop"), max_new_tokens=2) for _ in range(2))
     step = GraphedSteps(decoder, graphed.cache)
     for number in range(5):  # the cache grows twice

@@ -1,7 +1,8 @@
 """Tiny random decoders and packed prompts, the same on every run; and Pillow as the models were trained with it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -46,6 +47,18 @@ class NoWaiting(TorchFunctionMode):
         if made or len({tensor.device for tensor in held}) > 1:
             raise AssertionError(f"{func} takes values from the host to the device and waits; use attention.sent")
         return result
+
+
+def changed_trace(trace: VisionTrace, change: Callable[[Tensor], Tensor]) -> VisionTrace:
+    """With the values that the tower left changed, at once."""
+    hidden_states, received, keys = map(change, (trace.hidden_states, trace.received_attention(), trace.keys()))
+    return replace(trace, hidden_states=hidden_states, received_attention=lambda: received, keys=lambda: keys)
+
+
+def changed_prompt(packed: PackedInputs, change: Callable[[Tensor], Tensor]) -> PackedInputs:
+    """With every tensor changed, those of its traces too."""
+    fields = {name: change(getattr(packed, name)) for name in ("inputs_embeds", "position_ids", "vision_mask")}
+    return replace(packed, vision=tuple(changed_trace(trace, change) for trace in packed.vision), **fields)
 
 
 def tiny_decoder(**changes: object) -> Decoder:
