@@ -5,50 +5,11 @@
     vlm = load("demo")
     request = Request(text="What digit is on the red circle?", images=["scene.png"])
     (answer,) = generate(vlm, [request], V2Drop(DropSchedule.for_mean_tokens(32, 144, 12)))
+
+The public names stand in `__init__.pyi`. Each is imported when it is first used, so that `nanovlm-v2drop --help` does not
+wait for torch.
 """
 
-from .config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, TextConfig, VisionConfig, VLMConfig
-from .decoder import Decoder
-from .dropping import DROPPERS, PUBLISHED_SCHEDULES, BatchSchedule, DropSchedule, PrefillState, Random, TokenDropper, V2Drop
-from .inference import Answer, NothingDropped, Prefilled, Sampling, decode_one_token, generate, prefill, stream
-from .kv_cache import KVCache
-from .prompts import Request
-from .vlm import LlavaModel, LlavaNextModel, LlavaOnevisionModel, PackedInputs, Qwen2VLModel
-from .zoo import MODELS, VisionLanguageModel, load
+import lazy_loader
 
-__all__ = [
-    "DROPPERS",
-    "MODELS",
-    "PUBLISHED_SCHEDULES",
-    "Answer",
-    "BatchSchedule",
-    "Decoder",
-    "DropSchedule",
-    "KVCache",
-    "LlavaConfig",
-    "LlavaModel",
-    "LlavaNextConfig",
-    "LlavaNextModel",
-    "LlavaOnevisionConfig",
-    "LlavaOnevisionModel",
-    "NothingDropped",
-    "PackedInputs",
-    "PrefillState",
-    "Prefilled",
-    "Qwen2VLConfig",
-    "Qwen2VLModel",
-    "Random",
-    "Request",
-    "Sampling",
-    "TextConfig",
-    "TokenDropper",
-    "V2Drop",
-    "VLMConfig",
-    "VisionConfig",
-    "VisionLanguageModel",
-    "decode_one_token",
-    "generate",
-    "load",
-    "prefill",
-    "stream",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

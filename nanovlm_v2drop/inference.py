@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from .attention import CacheSeqlens, attention, attention_with_cache, reads_heads_first, resolve_backend
-from .decoder import Decoder, DecoderLayer, Rotary, rotary_table
 from .dropping.base import PrefillState, TokenDropper
-from .kv_cache import KVCache
-from .vlm import PackedInputs
+from .models.attention import CacheSeqlens, attention, attention_with_cache, reads_heads_first, resolve_backend
+from .models.decoder import Decoder, DecoderLayer, Rotary, rotary_table
+from .models.kv_cache import KVCache
+from .models.vlm import PackedInputs
 
 if TYPE_CHECKING:
-    from .prompts import Request
-    from .zoo import VisionLanguageModel
+    from .loading.zoo import VisionLanguageModel
+    from .processing.prompts import Request
 
 MAX_NEW_TOKENS = 64
 

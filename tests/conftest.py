@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nanovlm_v2drop.demo.data import llama_tokenizer
-from nanovlm_v2drop.prompts import TEMPLATES
+from nanovlm_v2drop.processing.prompts import TEMPLATES
 
 IMAGE_SIZE, PATCH_SIZE = 42, 7  # 36 vision tokens
 

@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nanovlm_v2drop.config import TextConfig, flatten_rope, from_fields
-from nanovlm_v2drop.decoder import Decoder
 from nanovlm_v2drop.dropping import TokenDropper
 from nanovlm_v2drop.inference import Prefilled, decode_one_token, prefill
-from nanovlm_v2drop.vlm import PackedInputs
+from nanovlm_v2drop.models.config import TextConfig, flatten_rope, from_fields
+from nanovlm_v2drop.models.decoder import Decoder
+from nanovlm_v2drop.models.vlm import PackedInputs
 
 FOLDER = Path(__file__).parent / "goldens"
 

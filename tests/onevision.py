@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nanovlm_v2drop.demo.data import QWEN2_SPECIALS, qwen2_tokenizer
-from nanovlm_v2drop.prompts import TEMPLATES
+from nanovlm_v2drop.processing.prompts import TEMPLATES
 
 IMAGE_SIZE, PATCH_SIZE = 384, 14  # 27 x 27 patches, and 6 pixels that fill none
 PINPOINTS = [[height, width] for height in range(384, 2305, 384) for width in range(384, 2305, 384)]

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from tiny import pack_together, tiny_prompts
 
-from nanovlm_v2drop import checkpoint
-from nanovlm_v2drop.decoder import Decoder
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
 from nanovlm_v2drop.inference import decode_one_token, prefill
-from nanovlm_v2drop.parallel import leave_processes
-from nanovlm_v2drop.zoo import load
+from nanovlm_v2drop.loading import checkpoint
+from nanovlm_v2drop.loading.zoo import load
+from nanovlm_v2drop.models.decoder import Decoder
+from nanovlm_v2drop.models.parallel import leave_processes
 
 Outcome = dict[str, Any]
 

@@ -18,9 +18,9 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from nanovlm_v2drop.demo.data import qwen2_tokenizer
-from nanovlm_v2drop.prompts import TEMPLATES, Request
-from nanovlm_v2drop.vision_qwen2 import Grid
-from nanovlm_v2drop.zoo import VisionLanguageModel
+from nanovlm_v2drop.loading.zoo import VisionLanguageModel
+from nanovlm_v2drop.models.vision_qwen2 import Grid
+from nanovlm_v2drop.processing.prompts import TEMPLATES, Request
 
 # In the order of their ids, which come last.
 SPECIALS = (

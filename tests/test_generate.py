@@ -18,8 +18,8 @@ from nanovlm_v2drop import inference
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule, TokenDropper, V2Drop
 from nanovlm_v2drop.dropping.schedule import OutOfReach
 from nanovlm_v2drop.inference import Answer, generate, stream
-from nanovlm_v2drop.prompts import Request
-from nanovlm_v2drop.zoo import VisionLanguageModel, load
+from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
+from nanovlm_v2drop.processing.prompts import Request
 
 NEW_TOKENS = 12
 SCHEDULE = DropSchedule({1: 0.5, 3: 0.3, 4: 0.0})  # of 36 vision tokens: 18, 5, 1

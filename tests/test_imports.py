@@ -9,39 +9,35 @@ from pathlib import Path
 import nanovlm_v2drop
 
 PACKAGE = Path(nanovlm_v2drop.__file__).parent
-# From the bottom to the top: a module may import from its own row and from those before it.
-ROWS: tuple[tuple[str, ...], ...] = (
-    ("config",),
-    ("attention", "arrange", "linear", "parallel"),
-    ("dropping",),
-    ("vision", "decoder"),
-    ("vision_qwen2",),
-    ("vlm",),
-    ("checkpoint", "images"),
-    ("video", "images_onevision", "images_qwen2"),
-    ("prompts",),
-    ("kv_cache",),
-    ("inference",),
-    ("zoo",),
-    ("demo.scenes", "demo.clips"),
-    ("tasks",),
-    ("plans", "ablations", "bootstrap", "position_bias", "records"),
-    ("evaluate", "benchmark", "theory", "lmms_adapter", "demo.data", "demo.export", "demo.warm_start", "demo.train"),
-    ("claims",),
-    ("report",),
-)
+# From the bottom to the top. A module may import from the modules before it in its room and from the rooms before its own.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "models": ("config", "attention", "linear", "kv_cache", "arrange", "parallel", "decoder", "vision", "vision_qwen2", "vlm"),
+    "dropping": (),
+    "processing": ("images", "images_onevision", "images_qwen2", "video", "prompts"),
+    "loading": ("tensor_parallel", "checkpoint", "zoo"),
+    "inference": (),
+    "demo": ("scenes", "clips", "data", "export", "warm_start", "train"),
+    "tasks": (),
+    "evaluation": ("records", "plans", "position_bias", "bootstrap", "evaluate"),
+    "benchmark": ("workload", "contenders", "measure", "loading", "run", "__main__"),
+    "research": ("ablations", "theory", "claims"),
+    "report": ("figures", "gallery", "tables", "page"),
+    "cli": (),
+    "__main__": (),
+}
 MODULES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."): file
     for file in sorted(PACKAGE.rglob("*.py"))
 }
 
 
-def rank(module: str) -> int:
-    """The row of a module; a folder's files share the row of the folder, unless they have one of their own."""
-    names = (module, module.partition(".")[0])
-    found = [row for name in names for row, members in enumerate(ROWS) if name in members]
-    assert found, f"{module}: give it a row in ROWS, and import only from that and the rows before it"
-    return found[0]
+def rank(module: str) -> tuple[int, int]:
+    """Place of a module's room, and its place in that room; the files of a room without an order share one place."""
+    room, _, name = module.partition(".")
+    assert room in ROOMS, f"{module}: give its room a place in ROOMS"
+    files = ROOMS[room]
+    assert not name or not files or name.partition(".")[0] in files, f"{module}: give it a place in its room in ROOMS"
+    return list(ROOMS).index(room), files.index(name.partition(".")[0]) if name and files else 0
 
 
 def imported(tree: ast.AST, module: str, is_package: bool = False) -> Iterator[tuple[str, int]]:
@@ -79,22 +75,41 @@ def upward_imports(source: str, module: str, is_package: bool = False) -> list[s
     ]
 
 
-def test_no_module_imports_from_a_row_above_its_own() -> None:
+def test_no_module_imports_from_one_above_it() -> None:
     upward = []
     for module, file in MODULES.items():
-        if module not in ("", "demo"):  # the package gathers its public names from all rows, the demo's has none
+        if module:  # the package itself gathers its public names from all rooms
             upward += upward_imports(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
     assert not upward
 
 
+def test_every_room_and_file_of_the_table_is_there() -> None:
+    named = {f"{room}.{file}" for room, files in ROOMS.items() for file in files}
+    assert not named - set(MODULES)
+    assert set(ROOMS) <= set(MODULES) | {module.partition(".")[0] for module in MODULES}
+
+
+def test_the_package_has_no_circle() -> None:
+    arrows = {
+        module: {target for name, _ in imported(ast.parse(file.read_text()), module, file.name == "__init__.py")
+                 if (target := own_module(name)) and target != module}
+        for module, file in MODULES.items() if module
+    }  # fmt: skip
+    while free := {module for module, targets in arrows.items() if not targets & set(arrows)}:
+        arrows = {module: targets for module, targets in arrows.items() if module not in free}
+    assert not arrows
+
+
 def test_an_upward_import_is_found_wherever_it_stands() -> None:
-    assert upward_imports("def late():\n    from .inference import prefill", "images") == ["images:2 imports inference"]
+    late = "def late():\n    from ..inference import prefill"
+    assert upward_imports(late, "processing.images") == ["processing.images:2 imports inference"]
     assert upward_imports("from ..demo import scenes", "dropping.v2drop") == ["dropping.v2drop:1 imports demo.scenes"]
-    assert upward_imports("from .. import zoo", "tasks", is_package=True) == []
-    assert upward_imports("import nanovlm_v2drop.zoo", "config") == ["config:1 imports zoo"]
-    assert upward_imports("from . import load", "evaluate") == ["evaluate:1 imports the package itself"]
-    assert upward_imports("if TYPE_CHECKING:\n    from .zoo import load", "inference") == []
-    assert upward_imports("from .config import VLMConfig", "zoo") == []
+    assert upward_imports("from ..loading import zoo", "tasks", is_package=True) == []
+    assert upward_imports("import nanovlm_v2drop.loading.zoo", "models.config") == ["models.config:1 imports loading.zoo"]
+    assert upward_imports("from .vlm import VLM", "models.decoder") == ["models.decoder:1 imports models.vlm"]
+    assert upward_imports("from .. import load", "evaluation.evaluate") == ["evaluation.evaluate:1 imports the package itself"]
+    assert upward_imports("if TYPE_CHECKING:\n    from .loading.zoo import load", "inference") == []
+    assert upward_imports("from ..models.config import VLMConfig", "loading.zoo") == []
 
 
 def heavy(tree: ast.AST) -> set[str]:
@@ -112,9 +127,8 @@ def test_transformers_and_torchvision_are_never_imported_but_by_the_benchmark_th
 
 
 def test_importing_the_package_loads_no_optional_library() -> None:
-    script = (
-        "import sys, nanovlm_v2drop, nanovlm_v2drop.evaluate\nprint(sorted({name.partition('.')[0] for name in sys.modules}))"
-    )
+    loaded = "sorted({name.partition('.')[0] for name in sys.modules})"
+    script = f"import sys, nanovlm_v2drop.evaluation.evaluate\nprint({loaded})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     loaded = set(ast.literal_eval(done.stdout))
     assert "torch" in loaded

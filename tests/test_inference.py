@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanovlm_v2drop import inference
-from nanovlm_v2drop.decoder import rotary_table
 from nanovlm_v2drop.dropping import DROPPERS, BatchSchedule, DropSchedule
 from nanovlm_v2drop.inference import (
     GraphedSteps,
@@ -22,6 +21,7 @@ from nanovlm_v2drop.inference import (
     decode_until,
     prefill,
 )
+from nanovlm_v2drop.models.decoder import rotary_table
 
 SCHEDULE = DropSchedule({1: 0.5, 3: 0.3, 4: 0.0})
 every_family = pytest.mark.parametrize("family", FAMILIES)

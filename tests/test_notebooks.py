@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanovlm_v2drop import DROPPERS, PrefillState
-from nanovlm_v2drop.attention import BACKENDS
+from nanovlm_v2drop.models.attention import BACKENDS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))

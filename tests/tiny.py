@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from nanovlm_v2drop.config import TextConfig
-from nanovlm_v2drop.decoder import Decoder
-from nanovlm_v2drop.dropping.base import VisionTrace
-from nanovlm_v2drop.vision_qwen2 import multimodal_positions
-from nanovlm_v2drop.vlm import PackedInputs
+from nanovlm_v2drop.models.attention import sdpa_attention
+from nanovlm_v2drop.models.config import TextConfig
+from nanovlm_v2drop.models.decoder import Decoder, rotary_table
+from nanovlm_v2drop.models.vision import VisionTrace
+from nanovlm_v2drop.models.vision_qwen2 import multimodal_positions
+from nanovlm_v2drop.models.vlm import LlavaModel, PackedInputs
 
 PROMPTS = ((5, 24, 7), (3, 12, 4), (6, 0, 9))  # text before, vision tokens, text behind
 # What tells the families apart behind the splice: the decoder's arithmetic, the positions, and the grids of a prompt.
@@ -137,3 +138,12 @@ def resizing_horizontally_first() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image.Image, "resize", horizontal_first)
         yield
+
+
+def logits_of(model: LlavaModel, packed: PackedInputs) -> Tensor:
+    """The decoder without cache or dropping: (T, vocab_size)."""
+    decoder, hidden_states = model.language_model, packed.inputs_embeds
+    rotary = rotary_table(model.config.text_config, packed.position_ids, hidden_states.dtype)
+    for layer in decoder.layers:
+        hidden_states = layer(hidden_states, rotary, lambda q, k, v: sdpa_attention(q, k, v, packed.seqlens))
+    return decoder.lm_head(decoder.norm(hidden_states))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..dropping import PUBLISHED_SCHEDULES, DropSchedule, TokenDropper
 from ..dropping.schedule import PAPER_DEPTHS, PAPER_VISION_TOKENS, layers_at_depths
+from ..evaluation.plans import DENSE, find_methods
 from ..inference import Prefilled, decode_steps, prefill
-from ..plans import DENSE, find_methods
 from .workload import Workload
 
 Run = Callable[[], Any]

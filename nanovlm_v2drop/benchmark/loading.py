@@ -28,11 +28,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import Uninitialised, load_model
-from ..config import LlavaConfig, TextConfig, VisionConfig, VLMConfig
-from ..linear import PrepackedLinear
-from ..vlm import LlavaModel
-from ..zoo import DTYPES
+from ..loading.checkpoint import Uninitialised, load_model
+from ..loading.zoo import DTYPES
+from ..models.config import LlavaConfig, TextConfig, VisionConfig, VLMConfig
+from ..models.linear import PrepackedLinear
+from ..models.vlm import LlavaModel
 
 LOADERS = ("ours", "transformers")
 CACHES = ("warm", "cold")

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..decoder import Decoder
 from ..dropping import DropSchedule, PrefillState, TokenDropper
-from ..evaluate import peak_memory_mb, reset_peak_memory, timestamp
+from ..evaluation.evaluate import peak_memory_mb, reset_peak_memory, timestamp
+from ..evaluation.plans import DENSE
 from ..inference import prefill
-from ..linear import PrepackedLinear
-from ..plans import DENSE
+from ..models.decoder import Decoder
+from ..models.linear import PrepackedLinear
 from .contenders import Contender, Run
 from .workload import Workload
 

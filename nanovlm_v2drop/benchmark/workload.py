@@ -9,14 +9,14 @@ from math import ceil, isqrt, prod
 import torch
 from torch import Tensor
 
-from ..attention import resolve_backend
-from ..config import TextConfig
-from ..decoder import Decoder
 from ..dropping import DropSchedule
-from ..linear import can_prepack, prepack
-from ..vision_qwen2 import multimodal_positions
-from ..vlm import PackedInputs
-from ..zoo import as_device, as_dtype
+from ..loading.zoo import as_device, as_dtype
+from ..models.attention import resolve_backend
+from ..models.config import TextConfig
+from ..models.decoder import Decoder
+from ..models.linear import can_prepack, prepack
+from ..models.vision_qwen2 import multimodal_positions
+from ..models.vlm import PackedInputs
 
 Grids = tuple[tuple[int, int, int], ...]  # frames, rows and columns of vision tokens
 

@@ -18,8 +18,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
-from ..config import VisionConfig
-from ..prompts import DEFAULT_TEMPLATE, LLAMA_DECODER, TEMPLATES
+from ..models.config import VisionConfig
+from ..processing.prompts import DEFAULT_TEMPLATE, LLAMA_DECODER, TEMPLATES
 from . import clips, scenes
 
 BACKGROUND = "background"  # the word that a patch without a thing answers

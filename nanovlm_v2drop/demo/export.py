@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..config import LlavaConfig
-from ..images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
-from ..images_onevision import SIGLIP_IMAGE_MEAN, SIGLIP_IMAGE_STD
-from ..vlm import LlavaModel, LlavaOnevisionModel
+from ..models.config import LlavaConfig
+from ..models.vlm import LlavaModel, LlavaOnevisionModel
+from ..processing.images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
+from ..processing.images_onevision import SIGLIP_IMAGE_MEAN, SIGLIP_IMAGE_STD
 from .data import VISION
 
 

@@ -31,12 +31,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..arrange import arrange_video
-from ..config import LlavaConfig, TextConfig, VLMConfig
-from ..decoder import Rotary, rotary_table
-from ..images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
-from ..images_onevision import SIGLIP_IMAGE_MEAN, SIGLIP_IMAGE_STD
-from ..vlm import LlavaModel, LlavaOnevisionModel
+from ..models.arrange import arrange_video
+from ..models.config import LlavaConfig, TextConfig, VLMConfig
+from ..models.decoder import Rotary, rotary_table
+from ..models.vlm import LlavaModel, LlavaOnevisionModel
+from ..processing.images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
+from ..processing.images_onevision import SIGLIP_IMAGE_MEAN, SIGLIP_IMAGE_STD
 from . import clips
 from .data import (
     CLIPS,

@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..decoder import Decoder
-from ..images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
-from ..vlm import LlavaOnevisionModel
-from ..zoo import load
+from ..loading.zoo import load
+from ..models.decoder import Decoder
+from ..models.vlm import LlavaOnevisionModel
+from ..processing.images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 
 # Tokens of the new vocabulary that are spelled otherwise in the old one.
 SAME_TOKENS = {"<|im_end|>": "</s>", "Ċ": "<0x0A>"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from .base import NotANumber, PrefillState, TokenDropper
 from .random import Random
-from .schedule import BatchSchedule, DropSchedule
+from .schedule import BatchSchedule, CountSchedule, DropSchedule
 from .v2drop import PUBLISHED_SCHEDULES, V2Drop
 
 
@@ -34,6 +34,7 @@ __all__ = [
     "DROPPERS",
     "PUBLISHED_SCHEDULES",
     "BatchSchedule",
+    "CountSchedule",
     "DropSchedule",
     "NotANumber",
     "PrefillState",

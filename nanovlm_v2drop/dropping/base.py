@@ -13,32 +13,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import sent
+from ..models.attention import sent
+from ..models.kv_cache import DecodePruning
+from ..models.vision import VisionTrace
 from .schedule import LEANEST_RATIOS, PAPER_DEPTHS, PAPER_LAYERS, DropSchedule, layers_at_depths
 
 MERGED = -2  # in `vision_indices`: a row that several vision tokens were averaged into
-
-# slots of the cache that a new token may see: (layer_idx, q (B, H, head_dim), keys (B, S, K, head_dim), filled slots of each
-# sequence) -> the visible slots of each sequence, or None for all
-DecodePruning = Callable[[int, Tensor, Tensor, Sequence[int]], Sequence[Tensor] | None]
-
-
-@dataclass(frozen=True)
-class VisionTrace:
-    """What the vision tower leaves of one picture to methods that choose tokens before the decoder; computed only when asked.
-
-    `hidden_states` (C + P, V): what becomes tokens, behind C = `num_class_tokens` (0 or 1). CLIP: the tower's output;
-    `project` is the projector (..., V) -> (..., D). Where tokens are made behind the tower (tiles, pooled frames, merged
-    patches): the features themselves, and `project` leaves them as they are.
-    `received_attention()` (heads, P) is the attention that each patch gets in the last block that ran: from the class token,
-    or the mean over all patches where there is none. `keys()` (heads, C + P, head_dim) are that block's keys.
-    """
-
-    hidden_states: Tensor
-    received_attention: Callable[[], Tensor]
-    keys: Callable[[], Tensor]
-    project: Callable[[Tensor], Tensor]
-    num_class_tokens: int = 0
 
 
 @dataclass

@@ -7,7 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .base import PrefillState, TokenDropper, VisionTrace, check_numbers
+from ..models.vision import VisionTrace
+from .base import PrefillState, TokenDropper, check_numbers
 
 
 class BeforeDecoder(TokenDropper):

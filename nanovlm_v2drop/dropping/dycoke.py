@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import attention_weights
-from .base import DecodePruning, PrefillState, Published, TokenDropper, check_numbers
+from ..models.attention import attention_weights
+from ..models.kv_cache import DecodePruning
+from .base import PrefillState, Published, TokenDropper, check_numbers
 from .schedule import PAPER_LAYERS, DropSchedule, OutOfReach
 
 Grid = tuple[int, int, int]  # frames, rows, columns

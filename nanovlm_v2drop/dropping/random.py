@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention import sent
+from ..models.attention import sent
 from .base import PrefillState, Published, TokenDropper
 from .schedule import DropSchedule
 from .v2drop import V2Drop

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from ..config import TextConfig
+from ..models.config import TextConfig
 
 PAPER_LAYERS, PAPER_VISION_TOKENS = 32, 576  # LLaVA-1.5-7B
 PAPER_DEPTHS = (3 / 32, 17 / 32, 22 / 32)  # V2Drop drops at layers 3, 17 and 22 of LLaVA-1.5-7B's 32

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention import attention_weights
+from ..models.attention import attention_weights
 from .base import PrefillState, Published, TokenDropper
 from .schedule import CountSchedule
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Published, VisionTrace, check_numbers
+from ..models.vision import VisionTrace
+from .base import Published, check_numbers
 from .before_decoder import BeforeDecoder, mean_keys
 from .schedule import CountSchedule
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import MERGED, Published, VisionTrace, check_numbers
+from ..models.vision import VisionTrace
+from .base import MERGED, Published, check_numbers
 from .before_decoder import BeforeDecoder, mean_keys
 from .schedule import CountSchedule, DropSchedule
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from markupsafe import escape
 
 from ..dropping import DROPPERS, V2Drop
-from ..plans import DENSE
+from ..evaluation.plans import DENSE
 
 Row = Mapping[str, Any]
 Figure = dict[str, Any]

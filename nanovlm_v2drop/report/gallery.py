@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..config import LlavaOnevisionConfig
-from ..images import ImageProcessor, open_image
-from ..plans import Plan
-from ..prompts import Request
-from ..records import Record
+from ..evaluation.plans import Plan
+from ..evaluation.records import Record
+from ..loading.zoo import VisionLanguageModel
+from ..models.config import LlavaOnevisionConfig
+from ..models.vlm import VisionInput
+from ..processing.images import ImageProcessor, open_image
+from ..processing.prompts import Request
+from ..processing.video import read_frames
 from ..tasks import Sample
-from ..video import read_frames
-from ..vlm import VisionInput
-from ..zoo import VisionLanguageModel
 
 CELL = 240  # pixels from top to bottom of one picture in a gallery
 FRAMES_A_ROW = 4

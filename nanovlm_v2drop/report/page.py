@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from ..config import read_json_object
-from ..plans import DENSE
+from ..evaluation.plans import DENSE
+from ..models.config import read_json_object
 from .figures import (
     PUBLISHED,
     Row,

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..claims import Finding
-from ..position_bias import BINS
+from ..evaluation.position_bias import BINS
+from ..research.claims import Finding
 
 Row = dict[str, Any]
 Cell = Callable[[Row], str]

@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
-from ..prompts import Request
-from ..video import VideoSource
+from ..processing.prompts import Request
+from ..processing.video import VideoSource
 
 SHORT_ANSWER_PROMPT = "\nAnswer the question using a single word or phrase."
 

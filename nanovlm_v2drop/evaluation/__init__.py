@@ -1,0 +1,1 @@
+"""Methods side by side: plans, answers on disk, scores with intervals."""

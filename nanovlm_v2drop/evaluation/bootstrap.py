@@ -1,0 +1,78 @@
+"""Confidence intervals: scores of resampled pictures, paired between methods."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from ..tasks import Task
+
+BOOTSTRAP_DRAWS = 500
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """The headline score of one row, and of BOOTSTRAP_DRAWS resamplings of its pictures (samples where there are none)."""
+
+    sample_ids: list[str]
+    score: float
+    draws: list[float]
+
+
+def resample(task: Task, by_seed: list[list[dict[str, Any]]]) -> Resampled:
+    """The draws are the same for all rows that answered the same samples, so that their ratios are paired.
+
+    Where there are several seeds, each draw takes as many of them with replacement: the interval is of questions and seeds.
+    Raises ValueError where the seeds answered different samples.
+    """
+    by_seed = [sorted(records, key=lambda record: record["sample_id"]) for records in by_seed]
+    if len({tuple(record["sample_id"] for record in records) for records in by_seed}) > 1:
+        counts = ", ".join(str(len(records)) for records in by_seed)
+        raise ValueError(
+            f"the seeds of a row answered different samples ({counts}): leave only those of one run, as "
+            "read_records(output, sample_ids) does"
+        )
+    units = [resampling_units(records) for records in by_seed]
+    draws = np.random.default_rng(0).integers(len(units[0]), size=(BOOTSTRAP_DRAWS, len(units[0])))
+    seeds = np.random.default_rng(1).integers(len(units), size=(BOOTSTRAP_DRAWS, len(units)))
+    scores = [
+        mean(resampled_score(task, units[seed], draw) for seed in chosen) for draw, chosen in zip(draws, seeds, strict=True)
+    ]
+    score = mean(task.summary(records)["score"] for records in by_seed)
+    return Resampled([record["sample_id"] for record in by_seed[0]], score, scores)
+
+
+def resampled_score(task: Task, units: list[list[dict[str, Any]]], draw: Sequence[int]) -> float:
+    """The score of the drawn pictures; one drawn twice is two pictures, for tasks that pair by picture."""
+    chosen = [{**record, "group": f"{record['group']}/{copy}"} for copy, unit in enumerate(draw) for record in units[unit]]
+    return task.summary(chosen)["score"]
+
+
+def score_fields(own: Resampled, dense: Resampled | None) -> dict[str, Any]:
+    """Score and share of dense's score in percent, with 95 % intervals."""
+    fields = {"score": round(own.score, 3), "score_interval": interval(own.draws)}
+    if dense is None or dense.sample_ids != own.sample_ids or not dense.score:
+        return {**fields, "relative_score": None, "relative_interval": None}
+    ratios = [100 * one / other if other else float("nan") for one, other in zip(own.draws, dense.draws, strict=True)]
+    return {**fields, "relative_score": round(100 * own.score / dense.score, 3), "relative_interval": interval(ratios)}
+
+
+def difference(one: Resampled, other: Resampled) -> tuple[float, list[float]]:
+    """Paired difference of two scores on the same questions, and its 95 % interval."""
+    pairs = zip(one.draws, other.draws, strict=True)
+    return one.score - other.score, interval([first - second for first, second in pairs])
+
+
+def resampling_units(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Records that must stay together: those of one picture where the task pairs by picture."""
+    units: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        units.setdefault(record["group"] or record["sample_id"], []).append(record)
+    return list(units.values())
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return [round(float(low), 3), round(float(high), 3)]

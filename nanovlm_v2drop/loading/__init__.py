@@ -1,0 +1,1 @@
+"""Official safetensors checkpoints become models, strictly; the models by name."""

@@ -1,0 +1,1 @@
+"""The networks, from pixel values to logits. They know nothing of dropping."""

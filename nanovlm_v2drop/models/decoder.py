@@ -1,0 +1,190 @@
+"""The LLaMA / Qwen2 decoder on packed tokens.
+
+Shapes: T tokens of all sequences packed, D hidden_size, H query heads, K key/value heads.
+
+A layer does not know how attention is computed, whether a cache is written or how many sequences there are: it hands its
+queries, keys and values to `attend`, which prefill, decode and training each supply. That is the one seam through which
+tokens can leave between layers.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import joined
+from .config import TextConfig
+from .linear import PrepackedLinear
+from .parallel import TensorParallel
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
+CPU_ROWS = 512
+Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, head_dim) each
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 at least, as the official one: in bf16 the logits would move."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(hidden_states.dtype)
+
+
+def rotary_table(config: TextConfig, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
+    """Cosines and sines for positions (T,), or (3, T) for Qwen2-VL's multimodal rotary embedding.
+
+    Computed in float32 from the positions themselves: kept tokens keep their original ids, however large.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
+    angles = position_ids[..., None].float() * (1.0 / config.rope_theta**exponents)  # (T, half) or (3, T, half)
+    if config.mrope_section is not None:
+        angles = interleave_sections(angles, config.mrope_section)
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)  # (T, 1, head_dim)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def interleave_sections(angles: Tensor, mrope_section: tuple[int, ...]) -> Tensor:
+    """Take each frequency section from its own axis (time, height, width): (3, T, half) -> (T, half)."""
+    if angles.dim() == 2:  # text only: all three axes agree
+        return angles
+    sections = angles.split(mrope_section, dim=-1)
+    return torch.cat([section[axis % 3] for axis, section in enumerate(sections)], dim=-1)
+
+
+def apply_rotary(heads: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate (T, heads, head_dim) in the half-split layout of the official checkpoints."""
+    cos, sin = rotary
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class SelfAttention(nn.Module):
+    """The projections on both sides of attention, which is not here: see `Attend`."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def query_key_value(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, H, head_dim), and twice (T, K, head_dim); the first two rotated"""
+        return self.query(hidden_states, rotary), self.key(hidden_states, rotary), self.heads(self.v_proj, hidden_states)
+
+    def query(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
+        """(T, H, head_dim), rotated"""
+        return apply_rotary(self.heads(self.q_proj, hidden_states), rotary)
+
+    def key(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
+        """(T, K, head_dim), rotated"""
+        return apply_rotary(self.heads(self.k_proj, hidden_states), rotary)
+
+    def heads(self, projection: nn.Linear, hidden_states: Tensor) -> Tensor:
+        return projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+
+
+class GatedMLP(nn.Module):
+    """(T, D) -> (T, D): silu(gate) * up, and down."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        # On a CPU, what gate and up make of some rows is still in its cache when down reads it; a GPU wants all rows at once.
+        # Compiled, it is one code for any number of rows, which a number of pieces would not be.
+        in_pieces = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        return joined([self.some_rows(rows) for rows in hidden_states.split(CPU_ROWS if in_pieces else len(hidden_states))])
+
+    def some_rows(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class DecoderLayer(nn.Module):
+    """Two parts with attention between them; `Decoder.compile_layers` exchanges the parts for compiled ones."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+        self.before_part, self.behind_part = DecoderLayer.before_attention, DecoderLayer.behind_attention
+
+    def forward(self, hidden_states: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        return self.behind_part(self, hidden_states, attend(*self.before_part(self, hidden_states, rotary)))
+
+    def before_attention(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's input (T, D) -> queries, keys and values"""
+        return self.self_attn.query_key_value(self.input_layernorm(hidden_states), rotary)
+
+    def behind_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
+        """The layer's input (T, D) and what attention gave (T, H, head_dim) -> the next layer's input"""
+        hidden_states = hidden_states + self.self_attn.o_proj(attended.flatten(-2))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def row_queries_and_keys(self, hidden_states: Tensor, rotary: Rotary, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (R, H, head_dim) of `rows` (R,) and all keys (T, K, head_dim), as `forward` would compute them."""
+        normed, (cos, sin) = self.input_layernorm(hidden_states), rotary
+        return self.self_attn.query(normed[rows], (cos[rows], sin[rows])), self.self_attn.key(normed, rotary)
+
+
+class Decoder(nn.Module):
+    """Official parameter names, so a checkpoint in official names loads with `strict=True`.
+
+    It holds no loop over the layers: `inference.prefill` is the loop, because tokens leave in it.
+    Source: transformers models/llama/modeling_llama.py, models/qwen2/modeling_qwen2.py.
+    """
+
+    def __init__(self, config: TextConfig, attention: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.attention = attention  # back end asked for; see attention.resolve_backend
+        self.cuda_graph = False  # decode by a CUDA graph; see inference.GraphedSteps
+        self.tensor_parallel: TensorParallel | None = None  # the processes that hold the rest of it
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Let torch compile what lies between two attentions: the same code for all layers and any number of tokens.
+
+        Norms, rotary, activations and sums melt into few kernels, whose launches a GPU would otherwise wait for where dropping
+        has left few tokens; on CPUs it gains next to nothing. The first prompts of unequal length and the first decoded token
+        wait for the compiler, which is the `backend` of torch.compile. Raises ValueError for a decoder that cannot be compiled.
+        """
+        is_shared = self.tensor_parallel is not None
+        is_packed = any(isinstance(module, PrepackedLinear) for module in self.modules())
+        if is_shared or is_packed:
+            reason = "shared by processes" if is_shared else "in prepacked bfloat16 on a CPU"
+            raise ValueError(f"a decoder {reason} cannot be compiled; run it as it is, or in float32 by one process")
+        before_part = torch.compile(DecoderLayer.before_attention, fullgraph=True, backend=backend)
+        behind_part = torch.compile(DecoderLayer.behind_attention, fullgraph=True, backend=backend)
+        for layer in cast(Iterable[DecoderLayer], self.layers):
+            layer.before_part, layer.behind_part = before_part, behind_part
+
+    def all_heads(self, heads: Tensor) -> Tensor:
+        """(..., own heads, head_dim) -> (..., all heads, head_dim)"""
+        return heads if self.tensor_parallel is None else self.tensor_parallel.all_heads(heads)
+
+    def row_queries_and_keys(
+        self, layer: DecoderLayer, hidden_states: Tensor, rotary: Rotary, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What `layer` says of all heads."""
+        queries, keys = layer.row_queries_and_keys(hidden_states, rotary, rows)
+        return self.all_heads(queries), self.all_heads(keys)

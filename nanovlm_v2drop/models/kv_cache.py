@@ -1,0 +1,118 @@
+"""The ragged key/value cache: each layer has the length that dropping has left it.
+
+Shapes: L layers, B sequences, T prompt tokens packed, H query heads, K key/value heads, S slots of a cache.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .attention import CacheSeqlens, sent
+
+# slots of the cache that a new token may see: (layer_idx, q (B, H, head_dim), keys (B, S, K, head_dim), filled slots of each
+# sequence) -> the visible slots of each sequence, or None for all
+DecodePruning = Callable[[int, Tensor, Tensor, Sequence[int]], Sequence[Tensor] | None]
+
+
+class KVCache:
+    """Keys and values of each layer, allocated at that layer's own length plus `max_new_tokens`.
+
+    A layer behind a drop point has fewer rows than one before it, so dropping is real memory. `seqlens[layer_idx]` holds the
+    filled slots of each sequence as host integers, `slots` (L, B) the same on the device: where the next token goes, and
+    `lengths` (L, B) int32 one more: how many slots it sees.
+    `position_ids` (L, B) is the next token's position in each layer: it goes on from the undropped prompt, unless a method
+    renumbers what it keeps. `pruning` is None, or what chooses the slots that a new token sees. `heads_first` says how a cache
+    lies in memory, (B, K, S, head_dim) or (B, S, K, head_dim); its shape is the latter either way.
+    """
+
+    def __init__(self, max_new_tokens: int, heads_first: bool) -> None:
+        self.slots = self.lengths = self.sequences = self.position_ids = torch.empty(0)
+        self.max_new_tokens, self.heads_first = max_new_tokens, heads_first
+        self.pruning: DecodePruning | None = None
+        self.keys: list[Tensor] = []  # (B, S, K, head_dim) each
+        self.values: list[Tensor] = []
+        self.seqlens: list[tuple[int, ...]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the filled slots."""
+        return sum(self.nbytes_of(index) for index in range(len(self.seqlens[0])))
+
+    def nbytes_of(self, index: int) -> int:
+        """Bytes that one sequence fills."""
+        return 2 * sum(lengths[index] * keys[0, 0].nbytes for lengths, keys in zip(self.seqlens, self.keys, strict=True))
+
+    def fill(self, k: Tensor, v: Tensor, seqlens: tuple[int, ...]) -> None:
+        """Add the next layer with the packed keys and values (T, K, head_dim) of its prompt tokens."""
+        for caches, packed in ((self.keys, k), (self.values, v)):
+            cache = self.allocate(packed, len(seqlens), max(seqlens) + self.max_new_tokens)
+            for slots, rows in zip(cache, packed.split(seqlens), strict=True):
+                slots[: len(rows)] = rows
+                slots[len(rows) :] = 0  # a masked slot still meets its weight of zero, and 0 * NaN is NaN
+            caches.append(cache)
+        self.seqlens.append(seqlens)
+
+    def allocate(self, like: Tensor, batch: int, slots: int) -> Tensor:
+        """Memory (B, S, K, head_dim) for heads as those of `like`."""
+        num_key_value_heads, head_dim = like.shape[-2:]
+        if self.heads_first:
+            return like.new_empty(batch, num_key_value_heads, slots, head_dim).transpose(1, 2)
+        return like.new_empty(batch, slots, num_key_value_heads, head_dim)
+
+    def finish(self, position_ids: Tensor) -> None:
+        """Behind the last layer: where decoding goes on, `position_ids` (L, B)."""
+        self.position_ids = position_ids
+        self.slots = sent(torch.tensor(self.seqlens), position_ids.device)
+        self.lengths = (self.slots + 1).int()
+        self.sequences = torch.arange(position_ids.shape[1], device=position_ids.device)
+
+    @property
+    def is_full(self) -> bool:
+        return any(max(lengths) == keys.shape[1] for lengths, keys in zip(self.seqlens, self.keys, strict=True))
+
+    def grow(self) -> None:
+        """Room for `max_new_tokens` more in every layer."""
+        for caches in (self.keys, self.values):
+            for layer_idx, cache in enumerate(caches):
+                batch, slots = cache.shape[:2]
+                caches[layer_idx] = self.allocate(cache, batch, slots + max(self.max_new_tokens, 1))
+                caches[layer_idx][:, :slots], caches[layer_idx][:, slots:] = cache, 0
+
+    def append(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
+        """One new token a sequence: k and v (B, K, head_dim), into the next slots of a layer that has room."""
+        for caches, new in ((self.keys, k), (self.values, v)):
+            caches[layer_idx].index_put_((self.sequences, self.slots[layer_idx]), new)
+
+    def advance(self, count: int = 1) -> None:
+        """Tell the host that `count` tokens were appended in every layer, or forgotten where it is negative."""
+        self.seqlens = [tuple(length + count for length in lengths) for lengths in self.seqlens]
+
+    def advance_on_device(self, count: int = 1) -> None:
+        """The same on the device, in place: a CUDA graph does it in every replay."""
+        self.slots += count
+        self.lengths += count
+        self.position_ids += count
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens that were decoded."""
+        self.advance(-count)
+        self.advance_on_device(-count)
+
+    def visible_on_device(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All slots of a layer, and on the device how many are filled (B,): for a CUDA graph, whose shapes never change."""
+        return self.keys[layer_idx], self.values[layer_idx], self.lengths[layer_idx]
+
+    def visible(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, CacheSeqlens]:
+        """Keys and values (B, S, K, head_dim) that the new token's queries q (B, H, head_dim) may see, and how many slots."""
+        if self.pruning is None and not self.heads_first:  # for kernels that want the lengths on the device anyway
+            return self.visible_on_device(layer_idx, q)
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        seqlens = tuple(length + 1 for length in self.seqlens[layer_idx])  # its own slot is filled already
+        slots = None if self.pruning is None else self.pruning(layer_idx, q, keys, seqlens)
+        if slots is None:
+            return keys, values, seqlens
+        index = pad_sequence(list(slots), batch_first=True)
+        sequences = self.sequences[:, None]
+        return keys[sequences, index], values[sequences, index], tuple(map(len, slots))

@@ -1,0 +1,337 @@
+"""The models, and the splice: token ids and vision features become one packed sequence of embeddings.
+
+Shapes: T tokens of all sequences packed, B sequences, N pictures or tiles or frames, P patches of one of them, V width of the
+tower, D hidden_size of the decoder, n vision tokens of one picture or video.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .arrange import arrange_picture, arrange_single, arrange_video, select_best_resolution
+from .attention import sent
+from .config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, SiglipVisionConfig, VLMConfig
+from .decoder import Decoder
+from .vision import CLIPVisionTower, SiglipVisionTower, VisionTrace
+from .vision_qwen2 import Qwen2VLVisionTower, multimodal_positions
+
+
+@dataclass(frozen=True, eq=False)
+class VisionInput:
+    """One picture or video as its model's tower reads it.
+
+    `pixel_values` float32. LLaVA-1.5: (1, 3, S, S); LLaVA-OneVision: (tiles, 3, S, S) with the whole picture first, or
+    (frames, 3, S, S); Qwen2-VL: (patches, 3 * temporal_patch_size * patch_size ** 2). `grids`: frames, rows and columns of its
+    vision tokens as the decoder gets them, newline tokens included. `size`: height and width in pixels before any resizing.
+    """
+
+    pixel_values: Tensor
+    grids: tuple[tuple[int, int, int], ...]
+    size: tuple[int, int]
+    is_video: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(prod, self.grids))
+
+
+@dataclass
+class PackedInputs:
+    """What prefill reads: B prompts one behind the other, without padding.
+
+    inputs_embeds (T, D); position_ids (T,) or (3, T); vision_mask (T,) True for vision tokens; seqlens: B host integers
+    that sum to T. May be left out: `vision_counts` (vision tokens of each prompt), `vision_grids` (frames, rows and columns
+    of each picture or video of each prompt, newline tokens included; without it a prompt's vision tokens are one row), `seeds`
+    (one number a prompt, the same in every batch: what Random draws from), and `vision` (one a grid), which methods that
+    choose tokens before the decoder read.
+    """
+
+    inputs_embeds: Tensor
+    position_ids: Tensor
+    vision_mask: Tensor
+    seqlens: Sequence[int]
+    vision_counts: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+    vision_grids: tuple[tuple[tuple[int, int, int], ...], ...] = ()
+    vision: tuple[VisionTrace, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.seqlens = tuple(int(length) for length in self.seqlens)
+        self.check_lengths()
+        if not self.vision_counts:  # counted here, once, so that no drop point has to ask the GPU
+            self.vision_counts = tuple(int(part.sum()) for part in self.vision_mask.split(self.seqlens))
+        self.seeds = self.seeds or (0,) * len(self.seqlens)
+        self.vision_grids = self.vision_grids or tuple(((1, 1, count),) if count else () for count in self.vision_counts)
+        self.check_grids()
+
+    def check_lengths(self) -> None:
+        """Raise ValueError unless every field speaks of the same T tokens."""
+        lengths = {
+            "sum(seqlens)": sum(self.seqlens),
+            "inputs_embeds": self.inputs_embeds.shape[0],
+            "position_ids": self.position_ids.shape[-1],
+            "vision_mask": self.vision_mask.shape[0],
+        }
+        if len(set(lengths.values())) > 1 or not self.seqlens or min(self.seqlens) < 1:
+            raise ValueError(f"packed inputs disagree on the number of tokens: {lengths}, seqlens {self.seqlens}")
+
+    def check_grids(self) -> None:
+        """Raise ValueError unless the grids of each prompt hold its vision tokens."""
+        held = tuple(sum(prod(grid) for grid in grids) for grids in self.vision_grids)
+        if held != self.vision_counts:
+            raise ValueError(f"vision grids {self.vision_grids} hold {held} tokens, the prompts {self.vision_counts}")
+
+
+class Projector(nn.Module):
+    """LLaVA's mlp2x_gelu: from the tower's width to the decoder's. The GELU is the erf one."""
+
+    def __init__(self, vision_size: int, text_size: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(vision_size, text_size)
+        self.linear_2 = nn.Linear(text_size, text_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(features)))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the decoder gets of one picture or video: features (n, D), and a trace for each of its grids."""
+
+    features: Tensor
+    traces: tuple[VisionTrace, ...]
+
+
+class VLM(nn.Module):
+    """What the families have in common: the splice. Each has a `language_model` and its own way to `encode` pictures."""
+
+    config: VLMConfig
+    language_model: Decoder
+
+    @abstractmethod
+    def encode(self, media: Sequence[VisionInput]) -> list[Encoded]:
+        """Run the pictures and videos through the tower together."""
+
+    def position_ids(self, token_ids: Sequence[int], media: Sequence[VisionInput]) -> Tensor:
+        """(T,) of one prompt, or (3, T) where positions are places in a grid."""
+        return torch.arange(len(token_ids))
+
+    def on_device(self, values: Tensor) -> Tensor:
+        """On the model's device and in its dtype."""
+        like = self.language_model.embed_tokens.weight
+        return sent(values, like.device).to(like.dtype)
+
+    def pack(
+        self, prompts: Sequence[Sequence[int]], media: Sequence[Sequence[VisionInput]], seeds: tuple[int, ...]
+    ) -> PackedInputs:
+        """Embed the prompts' token ids and put the vision features where the vision tokens stand, in reading order.
+
+        `prompts`: one list of token ids a sequence, each image or video token already repeated once a feature. `media`: the
+        pictures and videos of each prompt, in the order of their tokens.
+        Raises ValueError where vision tokens and features do not match in number.
+        """
+        vision_tokens = frozenset(self.config.vision_tokens.values())
+        is_vision = [token in vision_tokens for prompt in prompts for token in prompt]
+        for prompt, held in zip(prompts, media, strict=True):
+            check_counts(sum(token in vision_tokens for token in prompt), sum(medium.num_tokens for medium in held))
+        # A vision token's own id may lie outside the embedding table (the original LLaVA vocabulary has no row for it).
+        flat = [0 if token in vision_tokens else token for prompt in prompts for token in prompt]
+        embed_tokens = self.language_model.embed_tokens
+        device = embed_tokens.weight.device
+        inputs_embeds = embed_tokens(sent(torch.tensor(flat), device))
+        encoded = self.encode([medium for held in media for medium in held]) if any(map(len, media)) else []
+        if encoded:
+            rows = sent(torch.tensor([row for row, vision in enumerate(is_vision) if vision]), device)
+            features = torch.cat([picture.features for picture in encoded])
+            inputs_embeds = inputs_embeds.index_copy(0, rows, features.to(inputs_embeds.dtype))
+        return PackedInputs(
+            inputs_embeds,
+            sent(torch.cat([self.position_ids(*prompt) for prompt in zip(prompts, media, strict=True)], dim=-1), device),
+            sent(torch.tensor(is_vision), device),
+            tuple(map(len, prompts)),
+            tuple(sum(medium.num_tokens for medium in held) for held in media),
+            seeds,
+            tuple(tuple(grid for medium in held for grid in medium.grids) for held in media),
+            tuple(trace for picture in encoded for trace in picture.traces),
+        )
+
+
+class LlavaModel(VLM):
+    """LLaVA-1.5: CLIP tower, projector, LLaMA decoder. Source: transformers models/llava/modeling_llava.py."""
+
+    config: LlavaConfig
+    vision_tower: CLIPVisionTower | SiglipVisionTower
+
+    def __init__(self, config: LlavaConfig, attention: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        tower = SiglipVisionTower if isinstance(config.vision_config, SiglipVisionConfig) else CLIPVisionTower
+        self.vision_tower = tower(config.vision_config, config.vision_layers_run, attention)
+        self.multi_modal_projector = Projector(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.language_model = Decoder(config.text_config, attention)
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, image_size, image_size) -> (N, P, D)"""
+        return self.multi_modal_projector(self.vision_tower(pixel_values))
+
+    def encode(self, media: Sequence[VisionInput]) -> list[Encoded]:
+        block_inputs, outputs = self.vision_tower.encode(self.on_device(torch.cat([each.pixel_values for each in media])))
+        features = self.multi_modal_projector(outputs[:, self.vision_tower.num_class_tokens :])
+        sizes = [len(medium.pixel_values) for medium in media]
+        parts = zip(media, block_inputs.split(sizes), outputs.split(sizes), features.split(sizes), strict=True)
+        return [self.arranged(*part) for part in parts]
+
+    def arranged(self, medium: VisionInput, block_input: Tensor, output: Tensor, features: Tensor) -> Encoded:
+        """Of one picture: input and output of the tower's last block (1, 1 + P, V), and features (1, P, D)."""
+        tower = self.vision_tower
+        trace = VisionTrace(
+            output[0],
+            lambda: tower.received_attention(block_input)[0],
+            lambda: tower.keys(block_input)[0],
+            self.multi_modal_projector,
+            tower.num_class_tokens,
+        )
+        return Encoded(features[0], (trace,))
+
+
+class LlavaNextModel(LlavaModel):
+    """LLaVA-1.6: LLaVA-1.5 with pictures in tiles. Source: transformers models/llava_next/modeling_llava_next.py."""
+
+    config: LlavaNextConfig
+
+    def __init__(self, config: LlavaNextConfig, attention: str = "auto") -> None:
+        super().__init__(config, attention)
+        self.image_newline = nn.Parameter(torch.randn(config.text_config.hidden_size))
+
+    def arranged(self, medium: VisionInput, block_input: Tensor, output: Tensor, features: Tensor) -> Encoded:
+        """Of one picture or video, from its tiles or frames (N, P, ...), in the order in which the decoder reads them."""
+        tower = self.vision_tower
+
+        def like_features(values: Tensor) -> Tensor:
+            """(N, C, P) of the tower -> (C, n), arranged as the features are; a newline has nothing of it."""
+            return self.arrange(medium, values.transpose(1, 2), values.new_zeros(values.shape[1])).T
+
+        def keys() -> Tensor:
+            found = tower.keys(block_input)[:, :, tower.num_class_tokens :]  # (N, heads, P, head_dim)
+            flat = like_features(found.transpose(2, 3).flatten(1, 2))
+            return flat.unflatten(0, (found.shape[1], -1)).transpose(1, 2)
+
+        def attention() -> Tensor:
+            return like_features(tower.received_attention(block_input))
+
+        arranged = self.arrange(medium, features, self.image_newline)
+        return Encoded(arranged, traces_of(medium, arranged, attention, keys))
+
+    def arrange(self, medium: VisionInput, values: Tensor, newline: Tensor) -> Tensor:
+        """(N, P, C) of a medium's tiles or frames -> (n, C) in reading order, with `newline` (C,) where rows end."""
+        if len(values) == 1:
+            return arrange_single(values, newline)
+        height, width = select_best_resolution(medium.size, self.config.image_grid_pinpoints)
+        side = self.config.vision_config.image_size
+        return arrange_picture(values, medium.size, (height // side, width // side), newline, self.config.max_tiles)
+
+
+class LlavaOnevisionModel(LlavaNextModel):
+    """LLaVA-OneVision: SigLIP tower, projector, Qwen2 decoder; pictures in tiles, several pictures, video.
+
+    Source: transformers models/llava_onevision/modeling_llava_onevision.py.
+    """
+
+    config: LlavaOnevisionConfig
+
+    def arrange(self, medium: VisionInput, values: Tensor, newline: Tensor) -> Tensor:
+        if medium.is_video:
+            return arrange_video(values, newline, *self.config.video_layout)
+        return super().arrange(medium, values, newline)
+
+
+class Qwen2VLModel(VLM):
+    """Qwen2-VL: its own tower, Qwen2 decoder with multimodal positions.
+
+    Source: transformers models/qwen2_vl/modeling_qwen2_vl.py, version 4.57.
+    """
+
+    config: Qwen2VLConfig
+
+    def __init__(self, config: Qwen2VLConfig, attention: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.visual = Qwen2VLVisionTower(config.vision_config, attention)
+        self.language_model = Decoder(config.text_config, attention)
+
+    def encode(self, media: Sequence[VisionInput]) -> list[Encoded]:
+        grids = [self.patch_grid(medium) for medium in media]
+        block_input, output = self.visual.encode(self.on_device(torch.cat([each.pixel_values for each in media])), grids)
+        sizes = [prod(grid) for grid in grids]
+        features = self.visual.merger(output).split([medium.num_tokens for medium in media])
+        return [self.traced(*part) for part in zip(media, block_input.split(sizes), features, strict=True)]
+
+    def traced(self, medium: VisionInput, block_input: Tensor, features: Tensor) -> Encoded:
+        """From the input (patches, V) of the tower's last block and the merged features (n, D)."""
+        grids = [self.patch_grid(medium)]
+
+        def merged(values: Tensor) -> Tensor:
+            """Patches that become one token lie behind one another: (heads, patches, ...) -> (heads, n, ...)."""
+            return values.unflatten(1, (medium.num_tokens, -1)).mean(2)
+
+        def attention() -> Tensor:
+            return merged(self.visual.received_attention(block_input, grids))
+
+        def keys() -> Tensor:
+            return merged(self.visual.keys(block_input, grids))
+
+        return Encoded(features, traces_of(medium, features, attention, keys))
+
+    def patch_grid(self, medium: VisionInput) -> tuple[int, int, int]:
+        """Frames, rows and columns of patches, before they are merged."""
+        ((frames, rows, columns),), merge = medium.grids, self.config.vision_config.spatial_merge_size
+        return frames, rows * merge, columns * merge
+
+    def position_ids(self, token_ids: Sequence[int], media: Sequence[VisionInput]) -> Tensor:
+        grids = [grid for medium in media for grid in medium.grids]
+        return multimodal_positions(token_ids, grids, self.config.vision_tokens.values())
+
+
+def traces_of(
+    medium: VisionInput, features: Tensor, attention: Callable[[], Tensor], keys: Callable[[], Tensor]
+) -> tuple[VisionTrace, ...]:
+    """A trace for each grid of a picture whose tokens are made behind the tower: features (n, D) need no projector any more.
+
+    `attention` gives (heads, n), `keys` (heads, n, head_dim); each is computed once, when first asked for by any of the grids,
+    and held as long as one of the traces.
+    """
+    attention, keys = cache(attention), cache(keys)
+    sizes = [prod(grid) for grid in medium.grids]
+    spans = [slice(start, start + size) for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False)]
+
+    def part(values: Callable[[], Tensor], rows: slice) -> Tensor:
+        return values()[:, rows]
+
+    return tuple(
+        VisionTrace(features[rows], partial(part, attention, rows), partial(part, keys, rows), nn.Identity()) for rows in spans
+    )
+
+
+MODEL_CLASSES: dict[type[VLMConfig], Callable[[Any, str], VLM]] = {
+    LlavaConfig: LlavaModel,
+    LlavaNextConfig: LlavaNextModel,
+    LlavaOnevisionConfig: LlavaOnevisionModel,
+    Qwen2VLConfig: Qwen2VLModel,
+}
+
+
+def check_counts(num_placeholders: int, num_features: int) -> None:
+    """Raise ValueError unless every image and video token has its feature."""
+    if num_placeholders != num_features:
+        raise ValueError(
+            f"a prompt holds {num_placeholders} image and video tokens but its pictures give {num_features} vision features; "
+            "repeat each token once a feature (encode_prompt does) and pass every picture"
+        )

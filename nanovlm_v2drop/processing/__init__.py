@@ -1,0 +1,1 @@
+"""Pictures, videos and prompts become tensors, exactly as in the official processors."""

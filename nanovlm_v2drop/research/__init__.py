@@ -1,0 +1,1 @@
+"""The paper's statements put to the test: theory, claims, ablations."""

@@ -1,0 +1,101 @@
+"""The paper's ablations on this model, beside the paper's own numbers (arXiv 2509.01552, appendix; LLaVA-1.5-7B)."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from ..dropping import PUBLISHED_SCHEDULES, DropSchedule, V2Drop
+from ..dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS, layers_at_depths
+from ..dropping.v2drop import METRICS
+from ..evaluation.plans import DENSE, Plan, Shape
+
+METRIC_NUMBERS = {
+    "l2": {"MME": 1712, "GQA": 56.3, "MMB": 61.8, "SQA": 68.8},
+    "l1": {"MME": 1698, "GQA": 56.1, "MMB": 60.9, "SQA": 68.7},
+    "cosine": {"MME": 1718, "GQA": 55.2, "MMB": 61.8, "SQA": 69.2},
+}
+LAYER_NUMBERS = {
+    (4, 14, 30): {"GQA": 57.8, "SQA": 68.9, "POPE": 86.3, "MME": 1753, "MMB": 63.2, "TextVQA": 53.1, "average %": 96.0},
+    (3, 14, 29): {"GQA": 58.6, "SQA": 69.1, "POPE": 85.0, "MME": 1826, "MMB": 63.4, "TextVQA": 54.0, "average %": 97.0},
+    (3, 15, 27): {"GQA": 58.5, "SQA": 69.3, "POPE": 85.1, "MME": 1847, "MMB": 63.7, "TextVQA": 54.8, "average %": 97.5},
+    (3, 16, 24): {"GQA": 58.8, "SQA": 69.1, "POPE": 85.0, "MME": 1813, "MMB": 63.5, "TextVQA": 55.2, "average %": 97.3},
+    (3, 17, 22): {"GQA": 58.5, "SQA": 69.3, "POPE": 85.1, "MME": 1826, "MMB": 63.7, "TextVQA": 55.6, "average %": 97.6},
+    (2, 16, 21): {"GQA": 57.9, "SQA": 69.5, "POPE": 83.9, "MME": 1759, "MMB": 62.8, "TextVQA": 54.8, "average %": 96.2},
+}
+STEPS_NUMBERS = {
+    "progressive": {"MME": 1826, "POPE": 85.1, "MMB": 63.7, "GQA": 58.5, "TextVQA": 55.9},
+    "one-shot": {"MME": 1717, "POPE": 77.1, "MMB": 60.6, "GQA": 57.1, "TextVQA": 55.2},
+}
+SCHEDULE_NUMBERS = {
+    "paper-192": {"GQA": 58.5, "SQA": 69.3, "TextVQA": 55.6, "POPE": 85.1, "MME": 1826, "MMB": 63.7, "average %": 97.6},
+    "paper-128": {"GQA": 56.3, "SQA": 68.8, "TextVQA": 53.8, "POPE": 80.9, "MME": 1712, "MMB": 61.8, "average %": 94.0},
+    "paper-64": {"GQA": 50.5, "SQA": 68.9, "TextVQA": 51.8, "POPE": 75.1, "MME": 1470, "MMB": 55.2, "average %": 86.9},
+}
+
+
+def share_of_paper(tokens: float, shape: Shape) -> float:
+    """The paper's budget as the same share of this model's vision tokens."""
+    return round(tokens / PAPER_VISION_TOKENS * shape.num_vision_tokens, 2)
+
+
+def metric_plans(shape: Shape) -> list[Plan]:
+    """V2Drop by each metric at 128 of 576 tokens."""
+    budget = share_of_paper(128, shape)
+    schedule = V2Drop.schedule_for(budget, shape.num_vision_tokens, shape.num_layers)
+    return [
+        Plan(f"v2drop {metric}", V2Drop(schedule, metric), budget, paper=METRIC_NUMBERS[metric]) for metric in METRICS
+    ]
+
+
+def layer_plans(shape: Shape) -> list[Plan]:
+    """V2Drop with the paper's six choices of layers at 192 of 576 tokens; choices that fall together here are one row."""
+    budget, plans = share_of_paper(192, shape), dict[tuple[int, ...], Plan]()
+    for layers, paper in LAYER_NUMBERS.items():
+        own = layers_at_depths(shape.num_layers, [layer / PAPER_LAYERS for layer in layers])
+        name = "/".join(map(str, layers))
+        if own in plans:
+            note = f"{plans[own].note}; {name} falls on the same layers here"
+            plans[own] = Plan(plans[own].label, plans[own].dropper, budget, note=note, paper=plans[own].paper)
+            continue
+        schedule = DropSchedule.for_mean_tokens(budget, shape.num_vision_tokens, shape.num_layers, layers=own)
+        note = f"drops at layers {'/'.join(map(str, own))} here"
+        plans[own] = Plan(f"v2drop {name}", V2Drop(schedule), budget, note=note, paper=paper)
+    return list(plans.values())
+
+
+def step_plans(shape: Shape) -> list[Plan]:
+    """V2Drop in three steps, and all at once at the first of them, at the same mean: 192 of 576 tokens."""
+    size = shape.num_vision_tokens, shape.num_layers
+    budget, layers = share_of_paper(192, shape), layers_at_depths(shape.num_layers)
+    choices = {"progressive": (layers, V2Drop.leanest), "one-shot": (layers[:1], (0.0,))}
+    return [
+        Plan(
+            f"v2drop {name}",
+            V2Drop(DropSchedule.for_mean_tokens(budget, *size, layers=own, leanest=leanest)),
+            budget,
+            paper=STEPS_NUMBERS[name],
+        )
+        for name, (own, leanest) in choices.items()
+    ]
+
+
+def schedule_plans(shape: Shape) -> list[Plan]:
+    """V2Drop's three schedules as published."""
+    return [
+        Plan(f"v2drop {name}", V2Drop(PUBLISHED_SCHEDULES[name].mapped(shape.num_layers, shape.num_vision_tokens)), paper=paper)
+        for name, paper in SCHEDULE_NUMBERS.items()
+    ]
+
+
+ABLATIONS: Mapping[str, Callable[[Shape], list[Plan]]] = {
+    "metric": metric_plans,
+    "layers": layer_plans,
+    "steps": step_plans,
+    "schedules": schedule_plans,
+}
+
+
+def ablation_plans(names: Sequence[str], shape: Shape) -> list[Plan]:
+    """Dense and the rows of the named ablations; raises ValueError for an unknown name."""
+    unknown = [name for name in names if name not in ABLATIONS]
+    if unknown:
+        raise ValueError(f"unknown ablation {unknown[0]!r}; choose from: {', '.join(ABLATIONS)}")
+    return [Plan(DENSE), *(plan for name in dict.fromkeys(names) for plan in ABLATIONS[name](shape))]

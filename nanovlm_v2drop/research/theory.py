@@ -1,0 +1,289 @@
+"""The Variation-Impact Theorem (arXiv 2509.01552, section 3.4 and appendix E), made measurable.
+
+At the entrance of layer L a vision token j has the state x_j, and had x_j - Delta_j one layer before. f maps the states of all
+tokens at this place to the logits of the prompt's last token; J_j is its Jacobian in x_j. The theorem says that reverting the
+update, x_j -> x_j - Delta_j, changes f by about ||J_j|| ||Delta_j||. What is true of this, and can be checked here:
+
+- Reverting changes f by exactly the integral of J_j Delta_j along the way, so by ||J_j Delta_j|| up to second order in Delta_j.
+- ||J_j Delta_j|| = rho_j ||J_j|| ||Delta_j|| with an alignment rho_j in [0, 1]: the operator norm bounds from above only.
+- Reverting a token is not removing it: V2Drop removes tokens.
+
+Shapes: T tokens of one prompt, n vision tokens, D hidden_size, V vocabulary. Everything works in float64 too.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..evaluation.bootstrap import BOOTSTRAP_DRAWS, interval
+from ..models.attention import attention, attention_weights
+from ..models.decoder import Decoder, DecoderLayer, rotary_table
+from ..models.vlm import PackedInputs
+
+TOKENS_AT_ONCE = 24  # variants of a prompt that go through the remaining layers as one packed batch
+
+
+@dataclass(frozen=True)
+class DropPoint:
+    """One prompt at the entrance of layer `layer_idx`; `layer_idx` may be the number of layers: behind the last one."""
+
+    decoder: Decoder
+    layer_idx: int
+    hidden_states: Tensor  # (T, D) input of this layer
+    previous: Tensor  # (T, D) input of the layer before
+    position_ids: Tensor  # (T,) or (3, T)
+    vision_rows: Tensor  # (n,)
+
+    @property
+    def updates(self) -> Tensor:
+        """Delta (n, D): what the last layer added to each vision token."""
+        return (self.hidden_states - self.previous)[self.vision_rows]
+
+    @property
+    def variations(self) -> Tensor:
+        """||Delta_j|| (n,), by which V2Drop ranks."""
+        return self.updates.norm(dim=-1)
+
+    def output(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """f: states (B, T', D) at this place -> logits (B, V) of the last token, without any further drop.
+
+        `position_ids` (B, T') or (3, B, T'): where rows were removed, the positions of those that are left.
+        """
+        if position_ids is None:
+            position_ids = torch.stack([self.position_ids] * len(hidden_states), dim=-2)
+        last = run_layers(self.decoder, hidden_states, position_ids, self.layer_idx, len(self.decoder.layers))[0][:, -1]
+        return self.decoder.lm_head(self.decoder.norm(last))
+
+
+def drop_point(decoder: Decoder, packed: PackedInputs, layer_idx: int) -> DropPoint:
+    """Run a prompt up to the entrance of a layer; raises ValueError for several prompts or a layer that has none before it."""
+    if len(packed.seqlens) != 1:
+        raise ValueError(f"one prompt at a time, not {len(packed.seqlens)}")
+    if not 1 <= layer_idx <= len(decoder.layers):
+        raise ValueError(f"layer {layer_idx} must be 1 to {len(decoder.layers)}: variation needs a layer before it")
+    positions = packed.position_ids
+    with torch.no_grad():
+        hidden_states, previous = run_layers(decoder, packed.inputs_embeds[None], positions.unsqueeze(-2), 0, layer_idx)
+    rows = torch.arange(packed.seqlens[0], device=positions.device)[packed.vision_mask]
+    return DropPoint(decoder, layer_idx, hidden_states[0], previous[0], positions, rows)
+
+
+def run_layers(
+    decoder: Decoder, hidden_states: Tensor, position_ids: Tensor, start: int, end: int
+) -> tuple[Tensor, Tensor]:
+    """Output and input of layer `end` - 1, (B, T, D) each, from the input of layer `start`; positions (B, T) or (3, B, T).
+
+    Attention is torch's written-out one: the fast kernels have no forward-mode derivative.
+    """
+    batch, length, _ = hidden_states.shape
+    rotary = rotary_table(decoder.config, position_ids.flatten(-2), hidden_states.dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return attention(q, k, v, [length] * batch, "sdpa")
+
+    states = previous = hidden_states.flatten(0, 1)
+    for layer in decoder.layers[start:end]:
+        previous, states = states, layer(states, rotary, attend)
+    return states.unflatten(0, (batch, length)), previous.unflatten(0, (batch, length))
+
+
+def moved(point: DropPoint, tokens: Tensor, shifts: Tensor) -> Tensor:
+    """f (B, V) where of the vision tokens `tokens` (B,) each alone is shifted by its own of `shifts` (B, D)."""
+    rows = torch.arange(len(point.hidden_states), device=shifts.device) == point.vision_rows[tokens, None]  # (B, T)
+    return point.output(point.hidden_states + rows[..., None] * shifts[:, None])
+
+
+def along_path(point: DropPoint, tokens: Tensor, steps: Tensor) -> Tensor:
+    """f (B, V) with each token's last update reverted to the share `steps` (B,): 0 leaves it, 1 takes it back whole."""
+    return moved(point, tokens, -steps[:, None] * point.updates[tokens])
+
+
+def path_derivatives(point: DropPoint, tokens: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second derivative (B, V) of `along_path` in `steps`; at 0 the first is -J_j Delta_j."""
+
+    def first(at: Tensor) -> Tensor:
+        return jvp(lambda inner: along_path(point, tokens, inner), (at,), (torch.ones_like(at),))[1]
+
+    slopes, curvatures, *_ = jvp(first, (steps,), (torch.ones_like(steps),))
+    return slopes, curvatures
+
+
+def for_all_tokens(point: DropPoint, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """`measure` of every vision token, some tokens at a time."""
+    tokens = torch.arange(len(point.vision_rows), device=point.vision_rows.device)
+    return torch.cat([measure(part) for part in tokens.split(TOKENS_AT_ONCE)])
+
+
+def jacobian_products(point: DropPoint, directions: Tensor) -> Tensor:
+    """J_j d_j (n, V) of each vision token in its own direction d_j (n, D)."""
+
+    def product(tokens: Tensor) -> Tensor:
+        tangents = directions[tokens]
+        return jvp(lambda shifts: moved(point, tokens, shifts), (torch.zeros_like(tangents),), (tangents,))[1].detach()
+
+    return for_all_tokens(point, product)
+
+
+def transposed_products(point: DropPoint, cotangents: Tensor) -> Tensor:
+    """J_j^T c_j (n, D) of each vision token, for its own c_j (n, V)."""
+
+    def product(tokens: Tensor) -> Tensor:
+        zeros = torch.zeros(len(tokens), point.hidden_states.shape[-1]).to(point.hidden_states)
+        return vjp(lambda shifts: moved(point, tokens, shifts), zeros)[1](cotangents[tokens])[0].detach()
+
+    return for_all_tokens(point, product)
+
+
+def operator_norms(point: DropPoint, iterations: int = 30) -> Tensor:
+    """||J_j||_op (n,) by power iteration on J_j^T J_j; grows towards the norm from below, so never above it."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(point.updates.shape, generator=generator).to(point.hidden_states)
+    norms = directions.new_zeros(len(directions))
+    for _ in range(iterations):
+        images = jacobian_products(point, F.normalize(directions, dim=-1))
+        norms = torch.maximum(norms, images.norm(dim=-1))
+        directions = transposed_products(point, images)
+    return norms
+
+
+def directional_sensitivities(point: DropPoint) -> Tensor:
+    """||J_j u_j|| (n,) with u_j the direction of token j's own update."""
+    return jacobian_products(point, F.normalize(point.updates, dim=-1)).norm(dim=-1)
+
+
+@torch.no_grad()
+def dense_output(point: DropPoint) -> Tensor:
+    """f (V,) of the prompt as it is."""
+    return point.output(point.hidden_states[None])[0]
+
+
+@torch.no_grad()
+def reverted_outputs(point: DropPoint) -> Tensor:
+    """f (n, V) where each vision token alone is put back to its state of one layer before: what the theorem speaks of."""
+    return for_all_tokens(point, lambda tokens: along_path(point, tokens, torch.ones(len(tokens)).to(point.hidden_states)))
+
+
+@torch.no_grad()
+def removed_outputs(point: DropPoint) -> Tensor:
+    """f (n, V) where each vision token alone has left the sequence, positions kept: what V2Drop does."""
+    length = len(point.hidden_states)
+    rows = torch.arange(length, device=point.vision_rows.device)
+
+    def without(tokens: Tensor) -> Tensor:
+        gone = point.vision_rows[tokens]
+        left = torch.stack([torch.cat([rows[:row], rows[row + 1 :]]) for row in gone.tolist()])  # (B, T - 1)
+        return point.output(point.hidden_states[left], point.position_ids[..., left])
+
+    return for_all_tokens(point, without)
+
+
+def impacts(point: DropPoint, outputs: Tensor) -> Tensor:
+    """||f(changed) - f|| (n,) of changed outputs (n, V)."""
+    return (outputs - dense_output(point)).norm(dim=-1)
+
+
+def divergences(point: DropPoint, outputs: Tensor) -> Tensor:
+    """Kullback-Leibler divergence (n,) of changed outputs (n, V) from the dense answer, in nats."""
+    dense, changed = dense_output(point).log_softmax(-1), outputs.log_softmax(-1)
+    return (dense.exp() * (dense - changed)).sum(-1)
+
+
+def first_order_impacts(point: DropPoint) -> Tensor:
+    """|<g_j, Delta_j>| (n,) of all tokens from one backward pass; g is the gradient of the dense answer's log-probability."""
+    states = point.hidden_states.detach().clone().requires_grad_(True)
+    log_probabilities = point.output(states[None])[0].log_softmax(-1)
+    (gradient,) = torch.autograd.grad(log_probabilities.max(), states)
+    return (gradient[point.vision_rows] * point.updates).sum(-1).abs()
+
+
+@torch.no_grad()
+def rankings(point: DropPoint, seed: int = 0) -> dict[str, Tensor]:
+    """Scores (n,) that tokens might be ranked by, higher = keep; attention and keys are those of this layer.
+
+    Variation in four forms, |<g, Delta>| of one backward pass, attention of the last token, L1 norm of keys, and chance.
+    """
+    now, before = point.hidden_states[point.vision_rows], point.previous[point.vision_rows]
+    queries, keys = layer_queries_and_keys(point)
+    row = torch.full((1,), len(keys) - 1, device=keys.device)
+    with torch.enable_grad():
+        first_order = first_order_impacts(point)
+    return {
+        "variation l2": point.variations,
+        "variation l1": point.updates.abs().sum(-1),
+        "variation cosine": 1 - F.cosine_similarity(now, before, dim=-1),
+        "variation relative": point.variations / before.norm(dim=-1),
+        "first order": first_order,
+        "last-query attention": attention_weights(queries, keys, row)[:, 0].mean(0)[point.vision_rows],
+        "key norm": keys.flatten(1).abs().sum(-1)[point.vision_rows],
+        "random": torch.rand(len(now), generator=torch.Generator().manual_seed(seed)).to(now),
+    }
+
+
+def layer_queries_and_keys(point: DropPoint) -> tuple[Tensor, Tensor]:
+    """The last token's query (1, H, head_dim) and all keys (T, K, head_dim) of this layer."""
+    layer = cast(DecoderLayer, point.decoder.layers[point.layer_idx])
+    rotary = rotary_table(point.decoder.config, point.position_ids, point.hidden_states.dtype)
+    last = torch.full((1,), len(point.hidden_states) - 1, device=point.hidden_states.device)
+    return layer.row_queries_and_keys(point.hidden_states, rotary, last)
+
+
+def rank_quality(points: Sequence[DropPoint], share: float = 0.25) -> list[dict[str, Any]]:
+    """How well each of `rankings` agrees with what reverting and removing a token really does, over several prompts.
+
+    One row a score and impact: mean Spearman correlation and mean overlap of the `share` largest, with 95 % bootstrap
+    intervals over the prompts.
+    """
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for number, point in enumerate(points):
+        changed = {"reversion": reverted_outputs(point), "removal": removed_outputs(point)}
+        for impact, outputs in changed.items():
+            sizes = impacts(point, outputs)
+            for score, values in rankings(point, seed=number).items():
+                pair = spearman(values, sizes), top_overlap(values, sizes, share)
+                found.setdefault((score, impact), []).append(pair)
+    return [
+        {
+            "score": score,
+            "impact": impact,
+            "spearman": fmean(pair[0] for pair in pairs),
+            "spearman_interval": mean_interval([pair[0] for pair in pairs]),
+            "top_overlap": fmean(pair[1] for pair in pairs),
+            "top_overlap_interval": mean_interval([pair[1] for pair in pairs]),
+        }
+        for (score, impact), pairs in found.items()
+    ]
+
+
+def mean_interval(values: Sequence[float]) -> list[float]:
+    """95 % bootstrap interval of a mean."""
+    draws = np.random.default_rng(0).choice(values, size=(BOOTSTRAP_DRAWS, len(values))).mean(1)
+    return interval(draws)
+
+
+def spearman(one: Tensor, other: Tensor) -> float:
+    """Rank correlation of two (n,); equal values share their mean rank."""
+    ranks = torch.stack([mean_ranks(values) for values in (one, other)])
+    return float(torch.corrcoef(ranks)[0, 1].nan_to_num())
+
+
+def mean_ranks(values: Tensor) -> Tensor:
+    """(n,) float64"""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    return (ends - (counts - 1) / 2)[inverse]
+
+
+def top_overlap(one: Tensor, other: Tensor, share: float) -> float:
+    """Share of the `share` largest of one (n,) that are among as many largest of the other."""
+    count = max(1, int(share * len(one)))
+    tops = [set(values.topk(count).indices.tolist()) for values in (one, other)]
+    return len(tops[0] & tops[1]) / count

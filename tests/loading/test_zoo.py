@@ -1,0 +1,322 @@
+"""Loading by name and by folder, downloads from a Hub of our own, and requests that become packed inputs."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_hub import serve
+from PIL import Image
+from safetensors.torch import save_file
+from test_checkpoint import write_shards
+from torch import Tensor
+
+from nanovlm_v2drop.loading import zoo
+from nanovlm_v2drop.loading.zoo import FAMILIES, MODELS, ModelSpec, VisionLanguageModel, WeightsUnavailable, load
+from nanovlm_v2drop.models.config import LlavaConfig, LlavaNextConfig
+from nanovlm_v2drop.processing import prompts
+from nanovlm_v2drop.processing.prompts import TEMPLATES, Request, build_prompt
+
+ROOT = Path(__file__).parents[2]
+REPO = "llava-hf/llava-1.5-7b-hf"
+
+
+def picture(seed: int, width: int = 60, height: int = 40) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def vlm(tiny_llava_folder: Path) -> VisionLanguageModel:
+    return load(tiny_llava_folder)
+
+
+@pytest.fixture
+def empty_weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository without any weights, so that tests do not depend on what lies in this one."""
+    monkeypatch.setattr(zoo, "WEIGHTS_FOLDER", tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+def link(folder: Path, target: Path) -> None:
+    folder.parent.mkdir(exist_ok=True)
+    folder.symlink_to(target)
+
+
+def test_a_folder_loads_under_its_own_name(vlm: VisionLanguageModel, tiny_llava_folder: Path) -> None:
+    assert vlm.name == tiny_llava_folder.name
+    assert vlm.template == "vicuna_v1"
+    assert (vlm.device, vlm.dtype) == (torch.device("cpu"), torch.float32)
+    assert vlm.config.vision_config.num_patches == 36
+    assert vlm.image_processor.image_aspect_ratio == "pad"
+    assert vlm.model.language_model.attention == "sdpa"  # what "auto" is on a CPU
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_dtype_may_be_given_by_name(dtype: Any, tiny_llava_folder: Path) -> None:
+    assert load(tiny_llava_folder, dtype=dtype).dtype == torch.bfloat16
+
+
+def test_a_named_model_is_read_from_a_local_copy_of_its_checkpoint(tiny_llava_folder: Path) -> None:
+    vlm = load("llava-1.5-7b", weights=tiny_llava_folder, image_aspect_ratio="crop", template="hub")
+    assert (vlm.name, vlm.template, vlm.image_processor.image_aspect_ratio) == ("llava-1.5-7b", "hub", "crop")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_below_weights_comes_before_the_hub(
+    name: str, empty_weights_folder: Path, tiny_llava_folder: Path
+) -> None:
+    link(empty_weights_folder / name, tiny_llava_folder)
+    assert load(name).name == name
+
+
+def test_llava_1_5_and_1_6_are_asked_by_the_one_default_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "DEFAULT_TEMPLATE", "hub")
+    spec = importlib.util.spec_from_file_location("nanovlm_v2drop.loading.zoo_anew", zoo.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    assert {anew.FAMILIES[kind].template for kind in (LlavaConfig, LlavaNextConfig)} == {"hub"}
+
+
+def test_a_folder_of_the_same_name_counts_only_with_a_config(
+    empty_weights_folder: Path, tiny_llava_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(WeightsUnavailable):
+        load("demo")
+    link(empty_weights_folder / "demo", tiny_llava_folder)
+    assert load("demo").template == "vicuna_v1"
+
+
+def test_every_entry_has_a_summary_and_every_family_a_known_template() -> None:
+    assert all(family.template in TEMPLATES for family in FAMILIES.values())
+    for name, spec in MODELS.items():
+        assert spec.name == name
+        assert spec.template is None or spec.template in TEMPLATES
+        assert spec.summary
+        assert spec.folder == ROOT / "weights" / name
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "name": (
+        {"name_or_folder": "llava-9"},
+        "unknown model 'llava-9'; choose one of: demo, demo-video, llava-1.5-7b, llava-1.5-13b, .*qwen2-vl-72b;",
+    ),
+    "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'; choose one of: float32, bfloat16, float16, float64"),
+    "device": ({"device": "gpu"}, "device 'gpu' cannot be used here: .*; use cpu"),
+    "attention": ({"attention": "flash"}, "unknown attention back end 'flash'"),
+    "flash on a CPU": ({"attention": "flash-attn"}, "'flash-attn' cannot run: it needs a CUDA device, not cpu"),
+    "template": ({"template": "chatml"}, "unknown template 'chatml'; choose one of: hub, qwen2_vl, qwen_1_5, qwen_hub, vic"),
+    "aspect ratio": ({"image_aspect_ratio": "anyres"}, "unknown image_aspect_ratio 'anyres'; choose one of: pad, crop"),
+    "folder and weights": ({"weights": "elsewhere"}, "or give the folder of a checkpoint without naming other weights"),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_wrong_option_fails_before_any_weight_is_read(
+    option: str, tiny_llava_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, message = OPTIONS[option]
+    monkeypatch.setattr(zoo, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    with pytest.raises(ValueError, match=message):
+        load(**{"name_or_folder": tiny_llava_folder, **arguments})
+
+
+def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json; is it a checkpoint folder\?"):
+        load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no config\.json"):
+        load("llava-1.5-7b", weights=tmp_path / "nowhere")
+
+
+def test_a_folder_without_tokenizer_is_named(
+    copy_without_weights: Callable[..., Path], tiny_hub_tensors: dict[str, Tensor]
+) -> None:
+    folder = copy_without_weights("tokenless")
+    save_file(tiny_hub_tensors, folder / "model.safetensors")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*tokenless.*tokenizer\.json and tokenizer\.model"):
+        load(folder)
+
+
+def test_prepare_packs_text_and_pictures_in_order(vlm: VisionLanguageModel) -> None:
+    requests = [
+        Request(text="What colour? <image> And now? <image>", images=[picture(0), picture(1)]),
+        Request(text="Is it?"),
+        Request(prompt="USER: <image>\nWhat? ASSISTANT:", images=[picture(2)]),
+    ]
+    packed = vlm.prepare(requests)
+    assert packed.vision_counts == (72, 0, 36)
+    alone = vlm.image_processor([picture(2)])
+    features = vlm.model.encode_images(alone)[0]
+    assert packed.seqlens[1] == len(vlm.tokenizer.encode(build_prompt(requests[1])))
+    last = packed.inputs_embeds[-packed.seqlens[2] :]
+    torch.testing.assert_close(last[packed.vision_mask[-packed.seqlens[2] :]], features)
+
+
+def test_prepared_embeddings_equal_those_of_transformers(vlm: VisionLanguageModel, tiny_reference_model: Any) -> None:
+    request = Request(text="What colour is the digit?", images=[picture(0)])
+    token_ids = torch.tensor([vlm.token_ids(request)])
+    captured = {}
+    decoder = tiny_reference_model.model.language_model
+    hook = decoder.register_forward_pre_hook(lambda _, __, named: captured.update(named), with_kwargs=True)
+    tiny_reference_model(input_ids=token_ids, pixel_values=vlm.image_processor([picture(0)]))
+    hook.remove()
+    torch.testing.assert_close(vlm.prepare([request]).inputs_embeds, captured["inputs_embeds"][0], rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_may_be_files(vlm: VisionLanguageModel, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.png")
+    from_file = vlm.prepare([Request(text="What?", images=[tmp_path / "a.png"])])
+    from_memory = vlm.prepare([Request(text="What?", images=[picture(0)])])
+    assert torch.equal(from_file.inputs_embeds, from_memory.inputs_embeds)
+    assert from_file.seeds == from_memory.seeds
+
+
+def test_a_seed_depends_on_the_request_alone(vlm: VisionLanguageModel, tiny_llava_folder: Path) -> None:
+    requests = [
+        Request(text="What?", images=[picture(0)]),
+        Request(text="What?", images=[picture(1)]),
+        Request(text="Which?", images=[picture(0)]),
+        Request(text="What?"),
+    ]
+    seeds = vlm.prepare(requests).seeds
+    assert len(set(seeds)) == 4
+    assert vlm.prepare(requests[::-1]).seeds == seeds[::-1]
+    assert load(tiny_llava_folder, dtype="bfloat16").prepare(requests[1:2]).seeds == seeds[1:2]
+
+
+def test_prepared_inputs_are_in_the_dtype_of_the_model(tiny_llava_folder: Path) -> None:
+    packed = load(tiny_llava_folder, dtype="bfloat16").prepare([Request(text="What?", images=[picture(0)])])
+    assert packed.inputs_embeds.dtype == torch.bfloat16
+    assert not packed.inputs_embeds.requires_grad
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(vlm: VisionLanguageModel) -> None:
+    longest = Request(prompt="<s>" * 510 + "no", images=[])
+    assert vlm.prepare([longest]).seqlens == (512,)
+    with pytest.raises(ValueError, match=r"has 549 tokens \(36 of them from pictures and frames\), .* holds 512; shorten"):
+        vlm.prepare([longest, Request(prompt="<image>" + "<s>" * 512, images=[picture(0)])])
+
+
+def test_a_prompt_that_ends_with_a_picture_is_refused(vlm: VisionLanguageModel) -> None:
+    picture = Image.new("RGB", (42, 42))
+    with pytest.raises(ValueError, match="the prompt ends with a picture"):
+        vlm.prepare([Request(prompt="USER: <image>", images=[picture])])
+
+
+def test_a_token_without_embedding_is_refused(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vlm.tokenizer, "encode", lambda _: [1, 9000])
+    with pytest.raises(ValueError, match=r"the tokenizer gives token 9000, but .* has embeddings for \d+; use the"):
+        vlm.prepare([Request(text="What?")])
+
+
+def test_no_request_and_a_video_are_refused(vlm: VisionLanguageModel) -> None:
+    with pytest.raises(ValueError, match="no request given"):
+        vlm.prepare([])
+    with pytest.raises(ValueError, match=r"takes pictures only, not a video; give its frames as images"):
+        vlm.prepare([Request(text="What?", video="clip.mp4")])
+
+
+def test_a_missing_shipped_model_says_what_to_do(empty_weights_folder: Path) -> None:
+    with pytest.raises(WeightsUnavailable, match=r"weights/demo is not there\n.*--weights DIR") as caught:
+        load("demo")
+    assert str(caught.value).count("\n") == 1
+
+
+def run_load(name: str, endpoint: str, cache: Path, offline: bool = False) -> list[Any]:
+    """Load a model in a fresh process, as huggingface_hub reads its environment on import: its total, or the error."""
+    cache.mkdir(exist_ok=True)
+    script = (
+        "import json, sys\n"
+        "from nanovlm_v2drop.loading import zoo\n"
+        "zoo.WEIGHTS_FOLDER = zoo.Path('weights').absolute()\n"
+        "zoo.MODELS['absent'] = zoo.ModelSpec('absent', 'not on the hub', 'nobody/absent')\n"
+        "try:\n"
+        "    vlm = zoo.load(sys.argv[1])\n"
+        "    print(json.dumps(float(sum(p.double().sum() for p in vlm.model.parameters()))))\n"
+        "except zoo.WeightsUnavailable as error:\n"
+        "    print(json.dumps(str(error)))\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment = kept | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "no_proxy": "*",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, name], env=environment, cwd=cache, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def total(vlm: VisionLanguageModel) -> float:
+    return float(sum(parameter.double().sum() for parameter in vlm.model.parameters()))
+
+
+@pytest.fixture
+def hub_folder(copy_without_weights: Callable[..., Path], tiny_hub_tensors: dict[str, Tensor]) -> Path:
+    """What llava-hf's repository holds, and a pickle that nobody should fetch."""
+    folder = copy_without_weights("served")
+    write_shards(folder, tiny_hub_tensors)
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "README.md").write_text("model card")
+    return folder
+
+
+def test_an_interrupted_download_goes_on_and_is_then_served_from_the_cache(
+    vlm: VisionLanguageModel, hub_folder: Path, tmp_path: Path
+) -> None:
+    cache, expected = tmp_path / "cache", [pytest.approx(total(vlm))]
+    shard = "model-00003-of-00003.safetensors"
+    with serve({REPO: hub_folder}) as hub:
+        hub.failing = {shard}
+        (message,) = run_load("llava-1.5-7b", hub.endpoint, cache)
+        assert "503" in message
+        complete = {file.name for file in (cache / "hub").rglob("snapshots/*/*")}
+        assert complete
+
+        hub.failing, hub.cut, hub.downloads = set(), {shard: 5000}, []
+        assert run_load("llava-1.5-7b", hub.endpoint, cache) == expected
+        fetched = set(hub.downloads)
+        assert not fetched & complete
+        assert fetched | complete == {file.name for file in hub_folder.iterdir()} - {"pytorch_model.bin", "README.md"}
+        assert hub.downloads.count(shard) == 2  # the connection was lost once
+
+    assert run_load("llava-1.5-7b", hub.endpoint, cache, offline=True) == expected
+
+
+def test_an_unreachable_hub_and_an_absent_model_are_told_in_two_lines(tmp_path: Path) -> None:
+    (unreachable,) = run_load("llava-1.5-13b", "http://127.0.0.1:9", tmp_path)
+    first, second = unreachable.split("\n")
+    assert first.startswith("llava-1.5-13b: cannot get llava-hf/llava-1.5-13b-hf from http://127.0.0.1:9 (")
+    assert "refused" in first
+    assert second == (
+        "give a local copy with --weights DIR, or fetch it where there is a network: "
+        "hf download llava-hf/llava-1.5-13b-hf --local-dir weights/llava-1.5-13b"
+    )
+    with serve({}) as hub:
+        (absent,) = run_load("absent", hub.endpoint, tmp_path)
+    assert "RepositoryNotFoundError" in absent
+    assert absent.count("\n") == 1
+
+
+def test_a_new_model_is_one_entry(
+    empty_weights_folder: Path, tiny_llava_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link(empty_weights_folder / "mine", tiny_llava_folder)
+    monkeypatch.setitem(MODELS, "mine", ModelSpec("mine", "a model of one's own", "me/mine", "hub"))
+    assert load("mine").template == "hub"

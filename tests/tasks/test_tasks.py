@@ -1,0 +1,468 @@
+"""Scores computed by hand, and parquet files with real pictures read from a folder and from a Hub of our own."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+from tiny_tasks import mme_rows, picture_bytes, pope_rows, write_shards
+
+from nanovlm_v2drop.tasks import TASKS, DatasetUnavailable, Mme, Pope, Sample, load_task
+from nanovlm_v2drop.tasks.base import decode_picture, read_parquet_rows, spread
+from nanovlm_v2drop.tasks.mme import COGNITION, PERCEPTION, parse_answer
+from nanovlm_v2drop.tasks.pope import first_sentence_label
+
+ROOT = Path(__file__).parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+
+
+@pytest.fixture(scope="module")
+def pope_folder(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("pope"), pope_rows())
+
+
+@pytest.fixture(scope="module")
+def mme_folder(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("mme"), mme_rows())
+
+
+def pope_record(text, answer, kind="random", group="COCO_1"):
+    correct = Pope().correct(text, Sample("1", "", (), answer, kind, group))
+    return {"sample_id": "1", "kind": kind, "group": group, "answer": answer, "text": text, "correct": correct}
+
+
+def mme_records(category, picture, first_text, second_text):
+    """The two records of a picture whose truths are yes and no."""
+    return [
+        {"sample_id": f"{picture}#{truth}", "kind": category, "group": picture, "answer": truth, "text": text}
+        for truth, text in (("yes", first_text), ("no", second_text))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("Yes", "yes"),
+        ("Yes.", "yes"),
+        ("No, there is not", "no"),
+        ("no", "no"),
+        ("There is not a dog. Yes", "no"),
+        ("Yes. There is no dog", "yes"),
+        ("", "yes"),
+        ("maybe", "yes"),
+        ("NO", "yes"),
+        ("nothing", "yes"),
+        ("\nNo\n", "no"),
+    ],
+)
+def test_pope_reads_the_first_sentence_as_llava_does(answer, label):
+    assert first_sentence_label(answer) == label
+
+
+def test_pope_scores_odd_answers_as_computed_by_hand():
+    # first sentence: yes no yes yes no yes, so 2 hits, 2 false alarms, 1 miss and 1 right no
+    records = [
+        pope_record("Yes", "yes"),
+        pope_record("No, there is not", "no"),
+        pope_record("", "no"),
+        pope_record("Yes.", "yes"),
+        pope_record("no", "yes"),
+        pope_record("maybe", "no"),
+    ]
+    summary = Pope().summary(records)
+    assert summary["accuracy"] == pytest.approx(3 / 6)
+    assert summary["score"] == pytest.approx(50.0)
+    assert summary["precision"] == pytest.approx(2 / 4)
+    assert summary["recall"] == pytest.approx(2 / 3)
+    assert summary["f1"] == pytest.approx(2 * (1 / 2) * (2 / 3) / (1 / 2 + 2 / 3))
+    assert summary["yes_ratio"] == pytest.approx(4 / 6)
+    # equality: only "Yes" and "no" are words it knows; "no" misses, so precision 1 / 1 and recall 1 / 2
+    assert summary["exact_accuracy"] == pytest.approx(1 / 6)
+    assert summary["exact_f1"] == pytest.approx(2 * 1 * 0.5 / 1.5)
+
+
+def test_pope_score_is_the_mean_of_correct_in_percent():
+    records = [pope_record(text, truth) for text in ("Yes.", "No", "", "not here") for truth in ("yes", "no", "no")]
+    mean = 100 * sum(record["correct"] for record in records) / len(records)
+    assert Pope().summary(records)["score"] == pytest.approx(mean)
+
+
+def test_pope_gives_f1_per_category_and_their_unweighted_mean():
+    records = [
+        pope_record("yes", "yes", "random"),
+        pope_record("no", "no", "random"),
+        pope_record("yes", "yes", "popular"),
+        pope_record("yes", "no", "popular"),
+        pope_record("yes", "no", "popular"),
+        pope_record("no", "yes", "adversarial"),
+    ]
+    summary = Pope().summary(records)
+    assert (summary["f1_random"], summary["f1_popular"], summary["f1_adversarial"]) == (1.0, 0.5, 0.0)
+    assert summary["f1_mean_of_categories"] == pytest.approx(0.5)
+    assert summary["f1"] == pytest.approx(2 * 0.5 * (2 / 3) / (0.5 + 2 / 3))
+
+
+def test_pope_of_an_all_yes_model_is_chance_with_full_recall():
+    summary = Pope().summary([pope_record("Yes", truth) for truth in ("yes", "no") * 3])
+    assert (summary["score"], summary["recall"], summary["precision"], summary["yes_ratio"]) == (50.0, 1.0, 0.5, 1.0)
+    assert summary["f1"] == summary["exact_f1"] == pytest.approx(2 / 3)
+
+
+def test_pope_of_an_all_no_model_has_zero_precision_not_a_crash():
+    summary = Pope().summary([pope_record("No", truth) for truth in ("yes", "no")])
+    assert (summary["score"], summary["precision"], summary["f1"], summary["yes_ratio"]) == (50.0, 0.0, 0.0, 0.0)
+    assert "f1_popular" not in summary
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("Yes.", "yes"),
+        ("No, there is not", "no"),
+        ("", "other"),
+        ("maybe", "other"),
+        ("Y", "yes"),
+        ("n.", "no"),
+        ("x", "other"),
+        (" YES it is", "yes"),
+        ("Not sure", "no"),
+        ("I know", "other"),
+        ("The answer is yes", "other"),
+    ],
+)
+def test_mme_reads_the_word_or_the_first_four_characters(answer, label):
+    assert parse_answer(answer) == label
+
+
+def test_mme_scores_odd_answers_as_computed_by_hand():
+    records = [
+        *mme_records("color", "color/1.png", "Yes.", "No, there is not"),  # both right
+        *mme_records("color", "color/2.png", "", "no"),  # one right
+        *mme_records("OCR", "OCR/1.png", "maybe", "yes"),  # none right
+        *mme_records("code_reasoning", "code/1.png", "y", "yes"),  # one right
+    ]
+    summary = Mme().summary(records)
+    assert (summary["color"], summary["OCR"], summary["code_reasoning"]) == (75.0 + 50.0, 0.0, 50.0)
+    assert (summary["color_accuracy"], summary["color_accuracy_plus"]) == (0.75, 0.5)
+    assert (summary["perception"], summary["cognition"], summary["score"]) == (125.0, 50.0, 175.0)
+    assert (summary["accuracy"], summary["accuracy_plus"]) == (4 / 8, 1 / 4)
+    assert summary["max_score"] == 600.0
+
+
+def test_mme_of_a_perfect_model_is_2000_and_800():
+    records = [
+        record
+        for category in PERCEPTION + COGNITION
+        for picture in range(2)
+        for record in mme_records(category, f"{category}/{picture}", "Yes", "No")
+    ]
+    summary = Mme().summary(records)
+    assert (summary["perception"], summary["cognition"]) == (2000.0, 800.0)
+    assert summary["score"] == summary["max_score"] == 2800.0
+
+
+def test_mme_of_an_all_yes_model_is_half_the_questions_and_no_picture():
+    summary = Mme().summary([r for picture in "abc" for r in mme_records("count", picture, "Yes", "Yes")])
+    assert (summary["score"], summary["accuracy"], summary["accuracy_plus"]) == (50.0, 0.5, 0.0)
+
+
+def test_mme_pairs_records_in_any_order():
+    records = [*mme_records("count", "a", "Yes", "No"), *mme_records("count", "b", "No", "No")]
+    assert Mme().summary(records[::-1]) == Mme().summary(records)
+
+
+def test_mme_summary_names_a_picture_with_one_answer():
+    records = mme_records("count", "count/7.png", "Yes", "No")
+    with pytest.raises(ValueError, match=r"MME picture count/7\.png has 1 question\(s\), not 2.*keeps pairs whole"):
+        Mme().summary(records[:1])
+
+
+@pytest.mark.parametrize("task", [Pope(), Mme()])
+def test_a_summary_of_nothing_is_an_error(task):
+    with pytest.raises(ValueError, match="no record to score"):
+        task.summary([])
+
+
+def test_pope_samples_carry_prompt_picture_truth_and_category(pope_folder):
+    samples = list(Pope(pope_folder).samples())
+    assert len(samples) == len({sample.sample_id for sample in samples}) == 24
+    third = samples[3]
+    assert third.text == "Is there a thing 3 in the image?" + SHORT_ANSWER
+    assert (third.sample_id, third.answer, third.kind, third.group) == ("adversarial-3", "no", "adversarial", "COCO_1")
+    assert [image.getpixel((0, 0)) for image in third.images] == [(1, 0, 0)]
+
+
+def test_mme_samples_carry_the_short_answer_prompt_instead_of_their_own(mme_folder):
+    samples = list(Mme(mme_folder).samples())
+    assert len(samples) == len({sample.sample_id for sample in samples}) == 84
+    assert samples[1].text == "Is this No?" + SHORT_ANSWER
+    assert (samples[1].sample_id, samples[1].answer) == ("existence/0000.png#2", "no")
+    assert (samples[1].kind, samples[1].group) == ("existence", "existence/0000.png")
+
+
+@pytest.mark.parametrize("limit", [6, 12, 18])
+def test_a_pope_limit_balances_categories_and_truths(pope_folder, limit):
+    samples = list(Pope(pope_folder).samples(limit))
+    assert set(Counter((sample.kind, sample.answer) for sample in samples).values()) == {limit // 6}
+    assert [s.sample_id for s in samples] == [s.sample_id for s in Pope(pope_folder).samples(limit)]
+
+
+def test_a_pope_limit_of_12_is_spread_over_the_pictures(pope_folder):
+    assert {sample.group for sample in Pope(pope_folder).samples(12)} == {"COCO_0", "COCO_2"}
+
+
+def test_a_limited_sample_is_the_same_sample_as_in_the_full_run(pope_folder):
+    full = {sample.sample_id: sample for sample in Pope(pope_folder).samples()}
+    for sample in Pope(pope_folder).samples(7):
+        twin = full[sample.sample_id]
+        assert (sample.text, sample.answer, sample.group) == (twin.text, twin.answer, twin.group)
+        assert sample.images[0].tobytes() == twin.images[0].tobytes()
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2, 2), (29, 28), (56, 56), (1000, 84)])
+def test_an_mme_limit_keeps_pairs_whole_and_rounds_down(mme_folder, limit, expected):
+    samples = list(Mme(mme_folder).samples(limit))
+    assert len(samples) == expected
+    assert set(Counter(sample.group for sample in samples).values()) == {2}
+
+
+def test_an_mme_limit_of_28_reaches_every_category(mme_folder):
+    assert {sample.kind for sample in Mme(mme_folder).samples(28)} == {*PERCEPTION, *COGNITION}
+
+
+@pytest.mark.parametrize(("task", "limit"), [(Pope, 0), (Pope, -3), (Mme, 1)])
+def test_a_limit_that_leaves_nothing_is_an_error_with_the_number(pope_folder, mme_folder, task, limit):
+    with pytest.raises(ValueError, match=f"a limit of {limit} "):
+        task(mme_folder if task is Mme else pope_folder).samples(limit)
+
+
+def test_spread_gives_what_a_small_stratum_lacks_to_the_others():
+    strata = [("a",)] * 2 + [("b",)] * 10 + [("c",)] * 10
+    chosen = spread(strata, 12)
+    assert Counter(strata[position] for position in chosen) == {("a",): 2, ("b",): 5, ("c",): 5}
+    assert chosen == sorted(set(chosen))
+    assert spread(strata, 99) == list(range(22))
+
+
+def test_an_evaluated_task_scores_its_own_samples_end_to_end(mme_folder):
+    task = Mme(mme_folder)
+    records = [
+        {
+            "sample_id": sample.sample_id,
+            "kind": sample.kind,
+            "group": sample.group,
+            "answer": sample.answer,
+            "text": "Yes",
+            "correct": task.correct("Yes", sample),
+        }
+        for sample in task.samples(28)
+    ]
+    assert sum(record["correct"] for record in records) == 14
+    assert task.summary(records)["score"] == 14 * 50.0
+
+
+def test_rows_are_counted_through_all_files_and_batches(tmp_path):
+    rows = [{"number": number, "other": 0} for number in range(150)]
+    files = sorted((write_shards(tmp_path, rows) / "data").iterdir())
+    assert [row["number"] for row in read_parquet_rows(files, ["number"])] == list(range(150))
+    assert list(read_parquet_rows(files, ["number"], [149, 3, 75])) == [{"number": n} for n in (3, 75, 149)]
+
+
+def test_a_picture_is_turned_upright_as_its_exif_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to show
+    data = picture_bytes("red", size=(8, 2), format="JPEG", exif=exif)
+    assert decode_picture({"bytes": data, "path": None}, "1").size == (2, 8)
+
+
+def test_raw_bytes_and_grey_pictures_become_rgb():
+    buffer = io.BytesIO()
+    Image.new("L", (3, 3), 7).save(buffer, format="PNG")
+    image = decode_picture(buffer.getvalue(), "1")
+    assert (image.mode, image.getpixel((0, 0))) == ("RGB", (7, 7, 7))
+
+
+@pytest.mark.parametrize("cell", [None, b"", {"bytes": None, "path": "elsewhere.png"}])
+def test_a_cell_without_bytes_is_an_error_naming_the_sample(cell):
+    with pytest.raises(ValueError, match="sample random-5: the image cell has no bytes"):
+        decode_picture(cell, "random-5")
+
+
+@pytest.mark.parametrize("data", [b"not a picture", picture_bytes("red", size=(64, 64))[:90]])
+def test_bytes_that_are_no_picture_are_an_error_naming_the_sample(data):
+    with pytest.raises(ValueError, match=rf"sample random-5: no picture in {len(data)} bytes"):
+        decode_picture(data, "random-5")
+
+
+def test_a_missing_column_is_an_error_naming_the_file_and_the_columns(tmp_path):
+    write_shards(tmp_path, [{"question": "?", "answer": "yes"}], shards=1)
+    expected = r"test-00000-of-00001\.parquet has no column question_id, .*; it has: question, answer"
+    with pytest.raises(ValueError, match=expected):
+        list(Pope(tmp_path).samples())
+
+
+def test_a_git_lfs_pointer_is_recognised(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test-00000-of-00001.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"\(43 bytes\) is no parquet file; a Git LFS pointer\?"):
+        list(Pope(tmp_path).samples())
+
+
+def test_one_folder_may_hold_several_datasets(tmp_path):
+    write_shards(tmp_path / "pope", pope_rows())
+    write_shards(tmp_path / "MME", mme_rows())
+    assert len(list(Pope(tmp_path).samples())) == 24
+    assert len(list(Mme(tmp_path).samples())) == 84
+
+
+def test_files_named_by_the_split_are_found_anywhere_below(tmp_path, pope_folder):
+    nested = tmp_path / "a" / "b"
+    nested.mkdir(parents=True)
+    for file in (pope_folder / "data").iterdir():
+        (nested / f"pope_{file.name}").write_bytes(file.read_bytes())
+    assert len(list(Pope(tmp_path).samples())) == 24
+
+
+def test_a_missing_shard_is_an_error_not_a_smaller_benchmark(tmp_path):
+    write_shards(tmp_path, pope_rows(), shards=3)
+    (tmp_path / "data" / "test-00001-of-00003.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="holds 2 of 3 parquet shards"):
+        Pope(tmp_path).samples()
+
+
+def test_a_folder_without_the_data_says_what_it_should_hold(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no data/test-\*\.parquet"):
+        Pope(tmp_path).samples()
+    with pytest.raises(FileNotFoundError, match=r"nowhere is no folder; give the one .* of lmms-lab-encoder/MME"):
+        Mme(tmp_path / "nowhere").samples()
+
+
+def test_data_of_another_benchmark_is_refused(pope_folder, tmp_path):
+    with pytest.raises(ValueError, match="MME has no category 'adversarial'; is this lmms-lab-encoder/MME"):
+        Mme(pope_folder).samples()
+    rows = [{**row, "image_source": "x"} for row in mme_rows(pictures=1)]
+    with pytest.raises(ValueError, match="category 'existence' is none of POPE's"):
+        list(Pope(write_shards(tmp_path, rows)).samples())
+
+
+def test_a_ground_truth_that_is_neither_yes_nor_no_is_refused(tmp_path):
+    rows = pope_rows()
+    rows[0]["answer"] = "maybe"
+    with pytest.raises(ValueError, match="sample adversarial-0: the ground truth is 'maybe'"):
+        list(Pope(write_shards(tmp_path, rows)).samples())
+
+
+def test_mme_data_with_half_a_pair_is_refused_before_anything_is_evaluated(tmp_path):
+    with pytest.raises(ValueError, match=r"MME picture code_reasoning/0002\.png has 1 question"):
+        Mme(write_shards(tmp_path, mme_rows()[:-1])).samples()
+
+
+def test_missing_pyarrow_names_the_extra_to_install(pope_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r'pip install "nanovlm-v2drop\[benchmarks\]"'):
+        list(Pope(pope_folder).samples())
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """The three endpoints that a snapshot download calls; the server has `folder` to serve and `requests` to record."""
+
+    def do_GET(self):
+        path = urlsplit(self.path).path
+        self.server.requests.append((self.command, path))
+        files = {str(f.relative_to(self.server.folder)): f.read_bytes() for f in self.server.folder.rglob("*.parquet")}
+        if "/revision/" in path:
+            return self.reply(json.dumps({"id": "any/name", "sha": COMMIT, "siblings": []}).encode())
+        if "/tree/" in path:
+            tree = [{"type": "file", "path": n, "size": len(d), "oid": f"oid-{n}"} for n, d in files.items()]
+            return self.reply(json.dumps(tree).encode())
+        return self.reply(files[path.split(f"/resolve/{COMMIT}/")[1]])
+
+    do_HEAD = do_GET
+
+    def reply(self, body):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hash(body):x}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    server.folder, server.requests = tmp_path / "served", []
+    server.endpoint = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def sample_ids_from(endpoint, cache):
+    """Load POPE in a fresh process: huggingface_hub reads its environment when it is imported."""
+    pytest.importorskip("huggingface_hub")
+    script = "from nanovlm_v2drop.tasks import load_task; print(*(s.sample_id for s in load_task('pope').samples()))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "PYTHONPATH": str(ROOT), "no_proxy": "*"}
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=cache, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_samples_come_from_the_hub_that_hf_endpoint_names_and_later_from_its_cache(hub, tmp_path):
+    write_shards(hub.folder, pope_rows())
+    write_shards(hub.folder, pope_rows(), split="train")
+    expected = [sample.sample_id for sample in Pope(hub.folder).samples()]
+
+    fetched = sample_ids_from(hub.endpoint, tmp_path)
+    assert fetched.stdout.split() == expected, fetched.stderr
+    paths = [path for _, path in hub.requests]
+    assert f"/datasets/lmms-lab-encoder/POPE/resolve/{COMMIT}/data/test-00001-of-00002.parquet" in paths
+    assert not [path for path in paths if "train" in path]
+
+    hub.shutdown()
+    hub.server_close()
+    assert sample_ids_from(hub.endpoint, tmp_path).stdout.split() == expected
+
+
+def test_an_unreachable_hub_says_in_two_lines_what_was_tried_and_what_to_do(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(DatasetUnavailable) as caught:
+        Pope().samples(6)
+    tried, remedy = str(caught.value).splitlines()
+    assert tried.startswith("dataset lmms-lab-encoder/POPE is not available from http://127.0.0.1:9: ")
+    assert [hint for hint in ("--local-dir DIR", "--data DIR", "HF_ENDPOINT") if hint not in remedy] == []
+
+
+def test_every_task_has_the_name_it_is_found_by_and_a_token_budget():
+    for name in ("pope", "mme"):
+        task = load_task(name)
+        assert type(task) is TASKS[name]
+        assert task.name == name
+        assert task.max_new_tokens > 0
+        assert task.default_samples is None
+
+
+def test_load_task_hands_the_folder_on(pope_folder):
+    assert len(list(load_task("pope", pope_folder).samples())) == 24
+
+
+def test_an_unknown_task_is_an_error_listing_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown task 'vqa'; choose one of: .*mme, pope"):
+        load_task("vqa")

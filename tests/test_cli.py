@@ -1,0 +1,302 @@
+"""The command line as users run it, on the shipped demo."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_tasks import OWN_METHOD, mme_rows, pope_rows, write_shards
+
+from nanovlm_v2drop import cli
+from nanovlm_v2drop.dropping import DROPPERS
+
+ROOT = Path(__file__).parents[1]
+
+
+ROW_KEYS = {
+    "method", "task", "schedule", "vision_tokens", "mean_vision_tokens", "score", "relative_score", "samples",
+    "prefill_ms", "decode_ms_per_token", "prefill_tflops", "kv_cache_mb", "peak_memory_mb", "seed",
+}  # fmt: skip
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_script_ends_with_one_json_line_and_leaves_answers_summary_and_report(tmp_path):
+    command = [sys.executable, ROOT / "train_free_eval.py", "--limit", "6", "--output", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert {"model", "device", "dtype", "attention", "results"} <= set(result)
+    budgets = [(method, budget) for budget in (48.0, 32.0, 16.0) for method in ("v2drop", "random")]
+    assert [(row["method"], row["asked_tokens"]) for row in result["results"]] == [("dense", None), *budgets]
+    for row in result["results"]:
+        assert set(row) >= ROW_KEYS
+        assert row["asked_tokens"] is None or abs(row["mean_vision_tokens"] - row["asked_tokens"]) <= 0.5
+    assert "mean tokens" in done.stdout
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 6 * (1 + 3 + 3 * 3)  # three seeds of Random
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == result
+    assert [(entry["method"], entry["asked_tokens"]) for entry in result["position_bias"]] == budgets
+    galleries = json.loads((tmp_path / "run" / "galleries.json").read_text())
+    assert len(galleries) == 4
+    stages = [(row["method"], len(row["stages"])) for row in galleries[0]["rows"]]
+    assert stages == [("dense", 0), *[("v2drop", 3), ("random", 3)] * 3]
+    assert all(stage["tokens"] == len(stage["kept"]) for row in galleries[0]["rows"] for stage in row["stages"])
+    assert "What" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, capsys):
+    options = ["--methods", "dense,v2drop", "--tokens", "32", "--limit", "4", "--output", tmp_path]
+    assert run(capsys, *options)[0] == 0
+    file = tmp_path / "samples.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:5]) + lines[5][:20])  # killed in the middle of the sixth line
+    code, _, error = run(capsys, *options)
+    assert code == 2
+    assert "already holds answers to demo; go on with --resume" in error
+    assert run(capsys, *options, "--resume")[0] == 0
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(r["plan"], r["sample_id"]) for r in again] == [
+        (r["plan"], r["sample_id"]) for r in map(json.loads, lines)
+    ]
+    assert [json.loads(line) for line in lines[:5]] == again[:5]
+
+
+def test_pope_and_mme_run_from_local_parquet_files(tmp_path, capsys):
+    write_shards(tmp_path / "data" / "POPE", pope_rows())
+    write_shards(tmp_path / "data" / "MME", mme_rows())
+    options = ["--tasks", "pope,mme", "--data", tmp_path / "data", "--methods", "dense,v2drop", "--tokens", "48"]
+    code, out, _ = run(capsys, *options, "--limit", 28, "--output", tmp_path / "run")
+    assert code == 0
+    rows = json.loads(out.splitlines()[-1])["results"]
+    assert [(row["task"], row["method"], row["samples"]) for row in rows] == [
+        (task, method, count) for task, count in (("pope", 24), ("mme", 28)) for method in ("dense", "v2drop")
+    ]
+    assert {"f1", "f1_mean_of_categories", "exact_accuracy"} <= set(rows[0]["metrics"])
+    assert {"perception", "cognition"} <= set(rows[2]["metrics"])
+    assert all(low <= row["score"] <= high for row in rows for low, high in [row["score_interval"]])
+    galleries = json.loads((tmp_path / "run" / "galleries.json").read_text())
+    assert [gallery["task"] for gallery in galleries] == ["pope"] * 4 + ["mme"] * 4
+
+
+def test_a_run_with_other_settings_does_not_go_on_with_these_answers(tmp_path, capsys):
+    options = ["--methods", "dense", "--limit", "1", "--output", tmp_path]
+    run(capsys, *options)
+    code, _, error = run(capsys, *options, "--resume", "--image-aspect-ratio", "crop")
+    assert code == 2
+    assert "image_aspect_ratio='pad'" in error
+    assert "choose another --output" in error
+
+
+def test_answers_made_with_other_frames_or_other_weights_are_not_gone_on_with(tmp_path, capsys):
+    options = ["--methods", "dense", "--limit", "1", "--output", tmp_path / "run"]
+    clips = [*options, "--model", "demo-video"]
+    assert run(capsys, *clips, "--frames", 8)[0] == 0
+    code, _, error = run(capsys, *clips, "--frames", 4, "--resume")
+    assert code == 2
+    assert "sampling UniformSampling(num_frames=8), not UniformSampling(num_frames=4); choose another --output" in error
+    copy = tmp_path / "copies" / "demo-video"
+    shutil.copytree(ROOT / "weights" / "demo-video", copy)
+    code, _, error = run(capsys, *options, "--model", copy, "--frames", 8, "--resume")
+    assert code == 2
+    assert f"not {copy}; choose another --output" in error
+
+
+def test_answers_whose_settings_were_noted_before_sampling_was_are_not_gone_on_with(tmp_path, capsys):
+    options = ["--methods", "dense", "--limit", "1", "--output", tmp_path]
+    run(capsys, *options)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings.pop("sampling") == "UniformSampling(num_frames=32)"
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    code, _, error = run(capsys, *options, "--resume")
+    assert code == 2
+    assert "holds answers made with sampling not noted, not UniformSampling(num_frames=32); choose another --output" in error
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(["--methods", "random", "--seeds", 1], ["--seeds", 2]), (["--methods", "dense"], ["--methods", "dense,v2drop"])],
+)
+def test_a_smaller_run_that_goes_on_with_a_larger_one_compares_its_own_samples_only(first, then, tmp_path, capsys):
+    options = ["--tokens", "60", "--output", tmp_path, *first]
+    assert run(capsys, *options, "--limit", 12)[0] == 0
+    code, out, _ = run(capsys, *options, *then, "--limit", 6, "--resume")
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
+    assert {row["samples"] for row in result["results"]} == {6}
+    assert len({row["relative_score"] is None for row in result["results"]}) == 1
+    galleries = json.loads((tmp_path / "galleries.json").read_text())
+    assert len({len(gallery["rows"]) for gallery in galleries}) == 1
+
+
+def test_a_batch_gives_the_same_answers_as_one_by_one(tmp_path, capsys):
+    texts = []
+    for size in (1, 5):
+        options = ("--retain", "0.25", "--seeds", 1, "--methods", "dense,v2drop,random")
+        run(capsys, "--limit", 10, "--batch-size", size, *options, "--output", tmp_path / str(size))
+        lines = (tmp_path / str(size) / "samples.jsonl").read_text().splitlines()
+        texts.append({(r["plan"], r["sample_id"]): (r["text"], r["kept"]) for r in map(json.loads, lines)})
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 30
+
+
+def test_all_methods_run_at_equal_budgets_or_say_their_floor(tmp_path, capsys):
+    code, out, _ = run(capsys, "--methods", "all", "--limit", 2, "--seeds", 1, "--output", tmp_path)
+    assert code == 0
+    rows = json.loads(out.splitlines()[-1])["results"]
+    assert {row["method"] for row in rows} == {"dense", *DROPPERS}
+    for row in rows[1:]:
+        assert abs(row["mean_vision_tokens"] - row["asked_tokens"]) <= 1 or row["note"].startswith("cannot go below")
+    assert "dycoke 48: cannot go below 144.0 mean tokens" in out
+
+
+def test_published_settings_run_with_what_they_really_cost(tmp_path, capsys):
+    options = ["--methods", "fastv,v2drop", "--accounting", "official", "--limit", 2, "--output", tmp_path]
+    code, out, _ = run(capsys, *options)
+    assert code == 0
+    rows = {row["label"]: row for row in json.loads(out.splitlines()[-1])["results"]}
+    assert rows["fastv K=2 R=50%"]["mean_vision_tokens"] == round((144 + 11 * 72) / 12, 2)
+    assert rows["v2drop paper-64"]["asked_tokens"] is None
+    assert "mapped from 32 layers and 576 tokens" in out
+
+
+def test_published_settings_of_dycoke_run_on_clips_and_leave_pictures_alone(tmp_path, capsys):
+    options = ["--methods", "dense,dycoke", "--accounting", "official", "--limit", 1]
+    for model, mean, note in (("demo-video", 159, "mapped from frames of 196 tokens"), ("demo", 144, "for videos: ")):
+        code, out, _ = run(capsys, "--model", model, *options, "--output", tmp_path / model)
+        assert code == 0
+        rows = {row["label"]: row for row in json.loads(out.splitlines()[-1])["results"]}
+        assert rows["dycoke K=0.7"]["mean_vision_tokens"] == mean
+        assert note in rows["dycoke K=0.7"]["note"]
+
+
+def test_an_ablation_stands_beside_the_papers_numbers(tmp_path, capsys):
+    code, out, _ = run(capsys, "--ablation", "metric,steps", "--limit", 2, "--output", tmp_path)
+    assert code == 0
+    rows = json.loads(out.splitlines()[-1])["results"]
+    assert [row["label"].removeprefix("v2drop ") for row in rows] == ["dense", "l2", "l1", "cosine", "progressive", "one-shot"]
+    assert rows[3]["paper"] == {"MME": 1718, "GQA": 55.2, "MMB": 61.8, "SQA": 69.2}
+    assert "│ v2drop cosine      │    32 │ 1718 │ 55.2 │" in out
+
+
+def test_a_method_of_ones_own_runs_from_its_file(tmp_path, capsys):
+    file = tmp_path / "my_method.py"
+    file.write_text(OWN_METHOD)
+    code, out, _ = run(capsys, "--methods", f"dense,{file}:Own", "--tokens", 32, "--limit", 2, "--output", tmp_path / "run")
+    assert code == 0
+    assert [row["method"] for row in json.loads(out.splitlines()[-1])["results"]] == ["dense", "own"]
+
+
+def test_a_method_that_scores_nan_ends_in_one_line_and_exit_code_2(tmp_path, capsys):
+    file = tmp_path / "my_method.py"
+    file.write_text(OWN_METHOD.replace("norm(dim=-1)", "norm(dim=-1) * float('nan')"))
+    code, _, error = run(capsys, "--methods", f"{file}:Own", "--tokens", 32, "--limit", 1, "--output", tmp_path / "run")
+    assert code == 2
+    assert "nanovlm-v2drop: own scored a vision token NaN: it divides by zero, or activations overflow" in error
+    assert "Traceback" not in error
+
+
+def test_one_question_about_one_picture_is_answered_with_and_without_dropping(tmp_path, capsys):
+    Image.new("RGB", (300, 200), (90, 120, 100)).save(tmp_path / "grey.png")
+    code, out, _ = run(
+        capsys, "--image", tmp_path / "grey.png", "--prompt", "How many objects are in the image?", "--output", tmp_path
+    )
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
+    assert [row["method"] for row in result["results"]] == ["dense"] + ["v2drop", "random"] * 3
+    assert all(row["text"] for row in result["results"])
+    assert Image.open(tmp_path / "kept.png").size[0] > 700
+
+
+def test_missing_weights_end_in_two_lines_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    code, out, error = run(capsys, "--model", "llava-1.5-7b", "--output", tmp_path / "run")
+    assert code == 2
+    assert out == ""
+    assert len(error.strip().splitlines()) == 2
+    assert "llava-hf/llava-1.5-7b-hf" in error
+    assert "--weights" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "dense,fastest"], "unknown method 'fastest'; choose from: dense, "),
+        (["--tokens", "5"], "a mean of 5 vision tokens is out of reach"),
+        (["--tokens", "145"], "lies between 12.9 and 144"),
+        (["--ablation", "size"], "unknown ablation 'size'"),
+        (["--methods", "nowhere.py:Own"], "there is no file nowhere.py"),
+        (["--tasks", "chess"], "unknown task 'chess'; choose one of: demo, demo-video, mme, pope"),
+        (["--model", "gpt"], "gpt"),
+        (["--attention", "varlen"], "needs a CUDA device"),
+        (["--image", "nowhere.png", "--prompt", "What?"], "nowhere.png"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_error_with_exit_code_2(arguments, message, tmp_path, capsys):
+    code, _, error = run(capsys, *arguments, "--output", tmp_path / "run")
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+
+
+WRONG = [["--image", "a.png"], ["--resume"], ["--limit", "0"], ["--seeds", "0"], ["--tokens", "many"]]
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_options_that_do_not_fit_are_refused_by_the_parser(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_its_accuracies_and_is_sensitive_to_random_dropping(tmp_path, capsys):
+    _, out, _ = run(capsys, "--batch-size", 8, "--output", tmp_path)
+    rows = {(row["method"], row["asked_tokens"]): row for row in json.loads(out.splitlines()[-1])["results"]}
+    dense = rows["dense", None]["metrics"]
+    assert dense["existence"] >= 95
+    assert dense["score"] >= 90
+    assert rows["random", 16.0]["relative_interval"][1] < 90
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--accounting", "official", "--tokens", "32"], "beside --accounting --tokens would be ignored; leave one"),
+        (["--ablation", "metric", "--methods", "fastv", "--seeds", "2"], "beside --ablation --methods, --seeds would be"),
+        (["--claims", "--image", "a.png", "--prompt", "b"], "beside --claims --prompt, --image would be ignored"),
+        (["--image", "a.png", "--prompt", "b", "--limit", "3", "--tasks", "pope"], "beside --prompt --tasks, --limit"),
+        (["--methods", ""], "argument --methods: nothing is named"),
+        (["--retain", " , "], "argument --retain: nothing is named"),
+        (["--device", "foo"], "unknown device 'foo'; cpu, cuda or cuda:N"),
+    ],
+)
+def test_an_option_that_would_be_ignored_or_means_nothing_is_refused(options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-pixels", "100"], "max_pixels 100 has no meaning for demo"),
+        (["--frames", "3"], "demo takes pictures only"),
+        (["--image", str(ROOT / "weights/demo/report.png"), "--prompt", ""], "the request is blank"),
+        (["--output", "/dev/null"], "File exists"),
+    ],
+)
+def test_what_a_model_cannot_use_is_told_in_one_line(options, message, capsys):
+    assert cli.main([*options, "--methods", "dense", *([] if "--prompt" in options else ["--limit", "1"])]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("nanovlm-v2drop: ")
+    assert message in told
