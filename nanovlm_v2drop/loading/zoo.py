@@ -25,7 +25,8 @@ from ..processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, Tokenizer
 from ..processing.video import FpsSampling, FrameSampling, UniformSampling, read_frames
 from .checkpoint import load_model
 
-WEIGHTS_FOLDER = Path(__file__).parents[2] / "weights"
+INSTALLED_WEIGHTS = Path(__file__).parents[1] / "weights"  # where a wheel holds the demo models
+WEIGHTS_FOLDER = INSTALLED_WEIGHTS if INSTALLED_WEIGHTS.is_dir() else Path(__file__).parents[2] / "weights"
 # Safetensors only: a repository may hold the same weights as pickles too.
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
