@@ -1,4 +1,4 @@
-"""What is timed side by side: our dense model, our methods at every budget, and transformers on the very same tensors."""
+"""What is timed side by side: our dense model, our methods at every budget, and transformers on the same tensors."""
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +16,16 @@ from ..inference import Prefilled, decode_steps, prefill
 from .workload import Workload
 
 Run = Callable[[], Any]
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # transformers' own
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # names of transformers
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`decoding` takes what `prefill` returned and gives what is timed: it decodes and rewinds the cache, which every round
-    meets the same.
+    """One program that is timed.
 
-    `model_schedule` is that of the whole model, of which the dropper has as much as the layers that run.
+    `decoding` takes the result of `prefill` and returns the function that is timed. That function decodes and then rewinds the
+    cache, so that every round starts from the same cache. `model_schedule` is the schedule of the whole model; the dropper has
+    the part of it that fits the layers that run.
     """
 
     name: str
@@ -39,9 +40,9 @@ class Contender:
 
 
 def model_schedule(method: type[TokenDropper], budget: float, workload: Workload) -> DropSchedule:
-    """For the whole model: the paper's keep ratios at its depths where it has this budget, else the solver's schedule.
+    """The schedule of the whole model: the paper's ratios if the paper has this budget, otherwise the solver's schedule.
 
-    Raises ValueError where the method cannot reach the budget.
+    Raises ValueError if the method cannot reach the budget.
     """
     _, _, vision_tokens = workload.sizes
     published = PUBLISHED_SCHEDULES.get(f"paper-{budget:g}") if vision_tokens == PAPER_VISION_TOKENS else None
@@ -51,7 +52,7 @@ def model_schedule(method: type[TokenDropper], budget: float, workload: Workload
 
 
 def at_same_depths(schedule: DropSchedule, model_layers: int, layers: int) -> DropSchedule:
-    """The schedule of a model in `layers` of its `model_layers`; drop points that meet in one layer act at once."""
+    """The schedule of a model of `model_layers`, moved to `layers`. Drop points that fall on one layer are merged into one."""
     shares: dict[int, float] = {}
     for layer, share in schedule.items():
         (place,) = layers_at_depths(layers, [layer / model_layers])
@@ -60,7 +61,7 @@ def at_same_depths(schedule: DropSchedule, model_layers: int, layers: int) -> Dr
 
 
 def our_contenders(workload: Workload, methods: Sequence[str], budgets: Mapping[str, float]) -> list[Contender]:
-    """Dense, then every method at every budget; raises ValueError for an unknown method, or a budget that it cannot reach."""
+    """Dense, then every method at every budget. Raises ValueError for an unknown method or a budget that it cannot reach."""
     run = partial(prefill, workload.decoder, workload.packed, max_new_tokens=workload.decode_steps)
     decoding = partial(decode_and_rewind, workload)
     contenders = [Contender(DENSE, run, decoding)]
@@ -76,9 +77,9 @@ def our_contenders(workload: Workload, methods: Sequence[str], budgets: Mapping[
 
 
 def dropper_at(method: type[TokenDropper], budget: float, workload: Workload) -> tuple[TokenDropper, DropSchedule]:
-    """The method in the layers that run, and its schedule in the whole model; raises ValueError as `model_schedule`.
+    """The method for the layers that run, and its schedule in the whole model.
 
-    And where it cannot act in so few layers.
+    Raises ValueError if the method cannot reach the budget, or cannot act in so few layers.
     """
     whole, layers = model_schedule(method, budget, workload), workload.decoder.config.num_hidden_layers
     dropper = method(at_same_depths(whole, workload.model_layers, layers))
@@ -99,15 +100,15 @@ def decode_and_rewind(workload: Workload, prefilled: Prefilled) -> Run:
 
 
 def transformers_contenders(workload: Workload, attentions: Sequence[str]) -> list[Contender]:
-    """transformers with these attentions, less its flash-attn where that cannot run; raises ValueError for unknown ones."""
+    """transformers with these attentions, without flash-attn if that cannot run. Raises ValueError for an unknown attention."""
     if unknown := set(attentions) - set(ATTENTIONS):
-        raise ValueError(f"unknown attention of transformers: {', '.join(sorted(unknown))}; it has {', '.join(ATTENTIONS)}")
+        raise ValueError(f"transformers has no attention {', '.join(sorted(unknown))}; choose from {', '.join(ATTENTIONS)}")
     has_flash = workload.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     return [transformers_contender(workload, name) for name in attentions if has_flash or name != "flash_attention_2"]
 
 
 def transformers_contender(workload: Workload, attention: str) -> Contender:
-    """LlamaForCausalLM or Qwen2ForCausalLM around the decoder's own tensors: nothing is copied."""
+    """LlamaForCausalLM or Qwen2ForCausalLM with the decoder's own tensors. Nothing is copied."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     assert workload.plain is not None
@@ -118,13 +119,14 @@ def transformers_contender(workload: Workload, attention: str) -> Contender:
         model = (Qwen2ForCausalLM if is_qwen2 else LlamaForCausalLM)(config).eval()
     plain = {name: workload.plain[name.removeprefix("model.")] for name in model.state_dict()}
     model.load_state_dict(plain, assign=True)
-    # The rotary frequencies are in no state dict, so they are still on the meta device.
+    # The state dict does not hold the rotary frequencies, so they are still on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(workload.device)
     inputs_embeds = workload.packed.inputs_embeds[None]
 
     def run() -> Any:
         output = model.model(inputs_embeds=inputs_embeds, past_key_values=DynamicCache(), use_cache=True)
-        # Not its logits_to_keep=1: that slice of (1, T, D) meets a very slow bfloat16 product on CPUs, and would flatter us.
+        # logits_to_keep=1 would slice (1, T, D), and the bfloat16 product of that slice is very slow on CPUs. We avoid it,
+        # because it would make transformers look slower than it is.
         output.logits = model.lm_head(output.last_hidden_state[:, -1])
         return output
 
@@ -138,24 +140,25 @@ def transformers_contender(workload: Workload, attention: str) -> Contender:
 
 
 def check_logits(workload: Workload, reference: Contender) -> dict[str, float]:
-    """Compare dense logits with the reference's, which counts positions 0, 1, 2, ...; raises as `compare_logits`."""
+    """Compare our dense logits with the reference's, at positions 0, 1, 2 and so on. Raises what `compare_logits` raises."""
     rows = torch.arange(len(workload.packed.inputs_embeds), device=workload.device)
     ours = prefill(workload.decoder, replace(workload.packed, position_ids=rows)).logits[0]
     return compare_logits(ours, reference.prefill().logits[0])
 
 
 def compare_logits(ours: Tensor, reference: Tensor) -> dict[str, float]:
-    """How far two contenders' last logits (V,) are apart; raises RuntimeError where rounding cannot explain it."""
+    """The difference of two contenders' last logits (V,). Raises RuntimeError if rounding cannot explain it."""
     difference, largest = (ours - reference).abs().max().item(), reference.abs().max().item()
     if not difference <= torch.finfo(ours.dtype).eps ** 0.5 * largest:
         raise RuntimeError(
-            f"dense logits and transformers' differ by {difference:.3g} where the largest is {largest:.3g}: unequal work"
+            f"our dense logits differ from those of transformers by {difference:.3g}, and the largest logit is {largest:.3g}: "
+            "the two programs do not compute the same"
         )
     return {"max_difference": difference, "largest_logit": largest}
 
 
 def decoding_contenders(contenders: Sequence[Contender]) -> list[Contender]:
-    """Of methods whose caches are alike, one; every method that hides a part of its cache; and what is no method."""
+    """The contenders whose decoding differs: one per cache shape, and every method that hides a part of its cache."""
 
     def kind(contender: Contender) -> str:
         dropper = contender.dropper

@@ -1,13 +1,14 @@
-"""How long importing and loading take, beside transformers, each load in a process of its own.
+"""How long importing and loading take, compared with transformers. Each load runs in a process of its own.
 
-`loading_rows` writes random weights to a temporary folder in llava-hf's layout: a decoder at the layer shapes of an official
-model, as many layers as fit, behind a tower of two small blocks. Both sides read config.json and the weights, no tokenizer.
-Loads are interleaved, seconds are medians over the repeats.
+`loading_rows` writes random weights to a temporary folder in the layout of llava-hf: a decoder with the layer shapes of an
+official model, with as many layers as fit, and a vision tower of two small blocks. Both programs read config.json and the
+weights, and no tokenizer. The loads are interleaved. Seconds are medians over the repeats.
 
-load: until the call returns. ready: until every page of every weight was looked at once, too, since a mapped file that nobody
-has read is loaded in no time, and ours in bfloat16 on a CPU were put into prepacked order (see linear.py). peak: resident
-memory at its highest, above what it was before the load; pages of a mapped file count. warm: the file is in the page cache;
-cold: it was put out of it, which leaves whatever the disk itself remembers.
+load: the time until the call returns.
+ready: the time until every page of every weight has been read once. Loading a mapped file alone reads nothing. In bfloat16 on a
+CPU it includes the prepacking of our weights (see models/linear.py).
+peak: the highest resident memory, minus the resident memory before the load. The pages of a mapped file count.
+warm: the file is in the page cache. cold: the file was removed from the page cache, but the disk may have a cache of its own.
 """
 
 import json
@@ -56,11 +57,11 @@ def loading_rows(
     """A row for each dtype of a file, dtype that it is loaded into, page cache and loader.
 
     Args:
-        shape: the decoder of an official model, see workload.SHAPES; it loses layers until the file has about `megabytes`.
-        dtypes: for each dtype of a file, those that it is loaded into, on the CPU.
-        loaders: "ours", and "transformers" where it is installed.
+        shape: the decoder of an official model, see workload.SHAPES. Layers are removed until the file has about `megabytes`.
+        dtypes: for each dtype of a file, the dtypes that it is loaded into, on the CPU.
+        loaders: "ours", and "transformers" if it is installed.
 
-    Raises ValueError where even one layer is larger than `megabytes`, RuntimeError where a load failed.
+    Raises ValueError if one layer alone is larger than `megabytes`, and RuntimeError if a load fails.
     """
     rows = []
     for stored in dtypes:
@@ -83,9 +84,10 @@ def loading_row(loader: str, about: dict[str, Any], runs: Sequence[dict[str, flo
 
 
 def import_row(repeats: int) -> dict[str, Any]:
-    """Seconds that importing this package takes when torch is there already, and those that torch takes."""
+    """Seconds that importing the main names of this package takes after torch, and seconds that torch itself takes."""
     script = (
-        "import time; start = time.perf_counter(); import torch; middle = time.perf_counter(); import nanovlm_v2drop; "
+        "import time; start = time.perf_counter(); import torch; middle = time.perf_counter(); "
+        "from nanovlm_v2drop import generate, load; "
         "print([middle - start, time.perf_counter() - middle])"
     )
     runs = [json.loads(output_of(script)) for _ in range(repeats)]
@@ -94,7 +96,7 @@ def import_row(repeats: int) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, shape: TextConfig, megabytes: float, stored: torch.dtype) -> int:
-    """Write config.json and model.safetensors, and give the size of the latter in bytes; raises as `loading_rows`."""
+    """Write config.json and model.safetensors. Returns the size of model.safetensors in bytes. Raises as `loading_rows`."""
     for layers in range(shape.num_hidden_layers, 0, -1):
         official = official_config(replace(shape, num_hidden_layers=layers, mrope_section=None))
         with torch.device("meta"), Uninitialised():
@@ -110,12 +112,12 @@ def write_checkpoint(folder: Path, shape: TextConfig, megabytes: float, stored: 
     (folder / "config.json").write_text(json.dumps(official), encoding="utf-8")
     save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
     with (folder / "model.safetensors").open("rb") as file:
-        os.fsync(file.fileno())  # only pages that are on the disk can be put out of the cache
+        os.fsync(file.fileno())  # the page cache can only drop pages that are on the disk
     return (folder / "model.safetensors").stat().st_size
 
 
 def official_config(shape: TextConfig) -> dict[str, Any]:
-    """config.json of a LLaVA around the decoder, every layer of whose tower is read."""
+    """The config.json of a LLaVA with this decoder, whose tower is read in full."""
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -129,7 +131,7 @@ def official_config(shape: TextConfig) -> dict[str, Any]:
 
 
 def hub_tensors(model: LlavaModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters under the hub's names, with what transformers wants beside them."""
+    """The model's parameters under the names of the Hub, and the tensors that transformers requires in addition."""
     tied = model.config.text_config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
         if not (tied and name.endswith("lm_head.weight")):
@@ -140,13 +142,13 @@ def hub_tensors(model: LlavaModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def measured_apart(loader: str, folder: Path, dtype: str, cache: str) -> dict[str, float]:
-    """One load in a process of its own; raises RuntimeError with its last words where it fails."""
+    """One load in a process of its own. Raises RuntimeError with the last line of its output if it fails."""
     call = f"measured({loader!r}, Path({str(folder)!r}), {dtype!r}, {cache!r}, {torch.get_num_threads()})"
     return json.loads(output_of(f"import json; from nanovlm_v2drop.benchmark.loading import *; print(json.dumps({call}))"))
 
 
 def output_of(script: str) -> str:
-    """The last line that a script prints in a Python of its own, which imports this very package."""
+    """The last line that a script prints in a new Python process, which imports this same package."""
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
@@ -156,7 +158,7 @@ def output_of(script: str) -> str:
 
 
 def measured(loader: str, folder: Path, dtype: str, cache: str, threads: int) -> dict[str, float]:
-    """Seconds and MB of one load in this process, whose memory has to be fresh."""
+    """Seconds and MB of one load in this process, which must not have loaded anything before."""
     torch.set_num_threads(threads)
     load = load_ours if loader == "ours" else transformers_loader()
     prepare_cache(folder / "model.safetensors", cache)
@@ -178,14 +180,14 @@ def load_ours(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def transformers_loader() -> Any:
-    """`LlavaForConditionalGeneration.from_pretrained`, imported before any clock runs."""
+    """`LlavaForConditionalGeneration.from_pretrained`, imported before the clock starts."""
     from transformers import LlavaForConditionalGeneration
 
     return lambda folder, dtype: LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
 
 
 def prepare_cache(file: Path, cache: str) -> None:
-    """Read the file once ("warm"), or have its pages put out of the page cache ("cold")."""
+    """Read the file once ("warm"), or remove its pages from the page cache ("cold")."""
     with file.open("rb") as opened:
         if cache == "cold":
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""The stopwatch: everything once a round in an order that rotates, beside what this machine can do in the same rounds."""
+"""The stopwatch: everything runs once per round, in an order that rotates, together with the limits of this machine."""
 
 import gc
 import sys
@@ -21,18 +21,18 @@ from .contenders import Contender, Run
 from .workload import Workload
 
 Linear = nn.Linear | PrepackedLinear
-READ_BYTES = 2**30  # as much as the bandwidth is measured with: many times what any cache holds
+READ_BYTES = 2**30  # the bandwidth is measured with this many bytes, which no cache can hold
 
 
 def gemm_products(decoder: Decoder, tokens_per_layer: Sequence[int]) -> list[tuple[Linear, int]]:
-    """Every linear layer of a prefill with the number of rows it meets; the head meets one."""
+    """Every linear layer of a prefill with its number of rows. The head has one row."""
     pairs = zip(decoder.layers, tokens_per_layer, strict=True)
     linears = [(module, rows) for layer, rows in pairs for module in layer.modules() if isinstance(module, Linear)]
     return [*linears, (decoder.lm_head, 1)]
 
 
 def gemm_run(products: Sequence[tuple[Linear, int]], like: Tensor) -> Run:
-    """The products alone, in the dtype and on the device of `like`; inputs of the same shape are one tensor."""
+    """The products alone, in the dtype and on the device of `like`. Inputs of the same shape share one tensor."""
     shapes = {(rows, module.in_features) for module, rows in products}
     inputs = {shape: torch.randn(shape, dtype=like.dtype, device=like.device) for shape in shapes}
 
@@ -44,7 +44,7 @@ def gemm_run(products: Sequence[tuple[Linear, int]], like: Tensor) -> Run:
 
 
 def plain_gemm_run(tensors: Mapping[str, Tensor], inputs_embeds: Tensor) -> Run:
-    """The products of a dense prefill (T, D) with plain weights, outputs allocated beforehand: transformers' ceiling."""
+    """The products of a dense prefill (T, D) with plain weights into allocated outputs: the upper limit of transformers."""
     weights = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 2 and "embed" not in name}
     sizes = {size for weight in weights.values() for size in weight.shape}
     inputs, outputs = ({size: torch.randn(len(inputs_embeds), size).to(inputs_embeds) for size in sizes} for _ in range(2))
@@ -58,13 +58,13 @@ def plain_gemm_run(tensors: Mapping[str, Tensor], inputs_embeds: Tensor) -> Run:
 
 
 def read_run(num_bytes: int, device: torch.device) -> Run:
-    """Read memory once, as fast as torch does it."""
+    """Read memory once, as fast as torch can."""
     buffer = torch.ones(num_bytes // 4, device=device)
     return lambda: buffer.sum()
 
 
 def drop_points_run(workload: Workload, dropper: TokenDropper) -> Run:
-    """The drop points alone, on what arrives at each in a prefill."""
+    """The drop points alone, on the tensors that arrive at each of them in a prefill."""
     states = []
 
     class Recording(type(dropper)):  # type: ignore[misc]
@@ -79,7 +79,7 @@ def drop_points_run(workload: Workload, dropper: TokenDropper) -> Run:
 
 
 def time_rounds(runs: Mapping[str, Run], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every run in every round, behind one round that is not counted. Garbage is collected before and after."""
+    """Seconds of every run in every round. A first round is not counted. Garbage is collected before and after, not during."""
     names, seconds = list(runs), {name: [0.0] * repeats for name in runs}
     gc.collect()
     gc.disable()
@@ -90,7 +90,7 @@ def time_rounds(runs: Mapping[str, Run], repeats: int, device: torch.device) -> 
                 started = timestamp(device)
                 result = runs[name]()
                 seconds[name][max(round_idx, 0)] = timestamp(device) - started
-                del result  # frees a cache: not a part of what is timed
+                del result  # the cache is freed outside the timed part
             print(f"round {round_idx + 1} of {repeats}", file=sys.stderr, flush=True)
     finally:
         gc.enable()
@@ -102,7 +102,7 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
 
 def peak_of(run: Run, device: torch.device) -> float:
-    """MB at the highest point of one run."""
+    """The highest memory use of one run, in MB."""
     reset_peak_memory(device)
     run()
     return peak_memory_mb(device)
@@ -148,7 +148,7 @@ def prefill_row(workload: Workload, contender: Contender, seconds: Mapping[str, 
 
 
 def decode_rows(workload: Workload, contenders: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
-    """Time the contenders' decoding, each from the cache of its own prefill, and one reading of the weights."""
+    """Time the decoding of each contender from the cache of its own prefill, and one reading of the weights."""
     runs: dict[str, Run] = {contender.name: contender.decoding(contender.prefill()) for contender in contenders}
     runs["read"] = read_run(min(workload.decode_weight_bytes, READ_BYTES), workload.device)
     seconds = time_rounds(runs, repeats, workload.device)
@@ -158,7 +158,7 @@ def decode_rows(workload: Workload, contenders: Sequence[Contender], repeats: in
 def decode_row(workload: Workload, contender: Contender, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
     own = [value / workload.decode_steps for value in seconds[contender.name]]
     weight_bytes, read_bytes = workload.decode_weight_bytes, min(workload.decode_weight_bytes, READ_BYTES)
-    # The cache grows by one token a step: the mean over the steps is that of the first and the last.
+    # The cache grows by one token per step, so the mean over all steps is the mean of the first and the last step.
     touched = weight_bytes + fmean(workload.cache_bytes(contender.schedule, step) for step in (1, workload.decode_steps))
     return {
         "decode": contender.name,

@@ -1,4 +1,4 @@
-"""How fast prefill and decode are: beside transformers, beside what the machine can do, and beside the FLOPs formula.
+"""How fast prefill and decode are, compared with transformers, with the limits of the machine, and with the FLOPs formula.
 
     python -m nanovlm_v2drop.benchmark                                    # 4 layers of LLaVA-1.5-7B, bfloat16, CPU
     python -m nanovlm_v2drop.benchmark --layers 32 --device cuda --repeats 21
@@ -6,21 +6,24 @@
     python -m nanovlm_v2drop.benchmark --model llava-onevision-qwen2-7b-ov --frames 32 --retain 0.25 --transformers sdpa
     python -m nanovlm_v2drop.benchmark --loading
 
-Random weights at the official layer shapes, no download. Before anything is timed, dense logits must equal those of
-transformers' LlamaForCausalLM or Qwen2ForCausalLM on the very same tensors; both count positions 0, 1, 2, ..., so for Qwen2-VL
-our side of this check does so too, which changes no cost. A machine's speed drifts, so each round times everything once, in
-an order that rotates; times are medians over the rounds, speed-ups and shares medians of the ratios within a round.
+The weights are random, at the official layer shapes, so nothing is downloaded. Before the timing starts, our dense logits
+must equal those of LlamaForCausalLM or Qwen2ForCausalLM of transformers on the same tensors. Both count positions 0, 1, 2 and
+so on in this check, also for Qwen2-VL; the cost is the same. The speed of a machine drifts, so each round runs everything once,
+in an order that rotates. Times are medians over the rounds. Speed-ups and shares are medians of the ratios within a round.
 
-Budgets are means over all layers of the model. Where --layers runs fewer, drop points stand at the same depths and keep the
-same shares, which leaves another mean: it is said above the table.
+Budgets are means over all layers of the model. If --layers runs fewer layers, the drop points are placed at the same depths and
+keep the same shares. The mean is then another one, and a note above the table states it.
 
-gemm_percent: time of the same matrix products alone, as our layers call them (each layer's own weights and tokens), as a
-share of the prefill. In bfloat16 on a CPU ours are prepacked (see linear.py) and transformers' are not: it is held against the
-same, faster ceiling, and plain_gemm_ms says what plain products take. flops_ratio: the speed-up over dense that
-DropSchedule.prefill_flops promises; achieved_percent: the share of it that the clock confirms. drop_points: scoring, selecting
-and gathering alone, on tensors of the same shape. peak_memory: weights included, twice where transformers' stand beside
-prepacked ones; on a CPU the whole process's, its mark reset where Linux can. touched: what one token reads in decode, weights
-once and cache once; bandwidth_percent: beside reading as many bytes (a float32 sum over READ_BYTES at most).
+gemm_percent: the time of the same matrix products alone, as a share of the prefill. In bfloat16 on a CPU our weights are
+    prepacked (see models/linear.py) and those of transformers are not. Both are compared with the prepacked products, which
+    are faster. plain_gemm_ms is the time of the plain products.
+flops_ratio: the speed-up over dense that DropSchedule.prefill_flops predicts.
+achieved_percent: the share of that speed-up that was measured.
+drop_points: scoring, selecting and gathering alone, on tensors of the same shape.
+peak_memory: includes the weights, which are in memory twice if transformers runs beside prepacked weights. On a CPU it is the
+    memory of the whole process, and the mark is reset before each run where Linux allows it.
+touched: the bytes that one token reads in decode, weights and cache.
+bandwidth_percent: compared with reading the same number of bytes (a float32 sum over at most READ_BYTES).
 """
 
 import argparse
@@ -51,7 +54,7 @@ JSON_ONLY = ("gemm_ms", "plain_gemm_ms", "drop_points_ms", "peak_memory_mb", "to
 
 
 def budgets_of(args: argparse.Namespace, vision_tokens: int) -> dict[str, float]:
-    """Mean vision tokens a layer by the name that each budget has in the rows; raises ValueError for what is no number."""
+    """Mean vision tokens per layer, by the name of each budget in the rows. Raises ValueError for text that is no number."""
     tokens, shares = args.tokens, args.retain
     if tokens is None and shares is None:
         tokens, shares = (PICTURE_TOKENS, None) if args.frames is None else (None, VIDEO_SHARES)
@@ -62,7 +65,7 @@ def budgets_of(args: argparse.Namespace, vision_tokens: int) -> dict[str, float]
 
 @torch.inference_mode()
 def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Check, then measure; raises ValueError for options that cannot be, RuntimeError where the logits differ."""
+    """Check, then measure. Raises ValueError for impossible options and RuntimeError if the logits differ."""
     sizes = args.layers, args.repeats, args.decode_steps, args.text_tokens, args.vision_tokens, args.frames
     if min(size for size in sizes if size is not None) < 1:
         raise ValueError("layers, repeats, decode steps, frames and numbers of tokens must be at least 1")
@@ -91,7 +94,7 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def depth_notes(workload: Workload, contenders: Sequence[Contender]) -> Iterator[str]:
-    """What the budgets of the whole model have become in the layers that run, where these are fewer."""
+    """The means of the whole model and of the layers that run, if these are fewer."""
     config, text_tokens, vision_tokens = workload.sizes
     layers, all_layers = config.num_hidden_layers, workload.model_layers
     whole_config = replace(config, num_hidden_layers=all_layers)
@@ -107,7 +110,8 @@ def depth_notes(workload: Workload, contenders: Sequence[Contender]) -> Iterator
 def position_notes(workload: Workload) -> list[str]:
     if workload.packed.position_ids.dim() == 1:
         return []
-    return ["transformers: positions 0, 1, 2, ... instead of time, row and column: equal work; so were dense logits compared"]
+    note = "transformers counts positions 0, 1, 2 and so on, not time, row and column"
+    return [f"{note}; the work is the same, and the dense logits were compared in this way"]
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -122,7 +126,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What fits a screen of the rows, under the names that they have in the JSON."""
+    """The columns that fit on a screen, under the names that they have in the JSON."""
     names = [name for name, value in rows[0].items() if not isinstance(value, (list, dict)) and name not in JSON_ONLY]
     table = Table(*(name.replace("_", " ") for name in names))
     table.columns[0].no_wrap = True
@@ -140,21 +144,21 @@ def build_parser() -> argparse.ArgumentParser:
     for name, default in {**names, **places, **sizes, "threads": torch.get_num_threads()}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     prompt, budget = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
-    prompt.add_argument("--vision-tokens", type=int, default=PAPER_VISION_TOKENS, help="of a picture; default: %(default)s")
-    prompt.add_argument("--frames", type=int, help="of a video, instead of a picture")
-    budget.add_argument("--tokens", help=f"mean vision tokens a layer; default for a picture: {PICTURE_TOKENS}")
-    budget.add_argument("--retain", help=f"the same as shares of the vision tokens; default for a video: {VIDEO_SHARES}")
+    prompt.add_argument("--vision-tokens", type=int, default=PAPER_VISION_TOKENS, help="of the picture; default: %(default)s")
+    prompt.add_argument("--frames", type=int, help="frames of a video, which replaces the picture")
+    budget.add_argument("--tokens", help=f"mean vision tokens per layer; default for a picture: {PICTURE_TOKENS}")
+    budget.add_argument("--retain", help=f"shares of the vision tokens; default for a video: {VIDEO_SHARES}")
     parser.add_argument("--cuda-graph", action="store_true", help="decode our models by a CUDA graph; needs --device cuda")
     parser.add_argument("--compile", action="store_true", help="compile the layers of our models with torch.compile")
     parser.add_argument("--transformers", default=",".join(ATTENTIONS), help="its attentions; default: %(default)s")
     parser.add_argument("--no-transformers", dest="transformers", action="store_const", const="")
-    parser.add_argument("--loading", action="store_true", help="instead: seconds to import, and to load a checkpoint of 1 GB")
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
+    parser.add_argument("--loading", action="store_true", help="measure import and loading of 1 GB instead")
+    parser.add_argument("--json", action="store_true", help="print only the JSON object")
     return parser
 
 
 def run_loading(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds for importing and loading, ours and transformers'; raises as `loading_rows`."""
+    """Seconds for importing and loading, for us and for transformers. Raises what `loading_rows` raises."""
     loaders = LOADERS if args.transformers else LOADERS[:1]
     importing, rows = import_row(args.repeats), loading_rows(shape_of(args.model), loaders=loaders, repeats=args.repeats)
     beyond, torchs = importing["beyond_torch_seconds"], importing["torch_seconds"]
@@ -177,4 +181,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         console = Console(width=None if sys.stdout.isatty() else 160)
         tables = [make_table(report[name]) for name in ("loads", "prefill", "decode") if name in report]
         console.print(*report["notes"], *tables, sep="\n", highlight=False)
-    print(json.dumps(report))
+    if args.json or not sys.stdout.isatty():
+        print(json.dumps(report))

@@ -1,4 +1,4 @@
-"""The decoders and prompts that are timed: random weights at the official layer shapes, one prompt with a picture or video."""
+"""The decoders and prompts that are timed: random weights at the official layer shapes, one prompt with pictures or video."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -42,8 +42,8 @@ QWEN2_72B = partial(
     num_key_value_heads=8,
 )
 MROPE_SECTION = (16, 24, 24)
-# The decoders in the config.json of llava-hf/llava-1.5-*-hf, llava-hf/llava-v1.6-vicuna-*-hf, Qwen/Qwen2-VL-*-Instruct and
-# lmms-lab/llava-onevision-qwen2-*-ov, of which llava-hf's conversions only pad the vocabulary.
+# Sources: config.json of llava-hf/llava-1.5-*-hf, llava-hf/llava-v1.6-vicuna-*-hf, Qwen/Qwen2-VL-*-Instruct and
+# lmms-lab/llava-onevision-qwen2-*-ov. The conversions by llava-hf have the same decoders with a padded vocabulary.
 SHAPES = {
     "llava-1.5-7b": VICUNA_7B,
     "llava-1.5-13b": VICUNA_13B,
@@ -75,8 +75,8 @@ SHAPES = {
     "qwen2-vl-7b": QWEN2_7B(mrope_section=MROPE_SECTION),
     "qwen2-vl-72b": QWEN2_72B(mrope_section=MROPE_SECTION),
 }
-# Vision tokens of a video, by the beginning of a model's name: pooled frames and a newline; averaged frames with a newline
-# behind every row; merged patches of pairs of frames of 360 x 640 pixels.
+# Vision tokens of a video, by the beginning of the model's name. LLaVA-OneVision: pooled frames and one newline token.
+# LLaVA-Video: averaged frames with a newline token after every row. Qwen2-VL: merged patches of pairs of frames of 360 x 640.
 VIDEO_GRIDS: dict[str, Callable[[int], Grids]] = {
     "llava-onevision": lambda frames: ((frames, 14, 14), (1, 1, 1)),
     "llava-video": lambda frames: ((frames, 13, 14),),
@@ -86,9 +86,9 @@ VIDEO_GRIDS: dict[str, Callable[[int], Grids]] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One prompt through one decoder, with `decode_steps` tokens behind it. The whole model has `model_layers` layers.
+    """One prompt through one decoder, followed by `decode_steps` tokens. The whole model has `model_layers` layers.
 
-    `plain`: the decoder's tensors by name, in plain order, where transformers shall multiply them too.
+    `plain` holds the decoder's tensors by name, in plain order, for transformers. It is None if transformers does not run.
     """
 
     decoder: Decoder
@@ -103,7 +103,7 @@ class Workload:
 
     @property
     def sizes(self) -> tuple[TextConfig, int, int]:
-        """Config, text tokens and vision tokens, as DropSchedule counts costs from them."""
+        """Config, number of text tokens and number of vision tokens: what DropSchedule computes costs from."""
         vision_tokens = sum(self.packed.vision_counts)
         return self.decoder.config, sum(self.packed.seqlens) - vision_tokens, vision_tokens
 
@@ -113,7 +113,7 @@ class Workload:
 
     @property
     def decode_weight_bytes(self) -> int:
-        """What a decoded token reads of the weights: all but the embedding table, of which it reads one row."""
+        """Bytes of weights that one decoded token reads: everything except the embedding table, of which it reads one row."""
         with torch.device("meta"):
             plain = Decoder(self.decoder.config)
         weights = [weight for module in (plain.layers, plain.norm, plain.lm_head) for weight in module.parameters()]
@@ -131,9 +131,9 @@ class Workload:
 
 
 def make_workload(args: argparse.Namespace) -> Workload:
-    """The decoder and prompt asked for.
+    """The decoder and the prompt that the options ask for.
 
-    Raises ValueError for an unknown model, device, dtype, back end or number of layers, and as Decoder.compile_layers.
+    Raises ValueError for an unknown model, device, dtype, back end or number of layers, and what Decoder.compile_layers raises.
     """
     shape = shape_of(args.model)
     if args.layers > shape.num_hidden_layers:
@@ -159,7 +159,7 @@ def shape_of(model: str) -> TextConfig:
 
 
 def prompt_grids(args: argparse.Namespace) -> Grids:
-    """Of the video, or of one picture, as square as its tokens can be; raises ValueError where the model takes no video."""
+    """The grid of the video, or of one picture that is as square as possible. Raises ValueError if the model takes no video."""
     if args.frames is None:
         rows = next(rows for rows in range(isqrt(args.vision_tokens), 0, -1) if args.vision_tokens % rows == 0)
         return ((1, rows, args.vision_tokens // rows),)
@@ -170,11 +170,11 @@ def prompt_grids(args: argparse.Namespace) -> Grids:
 
 
 def random_decoder(config: TextConfig, device: torch.device, dtype: torch.dtype, attention: str) -> Decoder:
-    """Weights and biases of noise under which wrong work shows in the logits: activations stay near one in size."""
+    """A decoder of noise. Activations keep a size near one, so that wrong arithmetic shows in the logits."""
     with torch.device("meta"):
         decoder = Decoder(config, resolve_backend(attention, device, dtype))
     decoder = decoder.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    if config.tie_word_embeddings:  # memory of its own for every tensor: the two have come apart
+    if config.tie_word_embeddings:  # to_empty has given each tensor memory of its own
         decoder.lm_head.weight = decoder.embed_tokens.weight
     for name, weight in decoder.named_parameters():
         is_matrix = weight.dim() == 2
@@ -183,7 +183,7 @@ def random_decoder(config: TextConfig, device: torch.device, dtype: torch.dtype,
 
 
 def random_prompt(text_tokens: int, grids: Grids, decoder: Decoder) -> PackedInputs:
-    """One prompt of noise for the decoder, the vision tokens of `grids` amid the text, with positions as its model has them."""
+    """One prompt of noise: text, the vision tokens of `grids`, text, with the position ids that the model would use."""
     like, vision_tokens = decoder.embed_tokens.weight, sum(map(prod, grids))
     inputs_embeds = torch.randn(text_tokens + vision_tokens, like.shape[-1], dtype=like.dtype, device=like.device)
     rows = torch.arange(len(inputs_embeds), device=like.device)
