@@ -1,0 +1,30 @@
+"""Model configurations, filled from the official config.json: one file a family.
+
+Field names are Hugging Face's, so a config.json needs no second dictionary. The defaults are the ones that the official
+files leave out: llava-hf/llava-1.5-7b-hf stores neither the LLaMA sizes nor the CLIP activation, Qwen/Qwen2-VL-7B-Instruct
+not the depth of its tower.
+"""
+
+from .llava import LlavaConfig
+from .llava_next import LlavaNextConfig
+from .llava_onevision import LlavaOnevisionConfig
+from .qwen2_vl import Qwen2VLConfig, Qwen2VLVisionConfig
+from .settings import from_fields, read_json_object
+from .text import TextConfig, flatten_rope
+from .vision import SiglipVisionConfig, VisionConfig
+from .vlm import VLMConfig
+
+__all__ = [
+    "LlavaConfig",
+    "LlavaNextConfig",
+    "LlavaOnevisionConfig",
+    "Qwen2VLConfig",
+    "Qwen2VLVisionConfig",
+    "SiglipVisionConfig",
+    "TextConfig",
+    "VLMConfig",
+    "VisionConfig",
+    "flatten_rope",
+    "from_fields",
+    "read_json_object",
+]
