@@ -52,7 +52,7 @@ from .inference import (
 from .inference import (
     stream as stream,
 )
-from .loading.zoo import (
+from .loading.specs import (
     MODELS as MODELS,
 )
 from .loading.zoo import (

@@ -14,7 +14,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "models": ("config", "attention", "linear", "kv_cache", "arrange", "parallel", "decoder", "vision", "vision_qwen2", "vlm"),
     "dropping": (),
     "processing": ("images", "images_onevision", "images_qwen2", "video", "prompts"),
-    "loading": ("tensor_parallel", "checkpoint", "zoo"),
+    "loading": ("specs", "tensor_parallel", "checkpoint", "zoo"),
     "inference": (),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "train"),
     "tasks": (),

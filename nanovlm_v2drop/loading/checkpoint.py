@@ -243,8 +243,7 @@ def check_floating(stored: Sequence[StoredTensor]) -> None:
     """Refuse quantised weights, whose numbers mean nothing without their scales."""
     if quantised := [f"{tensor} is {tensor.dtype}" for tensor in stored if tensor.dtype not in STORED_DTYPES]:
         raise CheckpointError(
-            f"quantised weights are not supported: {listed(quantised)}; use a checkpoint in one of "
-            f"{', '.join(STORED_DTYPES)}"
+            f"quantised weights are not supported: {listed(quantised)}; use a checkpoint in one of {', '.join(STORED_DTYPES)}"
         )
 
 

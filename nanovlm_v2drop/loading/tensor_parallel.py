@@ -36,8 +36,7 @@ def check_divisible(config: TextConfig, tensor_parallel: int) -> None:
     if undivided := [f"{name} {size}" for name, size in sizes.items() if size % tensor_parallel]:
         able = [n for n in range(1, config.num_key_value_heads + 1) if not any(size % n for size in sizes.values())]
         raise ValueError(
-            f"tensor_parallel {tensor_parallel} does not divide {', '.join(undivided)}; "
-            f"{', '.join(map(str, able))} would work"
+            f"tensor_parallel {tensor_parallel} does not divide {', '.join(undivided)}; {', '.join(map(str, able))} would work"
         )
 
 

@@ -24,12 +24,11 @@ from ..processing.images_qwen2 import Qwen2VLImageProcessor
 from ..processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
 from ..processing.video import FpsSampling, FrameSampling, UniformSampling, read_frames
 from .checkpoint import load_model
+from .specs import DTYPE_NAMES, MODELS, ModelSpec
 
-INSTALLED_WEIGHTS = Path(__file__).parents[1] / "weights"  # where a wheel holds the demo models
-WEIGHTS_FOLDER = INSTALLED_WEIGHTS if INSTALLED_WEIGHTS.is_dir() else Path(__file__).parents[2] / "weights"
 # Safetensors only: a repository may hold the same weights as pickles too.
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 class WeightsUnavailable(RuntimeError):
@@ -74,47 +73,6 @@ def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, ma
         case LlavaConfig(vision_config=vision):
             return ImageProcessor.from_folder(folder, vision.image_size, image_aspect_ratio, vision.patch_size)
     raise TypeError(f"{type(config).__name__} has no image processor")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Where a named model comes from.
-
-    `repo_id` is its repository on the Hugging Face Hub, None for one that ships with this repository; `summary` one line for
-    a reader who chooses; `template` (a name in prompts.TEMPLATES) and `sampling` where they are not its family's.
-    """
-
-    name: str
-    summary: str
-    repo_id: str | None = None
-    template: str | None = None
-    sampling: FrameSampling | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where a local copy is looked for before the Hub is asked."""
-        return WEIGHTS_FOLDER / self.name
-
-
-MODELS = {
-    spec.name: spec
-    for spec in (
-        ModelSpec("demo", "small LLaVA trained on synthetic scenes, shipped in weights/demo"),
-        ModelSpec("demo-video", "small LLaVA-OneVision trained on synthetic clips, shipped in weights/demo-video"),
-        ModelSpec("llava-1.5-7b", "LLaVA-1.5 on Vicuna 7B, 14 GB to download", "llava-hf/llava-1.5-7b-hf"),
-        ModelSpec("llava-1.5-13b", "LLaVA-1.5 on Vicuna 13B, 27 GB to download", "llava-hf/llava-1.5-13b-hf"),
-        ModelSpec("llava-v1.6-vicuna-7b", "LLaVA-1.6 on Vicuna 7B", "llava-hf/llava-v1.6-vicuna-7b-hf"),
-        ModelSpec("llava-v1.6-vicuna-13b", "LLaVA-1.6 on Vicuna 13B", "llava-hf/llava-v1.6-vicuna-13b-hf"),
-        ModelSpec("llava-onevision-qwen2-0.5b-ov", "LLaVA-OneVision 0.5B", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"),
-        ModelSpec("llava-onevision-qwen2-7b-ov", "LLaVA-OneVision 7B", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
-        ModelSpec("llava-onevision-qwen2-72b-ov", "LLaVA-OneVision 72B", "llava-hf/llava-onevision-qwen2-72b-ov-hf"),
-        ModelSpec("llava-video-7b-qwen2", "LLaVA-Video 7B", "lmms-lab/LLaVA-Video-7B-Qwen2", sampling=UniformSampling(64)),
-        ModelSpec("llava-video-72b-qwen2", "LLaVA-Video 72B", "lmms-lab/LLaVA-Video-72B-Qwen2", sampling=UniformSampling(64)),
-        ModelSpec("qwen2-vl-2b", "Qwen2-VL 2B", "Qwen/Qwen2-VL-2B-Instruct"),
-        ModelSpec("qwen2-vl-7b", "Qwen2-VL 7B", "Qwen/Qwen2-VL-7B-Instruct"),
-        ModelSpec("qwen2-vl-72b", "Qwen2-VL 72B", "Qwen/Qwen2-VL-72B-Instruct"),
-    )
-}
 
 
 @dataclass(eq=False)
@@ -254,7 +212,7 @@ def load(
     tokenizer = load_tokenizer(folder, config.vision_tokens)
     model = load_model(folder, config, device=device, dtype=dtype, attention=attention, mesh=mesh)
     template = template or spec.template or family.template
-    frames = sampling or spec.sampling or family.sampling
+    frames = sampling or (family.sampling if spec.frames is None else UniformSampling(spec.frames))
     return VisionLanguageModel(spec.name, model, tokenizer, image_processor, template, frames, folder.resolve())
 
 
@@ -282,7 +240,7 @@ def download(spec: ModelSpec) -> Path:
     """
     if (spec.folder / "config.json").is_file():
         return spec.folder
-    if spec.repo_id is None:
+    if spec.repository is None:
         raise WeightsUnavailable(
             f"{spec.name}: its weights come with the repository, but {spec.folder} is not there\n"
             "work in a clone of the repository (pip install -e .), or give a copy of the folder with --weights DIR"
@@ -290,14 +248,14 @@ def download(spec: ModelSpec) -> Path:
     import huggingface_hub  # here: it takes a second to import, and the shipped model never needs it
 
     try:
-        return Path(huggingface_hub.snapshot_download(spec.repo_id, allow_patterns=list(DOWNLOADED_FILES)))
+        return Path(huggingface_hub.snapshot_download(spec.repository, allow_patterns=list(DOWNLOADED_FILES)))
     except Exception as error:  # the library's HTTP client, and so its errors, changed from release to release
         reason = str(error).strip().partition("\n")[0]
         raise WeightsUnavailable(
-            f"{spec.name}: cannot get {spec.repo_id} from {huggingface_hub.constants.ENDPOINT} "
+            f"{spec.name}: cannot get {spec.repository} from {huggingface_hub.constants.ENDPOINT} "
             f"({type(error).__name__}: {reason})\n"
             "give a local copy with --weights DIR, or fetch it where there is a network: "
-            f"hf download {spec.repo_id} --local-dir {os.path.relpath(spec.folder)}"
+            f"hf download {spec.repository} --local-dir {os.path.relpath(spec.folder)}"
         ) from error
 
 

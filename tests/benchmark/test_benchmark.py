@@ -211,7 +211,7 @@ def test_drop_points_alone_keep_as_many_tokens_as_in_prefill(method):
 
 
 def test_every_model_that_is_not_shipped_has_a_shape_with_the_published_number_of_weights():
-    assert PUBLISHED_WEIGHTS.keys() == {spec.name for spec in MODELS.values() if spec.repo_id is not None}
+    assert PUBLISHED_WEIGHTS.keys() == {spec.name for spec in MODELS.values() if spec.repository is not None}
     assert PUBLISHED_WEIGHTS.keys() == {name for name in SHAPES if "tiny" not in name}
     for name, published in PUBLISHED_WEIGHTS.items():
         with torch.device("meta"):

@@ -128,9 +128,7 @@ def test_shards_load_to_the_same_weights_as_one_file(
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_a_lone_safetensors_file_may_have_any_name(
-    copy_without_weights: CopyWithoutWeights, tiny_hub_tensors: Tensors
-) -> None:
+def test_a_lone_safetensors_file_may_have_any_name(copy_without_weights: CopyWithoutWeights, tiny_hub_tensors: Tensors) -> None:
     folder = copy_without_weights()
     save_file(tiny_hub_tensors, folder / "weights.safetensors")
     assert torch.equal(load_folder(folder).state_dict()[OUR_DOWN_PROJ], tiny_hub_tensors[DOWN_PROJ])
@@ -333,9 +331,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_named(
-    damage: str, copy_without_weights: CopyWithoutWeights, tiny_hub_tensors: Tensors
-) -> None:
+def test_a_damaged_shard_is_named(damage: str, copy_without_weights: CopyWithoutWeights, tiny_hub_tensors: Tensors) -> None:
     spoil, message = DAMAGES[damage]
     folder = copy_without_weights()
     shard = next(file for file in write_shards(folder, tiny_hub_tensors) if DOWN_PROJ in load_file(file))

@@ -30,7 +30,6 @@ from nanovlm_v2drop.inference import generate, prefill
 from nanovlm_v2drop.loading.zoo import MODELS, VisionLanguageModel, load
 from nanovlm_v2drop.models.config import LlavaOnevisionConfig, VLMConfig
 from nanovlm_v2drop.processing.prompts import Request
-from nanovlm_v2drop.processing.video import UniformSampling
 from nanovlm_v2drop.report.gallery import INK, PIXELS, board_of
 
 LLAVA_VIDEO = {"mm_newline_position": "grid", "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2}
@@ -118,4 +117,4 @@ def test_the_released_model_is_asked_about_64_frames_and_its_config_names_the_la
     assert isinstance(config, LlavaOnevisionConfig)
     assert (config.mm_spatial_pool_mode, config.mm_newline_position) == ("average", "grid")
     for size in ("7b", "72b"):
-        assert MODELS[f"llava-video-{size}-qwen2"].sampling == UniformSampling(64)
+        assert MODELS[f"llava-video-{size}-qwen2"].frames == 64
