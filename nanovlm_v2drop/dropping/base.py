@@ -163,6 +163,12 @@ class TokenDropper:
     minimum: ClassVar[int] = 1
 
     def __init__(self, schedule: DropSchedule) -> None:
+        """Raises TypeError for a schedule of another type, such as a number or a dictionary."""
+        if not isinstance(schedule, DropSchedule):
+            raise TypeError(
+                f"{type(self).__name__} takes a DropSchedule, not {schedule!r}: DropSchedule({{3: 0.5}}) keeps half of the "
+                "vision tokens from layer 3 on, and schedule_for(...) finds the schedule of a mean number of tokens"
+            )
         self.schedule = schedule
 
     @property

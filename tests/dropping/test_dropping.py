@@ -120,6 +120,13 @@ def test_prefill_refuses_a_drop_layer_at_which_v2drop_cannot_act(layer):
         prefill(tiny_decoder(), one_prompt(5, 24, 7), V2Drop(DropSchedule({layer: 0.5})))
 
 
+@pytest.mark.parametrize("name", DROPPERS)
+@pytest.mark.parametrize("wrong", [0.3, {3: 0.5}, "3: 0.5", None, DropSchedule])
+def test_a_schedule_of_another_type_is_refused_at_once(name, wrong):
+    with pytest.raises(TypeError, match=r"takes a DropSchedule, not .*: DropSchedule\(\{3: 0.5\}\) keeps half"):
+        DROPPERS[name](wrong)
+
+
 def test_an_unknown_metric_is_refused():
     with pytest.raises(ValueError, match="unknown metric 'l3'; choose one of: l2, l1, cosine"):
         V2Drop(DropSchedule({1: 0.5}), metric="l3")
