@@ -20,7 +20,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tasks": (),
     "evaluation": ("records", "plans", "position_bias", "bootstrap", "evaluate"),
     "benchmark": ("workload", "contenders", "measure", "loading", "run", "__main__"),
-    "research": ("ablations", "theory", "claims"),
+    "research": ("ablations", "theory", "findings", "costs", "claims"),
     "report": ("figures", "gallery", "tables", "page"),
     "cli": (),
     "__main__": (),

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..evaluation.position_bias import BINS
-from ..research.claims import Finding
+from ..research.findings import Finding
 
 Row = dict[str, Any]
 Cell = Callable[[Row], str]

@@ -1,63 +1,36 @@
-"""The paper's claims that can be put to a test here, each with what was measured and what follows from it.
+"""The paper's claims that can be tested here, each with what was measured and the verdict that follows.
 
     python train_free_eval.py --claims
 
-Scores are of the demo, and of the video demo where clips are spoken of, on the same questions for all rows; differences are
-paired by question, with 95 % intervals. A claim that something "hardly matters" holds where the whole interval of the
-difference lies within HARDLY points; one that something is better holds where the whole interval is above zero; one that two
-rankings agree where the interval of Spearman's correlation is above AGREES, one that things change more than the background
-where the area under the ROC curve is above 0.5 at every layer. Times and memory are of LAYERS layers of LLaVA-1.5-7B's shape
-with random bfloat16 weights; memory is not above dense where it is at most a hundredth above. No verdict is written down
-beforehand: each follows from its figures.
+Scores are measured with the demo, and with the video demo for claims about video. All rows answer the same questions, and
+differences are paired by question. findings.py states the rules of the verdicts, costs.py measures time and memory.
 """
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random as Dice
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..benchmark.run import build_parser, run_benchmark
 from ..demo import scenes
 from ..demo.data import VISION, patch_labels
-from ..dropping import PUBLISHED_SCHEDULES, DropSchedule
-from ..dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS, layers_at_depths
+from ..dropping.schedule import layers_at_depths
 from ..evaluation.bootstrap import Resampled, difference, resample
 from ..evaluation.evaluate import Record, evaluate, read_records, summarise_bias
 from ..evaluation.plans import Plan, Shape, equal_budget_plans, prompt_shape
 from ..loading.zoo import VisionLanguageModel, load
-from ..models.config import TextConfig
 from ..processing.prompts import Request
 from ..tasks import Task
 from ..tasks.demo_video import DemoVideo
 from .ablations import LAYER_NUMBERS, ablation_plans, share_of_paper
+from .costs import cost_findings, flops_finding
+from .findings import FAILS, HOLDS, NEEDS, NEEDS_GPU, Finding, agrees, hardly_matters, is_better, shown
 from .theory import drop_point, mean_interval, mean_ranks, rank_quality
 
-HOLDS, FAILS, OPEN = "holds here", "does not hold here", "not decided here"
-NEEDS, NEEDS_GPU = "needs the official weights", "needs a GPU"
-HARDLY = 5.0  # points of score
-AGREES = 0.5  # Spearman's rank correlation
-LAYERS, ROUNDS = 4, 5  # as few layers as have all three drop points
 CLIPS, SHARE_OF_VIDEO = 160, 0.25
 AT_7B = "python train_free_eval.py --model llava-1.5-7b --ablation metric,layers,steps"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the ledger. `decides`: the command that measures it alone, or with the 7B weights."""
-
-    claim: str
-    paper: str
-    measured: str
-    verdict: str
-    decides: str
-
-
 OFFICIAL_7B = "python train_free_eval.py --model llava-1.5-7b --methods dense,v2drop --accounting official"
 VIDEO_7B = (
     "python -m nanovlm_v2drop.benchmark --model llava-onevision-qwen2-7b-ov --frames 32 --retain 0.25 --layers 28 --device cuda"
@@ -70,7 +43,10 @@ UNTESTED = (
 
 
 def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int | None = None) -> Iterator[Finding]:
-    """The whole ledger; answers go to `output` as in any run. Takes some minutes. Raises ValueError for another model."""
+    """Measure all claims and yield each finding as soon as it is decided; takes some minutes.
+
+    The answers are written to `output`, as in any run. Raises ValueError for a model that is not the demo.
+    """
     shape = prompt_shape(vlm, task.first_sample().request)
     check_shape(vlm.name, shape)
     plans = ledger_plans(shape)
@@ -88,26 +64,27 @@ def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int |
 def answers(
     vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], output: Path, limit: int | None
 ) -> list[Record]:
-    """Of all plans to the task's samples; written to `output` as in any run."""
+    """Answers of all plans to the task's samples; they are written to `output`, as in any run."""
     answered = [sample.sample_id for sample in evaluate(vlm, task, plans, output, limit=limit, batch_size=8)]
     return read_records(output, {task.name: answered})
 
 
 def check_shape(name: str, shape: Shape) -> None:
-    """Raise ValueError unless the vision tokens of a picture are the patches that the demo's scenes have labels of."""
+    """Raise ValueError unless a picture has as many vision tokens as the demo's scenes have labelled patches."""
     if shape.num_vision_tokens != VISION.num_patches:
         raise not_the_demo(name)
 
 
 def not_the_demo(name: str) -> ValueError:
+    """The error that names the model and what to do instead."""
     return ValueError(
         f"--claims is for the demo, whose pictures are {VISION.num_patches} labelled patches, not for {name}: leave --model "
-        "out, or put single claims to the test with --methods and --ablation"
+        "out, or test single claims with --methods and --ablation"
     )
 
 
 def scores_by_label(task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> dict[str, Resampled]:
-    """The resampled score of every row, all its seeds together."""
+    """The resampled score of every row, over all its seeds."""
     by_label: dict[str, list[list[dict[str, Any]]]] = {}
     for plan in plans:
         by_label.setdefault(plan.label, []).append([vars(record) for record in records if record.plan == plan.key])
@@ -115,63 +92,46 @@ def scores_by_label(task: Task, plans: Sequence[Plan], records: Sequence[Record]
 
 
 def ledger_plans(shape: Shape) -> list[Plan]:
-    """The ablations, and V2Drop beside other methods at the paper's 128 of 576 tokens."""
+    """The ablations, and V2Drop beside two other methods at the paper's share of 128 of 576 tokens."""
     others = equal_budget_plans(["v2drop", "random", "fastv"], [share_of_paper(128, shape)], shape, seeds=range(3))
     return [*ablation_plans(["metric", "layers", "steps"], shape), *others]
 
 
-def shown(value: float, bounds: Sequence[float]) -> str:
-    return f"{value:+.1f} [{bounds[0]:+.1f}, {bounds[1]:+.1f}]"
-
-
-def is_better(bounds: Sequence[float]) -> str:
-    return HOLDS if bounds[0] > 0 else FAILS if bounds[1] < 0 else OPEN
-
-
-def hardly_matters(bounds: Sequence[Sequence[float]]) -> str:
-    """Of the intervals of all differences to the paper's choice."""
-    if any(low > HARDLY or high < -HARDLY for low, high in bounds):
-        return FAILS
-    return HOLDS if all(low >= -HARDLY and high <= HARDLY for low, high in bounds) else OPEN
-
-
 def score_findings(scores: Mapping[str, Resampled]) -> Iterator[Finding]:
-    """Claims that speak of scores, from the resampled scores of `ledger_plans` by label."""
-    chosen = scores["v2drop progressive"]
-    steps, steps_bounds = difference(chosen, scores["v2drop one-shot"])
-    yield Finding(
-        "dropping in stages beats dropping at once",
-        "POPE 85.1 against 77.1, MME 1826 against 1717",
-        f"{shown(steps, steps_bounds)} points at the same mean",
-        is_better(steps_bounds),
-        AT_7B,
-    )
+    """Claims about scores, from the resampled scores of `ledger_plans` by label."""
+    yield steps_finding(scores)
     for method, paper in (("random", "MMBench 61.8 against 59.1"), ("fastv", "MMBench 61.8 against 56.1")):
         gain, bounds = difference(scores["v2drop"], scores[method])
         measured = f"{shown(gain, bounds)} points at 2/9 of the tokens, the paper's 128 of 576"
         command = f"python train_free_eval.py --methods dense,v2drop,{method}"
         yield Finding(f"V2Drop beats {method} dropping", paper, measured, is_better(bounds), command)
     metrics = {name: difference(scores[f"v2drop {name}"], scores["v2drop l2"]) for name in ("l1", "cosine")}
-    yield Finding(
-        "the metric hardly matters",
-        "MME l2 1712, l1 1698, cosine 1718",
-        ", ".join(f"{name} {shown(*pair)}" for name, pair in metrics.items()) + " points beside l2",
-        hardly_matters([bounds for _, bounds in metrics.values()]),
-        AT_7B,
-    )
+    yield choice_finding("the metric hardly matters", "MME l2 1712, l1 1698, cosine 1718", metrics, "l2")
     names = ["/".join(map(str, layers)) for layers in LAYER_NUMBERS]
-    choices = {name: difference(scores[f"v2drop {name}"], chosen) for name in names if f"v2drop {name}" in scores}
-    yield Finding(
-        "the choice of layers hardly matters",
-        "96.0 to 97.6 % of dense",
-        ", ".join(f"{name} {shown(*pair)}" for name, pair in choices.items()) + " points beside 3/17/22",
-        hardly_matters([bounds for _, bounds in choices.values()]),
+    chosen = scores["v2drop progressive"]
+    layers = {name: difference(scores[f"v2drop {name}"], chosen) for name in names if f"v2drop {name}" in scores}
+    yield choice_finding("the choice of layers hardly matters", "96.0 to 97.6 % of dense", layers, "3/17/22")
+
+
+def steps_finding(scores: Mapping[str, Resampled]) -> Finding:
+    gain, bounds = difference(scores["v2drop progressive"], scores["v2drop one-shot"])
+    return Finding(
+        "dropping in stages beats dropping at once",
+        "POPE 85.1 against 77.1, MME 1826 against 1717",
+        f"{shown(gain, bounds)} points at the same mean",
+        is_better(bounds),
         AT_7B,
     )
+
+
+def choice_finding(claim: str, paper: str, differences: Mapping[str, tuple[float, list[float]]], chosen: str) -> Finding:
+    """Whether a choice hardly matters, from the (difference, interval) of each alternative to the paper's own."""
+    measured = ", ".join(f"{name} {shown(*pair)}" for name, pair in differences.items()) + f" points beside {chosen}"
+    return Finding(claim, paper, measured, hardly_matters([bounds for _, bounds in differences.values()]), AT_7B)
 
 
 def video_findings(vlm: VisionLanguageModel, output: Path, limit: int) -> Iterator[Finding]:
-    """V2Drop beside others on clips, with the video demo where `vlm` is; answers go to `output`."""
+    """V2Drop beside two other methods on clips, with the video demo on the device of `vlm`; answers go to `output`."""
     video, task = load("demo-video", device=vlm.device, dtype=vlm.dtype), DemoVideo()
     shape = prompt_shape(video, task.first_sample().request)
     budget = SHARE_OF_VIDEO * shape.num_vision_tokens
@@ -180,6 +140,7 @@ def video_findings(vlm: VisionLanguageModel, output: Path, limit: int) -> Iterat
 
 
 def video_score_findings(scores: Mapping[str, Resampled]) -> Iterator[Finding]:
+    """Claims about scores on video, from the resampled scores by label."""
     for method, paper in (("random", "MVBench 56.4 against 54.6"), ("dycoke", "MVBench 56.4 against 49.5")):
         gain, bounds = difference(scores["v2drop"], scores[method])
         measured = f"{shown(gain, bounds)} points at {100 * SHARE_OF_VIDEO:g} % of the tokens"
@@ -188,6 +149,7 @@ def video_score_findings(scores: Mapping[str, Resampled]) -> Iterator[Finding]:
 
 
 def bias_finding(bits: Mapping[str, float]) -> Finding:
+    """The claim about position bias, from the bits of each row by label."""
     own, chance, attention = (bits[label] for label in ("v2drop", "random", "fastv"))
     return Finding(
         "variation has less position bias than attention",
@@ -199,7 +161,10 @@ def bias_finding(bits: Mapping[str, float]) -> Finding:
 
 
 def region_finding(vlm: VisionLanguageModel, shape: Shape, num_scenes: int = 40) -> Finding:
-    """How often a patch of a thing has changed more than a patch of the background, at V2Drop's drop layers."""
+    """How often a patch of a thing changes more than a patch of the background, at V2Drop's drop layers.
+
+    Holds where the interval of the area under the ROC curve is above 0.5 at every layer.
+    """
     parts, holds = [], True
     for layer_idx in layers_at_depths(shape.num_layers):
         areas = [scene_area(vlm, f"claims {number}", layer_idx) for number in range(num_scenes)]
@@ -216,6 +181,7 @@ def region_finding(vlm: VisionLanguageModel, shape: Shape, num_scenes: int = 40)
 
 
 def scene_area(vlm: VisionLanguageModel, seed: str, layer_idx: int) -> float:
+    """The area under the ROC curve of things against background, in one scene."""
     scene = scenes.any_scene(Dice(seed))
     request = Request(text=scenes.describe(scene).text, images=[scenes.draw_scene(scene)])
     point = drop_point(vlm.model.language_model, vlm.prepare([request]), layer_idx)
@@ -224,13 +190,16 @@ def scene_area(vlm: VisionLanguageModel, seed: str, layer_idx: int) -> float:
 
 
 def area_under_roc(values: Tensor, positive: Tensor) -> float:
-    """Probability that a positive one's value is above a negative one's, ties half; the mask must have both."""
+    """Probability that the value (n,) of a positive item is above that of a negative one; ties count half.
+
+    The mask `positive` (n,) must have items of both kinds.
+    """
     ones, zeros = int(positive.sum()), int((~positive).sum())
     return float((mean_ranks(values)[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
 
 
 def impact_findings(vlm: VisionLanguageModel, task: Task, num_prompts: int = 12, layer_idx: int = 1) -> Iterator[Finding]:
-    """The theorem's use: that the ranking by variation is one by what dropping a token does."""
+    """Whether the ranking by variation agrees with the rankings by what reverting and removing a token do."""
     requests = [sample.request for sample in task.samples(num_prompts)]
     points = [drop_point(vlm.model.language_model, vlm.prepare([request]), layer_idx) for request in requests]
     rows = {(row["score"], row["impact"]): row for row in rank_quality(points)}
@@ -244,72 +213,6 @@ def impact_findings(vlm: VisionLanguageModel, task: Task, num_prompts: int = 12,
             claim,
             "Theorem 1 and Proposition 1",
             f"Spearman {own['spearman']:.2f} [{low:.2f}, {high:.2f}] over {num_prompts} prompts at layer {layer_idx}",
-            HOLDS if low > AGREES else FAILS if high < AGREES else OPEN,
+            agrees((low, high)),
             "notebooks/05_variation_impact.ipynb",
         )
-
-
-def flops_finding() -> Finding:
-    """Three scored drop points: a difference, a square and a sum for each value, beside the whole prefill, by formula."""
-    config = TextConfig(vocab_size=32064)
-    schedule = PUBLISHED_SCHEDULES["paper-128"]
-    entering = [PAPER_VISION_TOKENS, *schedule.vision_tokens_per_layer(PAPER_VISION_TOKENS, PAPER_LAYERS)]
-    scoring = sum(3 * entering[layer] * config.hidden_size for layer in schedule)
-    share = 100 * scoring / DropSchedule({}).prefill_flops(config, 64, PAPER_VISION_TOKENS)
-    return Finding(
-        "scoring costs 0.002 % of the FLOPs",
-        "0.002 %",
-        f"{scoring / 1e6:.1f} MFLOPs, {share:.5f} % of a dense prefill of 640 tokens",
-        HOLDS if share <= 0.002 else FAILS,
-        "by formula",
-    )
-
-
-def cost_options(vision_tokens: int, share: float) -> list[str]:
-    """Of the benchmark."""
-    sizes = ["--vision-tokens", str(vision_tokens), "--tokens", f"{share * vision_tokens:g}", "--layers", str(LAYERS)]
-    return ["--no-transformers", "--methods", "v2drop", *sizes, "--repeats", str(ROUNDS), "--decode-steps", "1"]
-
-
-def measure_costs(vision_tokens: int, share: float) -> dict[str, dict[str, Any]]:
-    """Rows of the benchmark for dense and V2Drop at a share of `vision_tokens`, by name without the budget."""
-    arguments: argparse.Namespace = build_parser().parse_args(cost_options(vision_tokens, share))
-    return {row["prefill"].partition("@")[0]: row for row in run_benchmark(arguments)["prefill"]}
-
-
-def cost_findings(long: int = 1728, share: float = 0.4) -> Iterator[Finding]:
-    """Time of the drop points, peak memory, and a prompt with four times as many vision tokens."""
-    command = " ".join(["python -m nanovlm_v2drop.benchmark", *cost_options(long, share)])
-    short_rows, long_rows = measure_costs(PAPER_VISION_TOKENS, share), measure_costs(long, share)
-    points = [rows["v2drop"]["drop_points_percent"] / (PAPER_LAYERS / LAYERS) for rows in (short_rows, long_rows)]
-    yield Finding(
-        "dropping costs under 1 % of the time",
-        "latency as Random's within 2 %",
-        f"drop points {points[0]:.3f} % of a prefill of 640 tokens, {points[1]:.3f} % of {long + 64}, taken to 32 layers",
-        HOLDS if max(points) < 1 else FAILS,
-        command,
-    )
-    dense, own = long_rows["dense"]["peak_memory_mb"], long_rows["v2drop"]["peak_memory_mb"]
-    yield Finding(
-        "peak memory is not above dense",
-        "-3.3 %",
-        f"{own:.0f} MB against {dense:.0f} MB, weights included, {LAYERS} layers, {long} vision tokens",
-        HOLDS if own <= 1.01 * dense else FAILS,
-        command,
-    )
-    gains = [round_speedups(rows) for rows in (short_rows, long_rows)]
-    faster, sizes = [f"{median(own):.2f} [{min(own):.2f}, {max(own):.2f}]" for own in gains], (PAPER_VISION_TOKENS, long)
-    yield Finding(
-        "long inputs gain more",
-        "1.46 times on images, 3.9 times on video",
-        f"prefill {faster[0]} times faster at {sizes[0]} vision tokens, {faster[1]} at {sizes[1]}, same shares; in brackets "
-        f"the slowest and the fastest of {ROUNDS} rounds",
-        HOLDS if min(gains[1]) > max(gains[0]) else FAILS if max(gains[1]) < min(gains[0]) else OPEN,
-        command,
-    )
-
-
-def round_speedups(rows: Mapping[str, Mapping[str, Any]]) -> list[float]:
-    """V2Drop's speed-up over dense in each round of the benchmark."""
-    rounds = zip(rows["dense"]["rounds_ms"], rows["v2drop"]["rounds_ms"], strict=True)
-    return [dense / own for dense, own in rounds]
