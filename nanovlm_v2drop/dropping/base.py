@@ -212,11 +212,15 @@ class TokenDropper:
 
     def __call__(self, state: PrefillState) -> PrefillState:
         """The state after this drop point. Where nothing leaves, it is the very same object."""
-        counts = self.schedule.kept_counts(state.layer_idx, state.vision_counts)
+        counts = self.kept_counts(state)
         if counts == state.vision_counts:
             return state
         after = self.compress(state, counts)
         return after.renumbered() if self.renumbers else after
+
+    def kept_counts(self, state: PrefillState) -> tuple[int, ...]:
+        """Vision tokens of each sequence that stay at this drop point."""
+        return self.schedule.kept_counts(state.layer_idx, state.vision_counts)
 
     def compress(self, state: PrefillState, vision_counts: Sequence[int]) -> PrefillState:
         """The state with `vision_counts` vision tokens in each sequence."""

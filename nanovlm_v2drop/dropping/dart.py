@@ -1,8 +1,9 @@
 """DART: stop looking for important tokens, duplication matters more (EMNLP 2025, arXiv 2502.11494).
 
-At the input of layer K a few pivots are chosen: the image tokens and the text tokens behind the picture whose keys in layer
-K - 1 are longest. One after another they take the image tokens that are least like them, by the cosine of hidden states behind
-the model's final norm. What no pivot took says again what is there already, and leaves. Position ids are kept.
+At the input of layer K a few tokens are chosen as pivots: the image tokens, and the text tokens after the picture, whose keys
+in layer K - 1 have the largest norm. One after another, the pivots take the image tokens that are least similar to them. The
+similarity is the cosine of the hidden states after the model's final norm. The tokens that no pivot took are duplicates of kept
+ones and leave. Position ids are kept.
 Source: github.com/ZichenWen1/DART, llava/model/language_model/modeling_llama_self.py.
 """
 
@@ -23,28 +24,28 @@ PIVOT_ORDERS = ("rank", "released")
 
 
 class EqualPicks(DropSchedule):
-    """Layer -> share of the vision tokens that the pivots take, rounded so that all take equally many; image pivots on top."""
+    """Layer -> share of the vision tokens that the pivots take. All pivots take equally many; the image pivots are added."""
 
     def kept_count(self, layer_idx: int, current: int) -> int:
         return min(current, IMAGE_PIVOTS + PIVOTS * int(current * self[layer_idx] / PIVOTS))
 
 
 def published_count(max_num_trunction: int) -> Published:
-    """A setting of the LLaVA scripts, which name what the pivots take together; the image pivots come on top."""
+    """A setting of the LLaVA scripts. They name the number that the pivots take together; the image pivots are added."""
     taken = PIVOTS * (max_num_trunction // PIVOTS)
     return Published(CountSchedule({2: IMAGE_PIVOTS + taken}), MappingProxyType({"pivot_order": "released"}))
 
 
 class DART(TokenDropper):
-    """Drop the vision tokens that repeat what is kept.
+    """Drop the vision tokens that duplicate kept ones.
 
-    `pivot_order` matters, since what one pivot takes the next cannot. "rank": image pivots, then text pivots, longest key
-    first. "released": as a Python set of their rows happens to list them, mostly by row modulo 32, so that a longer system
-    prompt changes what is kept.
-    Deviations from the released code: every sample has its own pivots (there, batch 1 only). Any number may be kept: the
-    first pivots take one token more than the last, and up to four kept tokens are the image pivots alone. A picture with
-    fewer than four text tokens behind it fails there; here image pivots take again in the place of the missing ones. All
-    pictures of a prompt are one pool, and its text is what stands behind the last of them.
+    `pivot_order` changes the result, because a token taken by one pivot is not available to the next. "rank": image pivots,
+    then text pivots, largest key norm first. "released": the order in which a Python set lists their rows, mostly by row
+    modulo 32. With "released", a longer system prompt therefore changes the kept tokens.
+    Deviations from the released code: every sample has its own pivots (the released code runs with batch 1 only). Any number
+    of tokens can be kept: the first pivots may take one token more than the last ones, and four tokens or fewer are image
+    pivots alone. The released code fails where fewer than four text tokens follow the picture; here, image pivots take a second
+    turn in place of the missing ones. All pictures of a prompt form one pool, and the text after the last picture is its text.
     """
 
     name = "dart"
@@ -91,26 +92,26 @@ class DART(TokenDropper):
     def ordered(self, pivots: Tensor) -> Tensor:
         if self.pivot_order == "rank":
             return pivots
-        # Only the interpreter knows how a set lists its numbers, so they come to the host: the one wait for the GPU.
+        # The order of a Python set is known on the host only, so this setting waits for the GPU once.
         rows = pivots.tolist()
         return pivots.new_tensor(sorted(rows, key=list(set(rows)).index))
 
 
 def key_norms(state: PrefillState) -> Tensor:
-    """(T,) L1 norm of each token's key in the layer before, all heads together."""
+    """(T,) L1 norm of each token's key in the previous layer, over all heads."""
     _, keys = state.queries_and_keys()
     return torch.linalg.vector_norm(keys.flatten(1), 1, dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
 
 
 def text_pivots(vision: Tensor, norms: Tensor, image_pivots: Tensor) -> Tensor:
-    """(4,) text rows behind the last vision row, longest key first; image pivots where there are fewer."""
+    """(4,) text rows after the last vision row, largest key norm first. Image pivots replace missing text rows."""
     behind = torch.arange(len(norms), device=norms.device) > vision[-1]
     best = norms.masked_fill(~behind, -torch.inf).topk(TEXT_PIVOTS)
     return torch.where(best.values > -torch.inf, best.indices, image_pivots)
 
 
 def take_in_turn(similarities: Tensor, candidates: Tensor, count: int) -> list[Tensor]:
-    """Rows that each pivot takes of those left in `candidates` (T,), least like it first; similarities (pivots, T)."""
+    """The rows that each pivot takes from `candidates` (T,), least similar first; similarities (pivots, T)."""
     taken = []
     for turn, similarity in enumerate(similarities):
         share = count // len(similarities) + (turn < count % len(similarities))

@@ -1,10 +1,10 @@
 """DyCoke: dynamic compression of tokens for fast video large language models (CVPR 2025, arXiv 2411.15024).
 
-Before the decoder the frames of a video are taken in fours. The first of four stays whole; of the others those tokens stay
-that are least like the token at the same place of an earlier frame: the frame just before for the second and the fourth, the
-first for the third. Position ids are counted anew. While decoding, a new token sees in the later layers only the vision tokens
-that it looks at most, unless it looks where the token before it looked.
-Source: github.com/KD-TAO/DyCoke, llava/model/llava_arch.py and llava/model/language_model/modeling_qwen2.py.
+Before the decoder, the frames of a video form groups of four. The first frame of a group stays whole. Each other frame keeps
+the tokens that are least similar to the token at the same place of an earlier frame: the previous frame for the second and the
+fourth, the first frame for the third. Position ids are renumbered. During decoding, a new token sees in the later layers only
+the vision tokens to which it pays most attention, unless its attention is similar to that of the previous token. Source:
+github.com/KD-TAO/DyCoke, llava/model/llava_arch.py and llava/model/language_model/modeling_qwen2.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,17 +22,17 @@ from .base import PrefillState, Published, TokenDropper, check_numbers
 from .schedule import PAPER_LAYERS, DropSchedule, OutOfReach
 
 Grid = tuple[int, int, int]  # frames, rows, columns
-NEWLINE = 1  # token that LLaVA-OneVision puts behind a video, in no frame: it stays
-FRAMES_BACK = (0, 1, 2, 1)  # how far before it lies the frame that each of four is compared with; 0: it stays whole
+NEWLINE = 1  # LLaVA-OneVision's token behind a video; it belongs to no frame and stays
+FRAMES_BACK = (0, 1, 2, 1)  # distance from each frame of a group to the frame that it is compared with; 0: it stays whole
 
 
 def compared_frames(frames: int) -> dict[int, int]:
-    """Each frame that is left, and the frame that it is compared with: itself where it stays whole."""
+    """Each kept frame, and the frame that it is compared with: itself where it stays whole."""
     return {frame: frame - FRAMES_BACK[frame % 4] for frame in range(frames)}
 
 
 def released_frames(frames: int) -> dict[int, int]:
-    """The same as the released code has it: an odd last frame is lost, and the last four's third frame stays whole."""
+    """The same as in the released code: an odd last frame is lost, and the third frame of the last group stays whole."""
     if frames < 2:
         return compared_frames(frames)
     compared = compared_frames(frames - frames % 2)
@@ -42,9 +42,9 @@ def released_frames(frames: int) -> dict[int, int]:
 class ReleasedFrames(DropSchedule):
     """The count of the released code, which keeps `share` of each reduced frame; for prompts with one video.
 
-    Any other number of tokens than whole frames, with or without a newline behind them, is one of pictures, which stay. The
-    released code stops with an error at four frames and fewer; here its rule goes on: the second and the fourth are reduced,
-    the third of three is lost, the third of four stays whole, and a single frame is a picture.
+    A number of tokens that is not whole frames, with or without a newline behind them, means pictures, which stay. The released
+    code fails with four frames or fewer. Here its rule continues: the second and the fourth frame are reduced, the third of
+    three is lost, the third of four stays whole, and a single frame is a picture.
     """
 
     def __init__(self, share: float, tokens_per_frame: int = 196) -> None:
@@ -62,7 +62,7 @@ class ReleasedFrames(DropSchedule):
     def mapped(
         self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS, frames: int = 1
     ) -> "ReleasedFrames":
-        """The same share of each reduced frame of a video, however many tokens its frames have; of pictures nothing changes."""
+        """The same share of each reduced frame of a video, with frames of any size. Pictures stay."""
         return type(self)(self[0], num_vision_tokens // frames if frames > 1 else self.tokens_per_frame)
 
     def mapping_note(self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS, frames: int = 1) -> str:
@@ -75,7 +75,7 @@ class ReleasedFrames(DropSchedule):
         return type(self)(keep_ratios[0], self.tokens_per_frame)
 
     def check_prompt(self, grids: Sequence[Grid]) -> None:
-        """Raise ValueError for a prompt that `kept_count`, which knows only how many tokens there are, takes for another."""
+        """Raise ValueError for a prompt that `kept_count` would mistake for another: it knows the number of tokens only."""
         current = sum(map(prod, grids))
         pictures = all(frames == 1 for frames, _, _ in grids) and self.kept_count(0, current) == current
         sizes = [rows * columns for _, rows, columns in grids[:1]]
@@ -85,19 +85,23 @@ class ReleasedFrames(DropSchedule):
 
 
 class DyCoke(TokenDropper):
-    """Drop from a video what an earlier frame shows at the same place; while decoding, hide what is hardly looked at.
+    """Drop the tokens of a video that repeat an earlier frame; during decoding, hide the tokens that receive little attention.
 
-    With a DropSchedule the number asked for is kept exactly: pictures and first frames whole, the other frames of a prompt an
-    equal share of the rest. Less than what stays whole is a ValueError, and so is any drop from a prompt of pictures.
-    Decoding: layer `layer` and later ones (the last alone in a shallower decoder) see the share 1 - `prune` of the vision
-    tokens, those that layer `layer` - 1 looks at most for the new token. `prune` = 0 turns this off. It frees no memory:
-    nothing leaves the cache. And where the cosine between this attention and that of the token before is `similarity` or
-    more, nothing is hidden: a choice is never kept for the next token, the opposite of a cache.
-    Deviations from the released code: kept tokens stay in reading order (there, in order of similarity, a plain bug); only
-    ReleasedFrames skips and loses frames; several videos and pictures work, and batches, in which every sample decides for
-    itself (there, batch 1); each generation starts afresh (there, it is compared with the sample before); all vision tokens
-    can be hidden (there, all but the last); attention is compared in float32. The released evaluation prunes 0.8 while
-    decoding, its README 0.7.
+    With a DropSchedule, exactly the asked number is kept: pictures and first frames stay whole, and the other frames of a
+    prompt keep an equal share of the rest. A number smaller than what stays whole is a ValueError. A prompt without a frame to
+    reduce (pictures, a video of one frame) keeps all its tokens. Decoding: layer `layer` and later layers (only the last layer
+    of a shallower decoder) see the share 1 - `prune` of the vision tokens, those with most attention from the new token in
+    layer `layer` - 1. `prune` = 0 turns this off. It frees no memory, because nothing leaves the cache. Where the cosine
+    between this attention and that of the previous token is `similarity` or more, nothing is hidden. Deviations from the
+    released code:
+    - Kept tokens stay in reading order. The released code orders them by similarity, which is a bug.
+    - Only ReleasedFrames skips and loses frames.
+    - Several videos and pictures work, and so do batches, in which every sample decides for itself. The released code runs with
+      batch 1 only.
+    - Each generation starts without history. The released code compares with the previous sample.
+    - All vision tokens can be hidden. The released code always shows the last one.
+    - Attention is compared in float32.
+    The released evaluation uses `prune` 0.8, its README 0.7.
     """
 
     name = "dycoke"
@@ -118,9 +122,9 @@ class DyCoke(TokenDropper):
 
     @classmethod
     def schedule_for(cls, mean_tokens: float, num_vision_tokens: int, num_layers: int, frames: int = 1) -> DropSchedule:
-        """One share before the decoder, for a video of `frames`; a picture, which is one frame, stays as it is.
+        """One share before the decoder, for a video of `frames`. A picture is one frame and stays as it is.
 
-        What no frame holds, as LLaVA-OneVision's newline, stays too.
+        Tokens outside the frames, such as LLaVA-OneVision's newline, stay too.
         """
         in_frames = num_vision_tokens // frames
         whole = ceil(frames / 4) * in_frames + num_vision_tokens - frames * in_frames
@@ -138,8 +142,16 @@ class DyCoke(TokenDropper):
                 self.schedule.check_prompt(grids)
         return state
 
+    def kept_counts(self, state: PrefillState) -> tuple[int, ...]:
+        """The schedule's counts, but a prompt of single frames has no frame to reduce and keeps all its tokens."""
+        counts = super().kept_counts(state)
+        has_video = [any(frames > 1 for frames, _, _ in grids) for grids in state.vision_grids]
+        return tuple(
+            count if video else before for count, before, video in zip(counts, state.vision_counts, has_video, strict=True)
+        )
+
     def frames(self, rows: Tensor, grids: Sequence[Grid]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """Rows of a sequence's whole frames, and of its other frames, each with those of its earlier frame."""
+        """The rows of a sequence's whole frames, and of its other frames, each with the rows of its earlier frame."""
         compared = released_frames if isinstance(self.schedule, ReleasedFrames) else compared_frames
         whole, reduced = [], []
         for (count, _, _), video in zip(grids, rows.split([prod(grid) for grid in grids]), strict=True):
@@ -169,12 +181,12 @@ class DyCoke(TokenDropper):
 
 
 def keeping(count: int, num_vision_tokens: int) -> DropSchedule:
-    """Half a token above the wanted count, so that truncation gives exactly that count."""
+    """A share half a token above the wanted count, so that truncation gives exactly that count."""
     return DropSchedule({0: min(1.0, (count + 0.5) / num_vision_tokens)})
 
 
 def least_like(state: PrefillState, frame: Tensor, earlier: Tensor, count: int) -> Tensor:
-    """`count` of the rows `frame` that are least like the rows `earlier`, each like the one at its own place."""
+    """The `count` rows of `frame` that are least similar to the row of `earlier` at the same place."""
     now, before = state.hidden_states[frame].float(), state.hidden_states[earlier].float()
     similarities = F.cosine_similarity(now, before, dim=-1)
     check_numbers(DyCoke.name, similarities)
@@ -182,13 +194,13 @@ def least_like(state: PrefillState, frame: Tensor, earlier: Tensor, count: int) 
 
 
 def equal_shares(sizes: Sequence[int], total: int) -> list[int]:
-    """`total` tokens from frames of these sizes: the same share of each, to within one token."""
+    """`total` tokens from frames of these sizes: the same share of each frame, to within one token."""
     bounds = [total * size // max(sum(sizes), 1) for size in accumulate(sizes, initial=0)]
     return [end - start for start, end in pairwise(bounds)]
 
 
 class DynamicPruning:
-    """Which slots of the cache the new tokens of one generation see; holds the attention of the token before."""
+    """Chooses the cache slots that the new tokens of one generation see; holds the attention of the previous token."""
 
     def __init__(self, state: PrefillState, layer: int, prune: float, similarity: float) -> None:
         self.layer, self.similarity, self.all_heads = layer, similarity, state.all_heads
@@ -205,7 +217,7 @@ class DynamicPruning:
         return self.visible if layer_idx >= self.layer else None
 
     def vision_attention(self, q: Tensor, keys: Tensor, seqlens: Sequence[int]) -> list[Tensor]:
-        """The new token's attention to each sequence's vision tokens, mean over heads."""
+        """The new token's attention to each sequence's vision tokens, averaged over heads."""
         attention = []
         for query, slots, length, vision in zip(q, keys, seqlens, self.vision_slots, strict=True):
             newest = torch.full((1,), length - 1, device=q.device)
@@ -213,7 +225,7 @@ class DynamicPruning:
         return attention
 
     def choose(self, attention: list[Tensor], seqlens: Sequence[int]) -> list[Tensor] | None:
-        """The slots that each sequence sees, given its attention; None where all see all."""
+        """The slots that each sequence sees, given its attention; None where all sequences see all slots."""
         pruned = [similarity < self.similarity for similarity in self.similarities(attention)]
         self.attention = attention
         if not any(pruned):
@@ -224,11 +236,11 @@ class DynamicPruning:
         ]
 
     def similarities(self, attention: list[Tensor]) -> list[float]:
-        """Of each sequence's attention to that of the token before; 0 for the first new token."""
+        """The cosine between each sequence's attention and that of the previous token; 0 for the first new token."""
         if not self.attention:
             return [0.0] * len(attention)
         pairs = zip(attention, self.attention, strict=True)
-        # Whether slots are hidden decides how many are read, which the host must know: one wait for the GPU a token.
+        # The host must know how many slots are read, so every decoded token waits for the GPU once.
         return torch.stack([F.cosine_similarity(now, before, dim=0) for now, before in pairs]).tolist()
 
     def best_slots(self, index: int, length: int) -> Tensor:

@@ -1,7 +1,7 @@
 """FastV: an image is worth 1/2 tokens after layer 2 (ECCV 2024, arXiv 2403.06764).
 
-At the input of layer K the vision tokens stay that the prompt's last token attended to most in layer K - 1: softmax over all
-keys, mean over heads. Position ids are kept.
+At the input of layer K, the vision tokens that received most attention from the prompt's last token in layer K - 1 are kept.
+The attention is a softmax over all keys, averaged over heads. Position ids are kept.
 Source: github.com/pkunlp-icler/FastV, src/transformers (in place) and src/FastV/llava-hf (with a cache).
 """
 
@@ -17,13 +17,15 @@ from .schedule import DropSchedule
 
 
 class FastV(TokenDropper):
-    """Drop the vision tokens that the last token of the prompt looks at least.
+    """Drop the vision tokens that receive least attention from the prompt's last token.
 
-    Deviations from the released codes: only the last token's row of attention is computed, so FlashAttention stays on
-    (there, layer K - 1 or all layers write the whole matrix); every sample ranks its own tokens (there, sample 0 rules the
-    batch); what prefill kept stays for the whole answer (the in-place version, which has no cache, chooses again for every
-    token); layer K - 1 runs once (the lmms-eval version runs it twice and stores its keys twice); the kept count is truncated,
-    as V2Drop's is (the version with a cache rounds it).
+    Deviations from the released codes:
+    - Only the last token's row of attention is computed, so FlashAttention stays in use. The released codes write the whole
+      attention matrix in layer K - 1 or in all layers.
+    - Every sample ranks its own tokens. In the released codes, sample 0 decides for the whole batch.
+    - The tokens kept in prefill stay for the whole answer. The in-place version has no cache and selects again for every token.
+    - Layer K - 1 runs once. The lmms-eval version runs it twice and stores its keys twice.
+    - The kept count is truncated, as in V2Drop. The version with a cache rounds it.
     """
 
     name = "fastv"
@@ -31,7 +33,7 @@ class FastV(TokenDropper):
         "K=2 R=50%": Published(DropSchedule({2: 0.5})),  # the paper's default
         "K=3 R=50%": Published(DropSchedule({3: 0.5})),  # the README's results
     }
-    earliest_layer = 1  # layer 0 has no attention before it
+    earliest_layer = 1  # no attention exists before layer 0
     reads_attention = True
     depths = (2 / 32,)
     leanest = (0.0,)

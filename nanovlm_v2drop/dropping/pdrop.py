@@ -1,8 +1,8 @@
 """PyramidDrop: accelerating LVLMs via pyramid visual redundancy reduction (CVPR 2025, arXiv 2410.17247).
 
-At the input of each stage's first layer the vision tokens stay that the last instruction token attends to most, by that very
-layer's norm, queries and keys: softmax over all keys, mean over heads. The gaps in the position ids are closed after each drop,
-and decoding goes on from each layer's own length.
+At the input of each stage's first layer, the vision tokens that receive most attention from the last instruction token are
+kept. The attention uses that layer's own norm, queries and keys: a softmax over all keys, averaged over heads. Position ids are
+renumbered without gaps after each drop, and decoded tokens continue from each layer's own length.
 Source: github.com/Cooperx521/PyramidDrop, llava/model/modeling_llama_pdrop.py.
 """
 
@@ -17,12 +17,12 @@ from .schedule import DropSchedule, OutOfReach, layers_at_depths
 
 
 class PDrop(TokenDropper):
-    """Drop, stage by stage, the vision tokens that the end of the instruction looks at least.
+    """Drop, stage by stage, the vision tokens that receive least attention from the end of the instruction.
 
-    Deviations from the released code: batches are packed (there, a padded batch fails without FlashAttention); values of
-    multimodal position ids (Qwen2-VL) are kept, since they are places in a grid; shares are of the tokens that arrive
-    (there, of the prompt's, so that counts may differ by one). As there, a drop point costs the next layer's key projection
-    once more.
+    Deviations from the released code: batches are packed (in the released code, a padded batch fails without FlashAttention).
+    Multimodal position ids (Qwen2-VL) keep their values, because they are places in a grid. A share is taken of the tokens that
+    enter the stage (in the released code, of the prompt's tokens, so counts can differ by one). As in the released code, a drop
+    point computes the next layer's key projection a second time.
     """
 
     name = "pdrop"
@@ -34,13 +34,13 @@ class PDrop(TokenDropper):
     }
     renumbers = True
     depths = (8 / 32, 16 / 32, 24 / 32)
-    early_depths = (2 / 32, 8 / 32, 16 / 32)  # for budgets below the floor of `depths`, as its author advises
+    early_depths = (2 / 32, 8 / 32, 16 / 32)  # the author's advice for budgets below the floor of `depths`
 
     @classmethod
     def schedule_for(
         cls, mean_tokens: float, num_vision_tokens: int, num_layers: int, frames: int = 1
     ) -> DropSchedule:
-        """One share at all three stages; where the default layers miss the budget, those that the author advises."""
+        """One share for all three stages; budgets below the floor of the default layers use those that the author advises."""
         for depths in (cls.depths, cls.early_depths):
             layers = layers_at_depths(num_layers, depths)
             schedules = [DropSchedule(dict.fromkeys(layers, step / 1000)) for step in range(1001)]

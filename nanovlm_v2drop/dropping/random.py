@@ -1,8 +1,8 @@
 """Random dropping: the control that every published method has to beat.
 
-V2Drop's own Random is not released. Both here draw once for each prompt, so that what a later drop point keeps is a subset of
-what an earlier one kept, and from `seed` and the prompt's own number, so that a sample loses the same tokens in every batch
-and on every device.
+The authors of V2Drop have not released their Random. Both methods here draw once a prompt, so a later drop point keeps a subset
+of the tokens that an earlier one kept. The draw depends on `seed` and on the prompt's own number, so a sample loses the same
+tokens in every batch and on every device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,16 +34,16 @@ class Random(TokenDropper):
         return torch.cat([sent(drawn, rows.device)[rows] for drawn, rows in zip(numbers, indices, strict=True)])
 
     def draw(self, count: int, prompt_seed: int) -> Tensor:
-        """(count,) numbers of a prompt; one unused number for a prompt without vision tokens."""
+        """(count,) random numbers of a prompt; one unused number for a prompt without vision tokens."""
         generator = torch.Generator().manual_seed(prompt_seed * 1_000_003 + self.seed)
         return torch.rand(max(count, 1), generator=generator)
 
 
 class RandomGrid(Random):
-    """Keep a random subset that is spread evenly over each picture, every token as likely as any other.
+    """Keep a random subset that is spread evenly over each picture. Every token is equally likely to be kept.
 
-    Tokens are walked through along a curve that fills the picture quadrant by quadrant (Z-order), frame by frame, and one is
-    taken at every n/m-th step from a random start: systematic sampling.
+    This is systematic sampling: the tokens are ordered along a curve that fills the picture quadrant by quadrant (Z-order),
+    frame by frame, and every n/m-th token is taken from a random start.
     """
 
     name = "random-grid"
@@ -60,7 +60,7 @@ class RandomGrid(Random):
 
 
 def z_order(grids: Sequence[tuple[int, int, int]]) -> Tensor:
-    """(n,) place of each vision token of a prompt on the curve: bits of its row and column interleaved, pictures in order."""
+    """(n,) place of each vision token of a prompt on the curve: interleaved bits of its row and column, pictures in order."""
     places, before = [torch.empty(0, dtype=torch.long)], 0
     for frames, rows, columns in grids:
         axes = torch.meshgrid(*map(torch.arange, (frames, rows, columns)), indexing="ij")

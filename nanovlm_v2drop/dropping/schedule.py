@@ -1,7 +1,7 @@
-"""Where tokens are dropped, how many stay, and the one accounting that every method is compared under.
+"""Where tokens are dropped, how many stay, and the one accounting for all methods.
 
-Counts are of tokens *entering* a layer: a drop point at layer l shortens what layer l itself sees. "192 tokens" in the
-V2Drop paper is the mean of these counts over the layers.
+A count is the number of tokens that *enter* a layer: a drop point at layer l shortens the input of layer l itself. "192 tokens"
+in the V2Drop paper is the mean of these counts over the layers.
 """
 
 from bisect import bisect_left
@@ -12,17 +12,17 @@ from ..models.config import TextConfig
 
 PAPER_LAYERS, PAPER_VISION_TOKENS = 32, 576  # LLaVA-1.5-7B
 PAPER_DEPTHS = (3 / 32, 17 / 32, 22 / 32)  # V2Drop drops at layers 3, 17 and 22 of LLaVA-1.5-7B's 32
-LEANEST_RATIOS = (0.0, 0.3, 0.0)  # shares kept at these depths, before the solver raises them: the paper's later stages
+LEANEST_RATIOS = (0.0, 0.3, 0.0)  # the solver starts from these shares and raises them; the later ones are the paper's
 
 
 class DropSchedule(Mapping[int, float]):
     """Layer -> share of the current vision tokens that is kept; an empty schedule is the dense model.
 
-    The kept count is truncated as in the authors' code, int(n * share), but never below `minimum`: their "drop 100 %"
-    keeps one token (V2Drop.py, max(1, ...)). `minimum=0` really drops all.
+    The kept count is truncated as in the authors' code, int(n * share), but is never below `minimum`. "Drop 100 %" in that code
+    keeps one token (V2Drop.py, max(1, ...)); `minimum=0` drops all tokens.
     """
 
-    shown_as: ClassVar[str] = ".4g"  # how a value is formatted
+    shown_as: ClassVar[str] = ".4g"  # the format of a value
 
     def __init__(self, keep_ratios: Mapping[int, float], minimum: int = 1) -> None:
         """Raises ValueError for layers out of order or negative, ratios outside [0, 1], a negative minimum."""
@@ -46,7 +46,7 @@ class DropSchedule(Mapping[int, float]):
         return len(self.keep_ratios)
 
     def __eq__(self, other: object) -> bool:
-        """Whether they keep the same: not so a share and a number that are written alike, as Mapping would have it."""
+        """Whether both keep the same tokens. Mapping's own comparison would take the share 1.0 for the number 1."""
         return type(self) is type(other) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
@@ -69,10 +69,10 @@ class DropSchedule(Mapping[int, float]):
     def mapped(
         self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS, frames: int = 1
     ) -> "DropSchedule":
-        """This schedule of a decoder of `from_layers` (and 576 vision tokens) at the same depths of another decoder.
+        """This schedule for another decoder, at the same depths. It was made for `from_layers` layers and 576 vision tokens.
 
-        `frames` of the prompt's video, for schedules that count them. Raises ValueError where two drop points would fall on
-        one layer.
+        `frames`: frames of the prompt's video, for schedules that count them. Raises ValueError where two drop points would
+        fall on one layer.
         """
         layers = [layers_at_depths(num_layers, [layer / from_layers])[0] for layer in self]
         if len(set(layers)) < len(layers):
@@ -80,16 +80,16 @@ class DropSchedule(Mapping[int, float]):
         return self.with_values(dict(zip(layers, self.values(), strict=True)), num_vision_tokens / PAPER_VISION_TOKENS)
 
     def mapping_note(self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS, frames: int = 1) -> str:
-        """What `mapped` comes from, given the same; empty where that is the same decoder and prompt."""
+        """The origin of `mapped` for the same arguments, in words; empty where decoder and prompt are the same."""
         is_same = (num_layers, num_vision_tokens) == (from_layers, PAPER_VISION_TOKENS)
         return "" if is_same else f"mapped from {from_layers} layers and {PAPER_VISION_TOKENS} tokens"
 
     def with_values(self, keep_ratios: Mapping[int, float], scale: float) -> "DropSchedule":
-        """The same kind of schedule with other values, for pictures of `scale` times as many tokens."""
+        """A schedule of the same kind with other values, for pictures with `scale` times as many tokens."""
         return type(self)(keep_ratios, self.minimum)
 
     def kept_count(self, layer_idx: int, current: int) -> int:
-        """Vision tokens of one sequence that stay at a drop point where `current` arrive."""
+        """Vision tokens of one sequence that stay at a drop point which `current` tokens enter."""
         return max(min(self.minimum, current), int(current * self[layer_idx]))
 
     def kept_counts(self, layer_idx: int, current: Sequence[int]) -> tuple[int, ...]:
@@ -106,14 +106,14 @@ class DropSchedule(Mapping[int, float]):
         return counts
 
     def mean_tokens(self, num_vision_tokens: int, num_layers: int) -> float:
-        """Mean number of vision tokens entering a layer: the budget that methods are compared at."""
+        """Mean number of vision tokens that enter a layer. Methods are compared at equal means."""
         return sum(self.vision_tokens_per_layer(num_vision_tokens, num_layers)) / num_layers
 
     def prefill_flops(self, config: TextConfig, num_text_tokens: int, num_vision_tokens: int) -> int:
-        """Floating-point operations of the decoder's prefill of one prompt, 2 for each multiply-add.
+        """Floating-point operations of the decoder's prefill of one prompt; a multiply-add counts as 2.
 
-        Matrix products and causal attention; norms, rotary embedding and scoring are left out (below 0.1 %). Only the last
-        row goes through the head.
+        Matrix products and causal attention are counted. Norms, rotary embedding and scoring are left out (below 0.1 %). Only
+        the last row goes through the head.
         """
         query_size = config.num_attention_heads * config.head_dim
         weights = 2 * config.hidden_size * (query_size + config.num_key_value_heads * config.head_dim)
@@ -127,7 +127,7 @@ class DropSchedule(Mapping[int, float]):
     def kv_cache_bytes(
         self, config: TextConfig, num_text_tokens: int, num_vision_tokens: int, bytes_per_value: int
     ) -> int:
-        """Size of the key/value cache that prefill of one prompt leaves behind."""
+        """Size of the key/value cache after the prefill of one prompt."""
         counts = self.vision_tokens_per_layer(num_vision_tokens, config.num_hidden_layers)
         tokens = sum(counts) + num_text_tokens * config.num_hidden_layers
         return tokens * 2 * config.num_key_value_heads * config.head_dim * bytes_per_value
@@ -145,9 +145,9 @@ class DropSchedule(Mapping[int, float]):
     ) -> "DropSchedule":
         """The schedule whose mean is within half a token of `target`, for a decoder of any depth.
 
-        `layers` default to the paper's depths. Starting from the `leanest` shares, the first drop point keeps more and
-        more; once it keeps all, the second does, and so on. Raises OutOfReach where no such schedule exists, and names the
-        floor: the layers before the first drop point always see every token.
+        `layers` default to the paper's depths. The solver starts from the `leanest` shares and raises the share of the first
+        drop point; once that keeps all tokens, it raises the second, and so on. Raises OutOfReach where no such schedule
+        exists. A floor exists because the layers before the first drop point always see all tokens.
         """
         layers = layers_at_depths(num_layers) if layers is None else layers
         ratios = dict(zip(layers, (*leanest, *[leanest[-1]] * len(layers)), strict=False))
@@ -163,7 +163,7 @@ class DropSchedule(Mapping[int, float]):
 
 
 class CountSchedule(DropSchedule):
-    """Layer -> number of vision tokens that are kept, for methods whose settings are published as numbers."""
+    """Layer -> number of vision tokens that are kept, for settings that are published as numbers."""
 
     shown_as = ""
 
@@ -182,10 +182,10 @@ class CountSchedule(DropSchedule):
 
 
 class BatchSchedule(DropSchedule):
-    """A schedule of its own for every prompt of a packed batch, so that budgets may differ inside it.
+    """One schedule for each prompt of a packed batch, so that budgets can differ within the batch.
 
-    Its layers are those of all of them; a prompt whose own schedule has no drop point at a layer keeps everything there. Tokens
-    and costs are counted by the schedules themselves.
+    Its layers are those of all its schedules. A prompt whose own schedule has no drop point at a layer keeps everything there.
+    The single schedules count tokens and costs.
     """
 
     def __init__(self, schedules: Sequence[DropSchedule]) -> None:
@@ -206,7 +206,7 @@ class BatchSchedule(DropSchedule):
 
 
 class OutOfReach(ValueError):
-    """A mean that no schedule of a method has; `floor` is the schedule that comes nearest to it from above."""
+    """A mean that no schedule of a method reaches; `floor` is the schedule that comes nearest to it from above."""
 
     def __init__(self, message: str, floor: DropSchedule) -> None:
         super().__init__(message)
@@ -214,7 +214,7 @@ class OutOfReach(ValueError):
 
 
 def layers_at_depths(num_layers: int, depths: Sequence[float] = PAPER_DEPTHS) -> tuple[int, ...]:
-    """Layer numbers at fractions of the depth; layer 0 only for the depth 0, since it has no layer before it; none twice."""
+    """Layer numbers at fractions of the depth, none twice. Only the depth 0 gives layer 0, which has no layer before it."""
     layers = {min(max(int(depth > 0), round(depth * num_layers)), num_layers - 1) for depth in depths}
     return tuple(sorted(layers))
 
@@ -227,7 +227,7 @@ def raise_ratios(
     num_layers: int,
     minimum: int,
 ) -> dict[int, float]:
-    """Raise the keep ratios from the first drop point on until the mean comes as near to `target` as it can."""
+    """Raise the keep ratios, first drop point first, until the mean is as near to `target` as possible."""
 
     def mean(candidate: dict[int, float]) -> float:
         return schedule(candidate, minimum).mean_tokens(num_vision_tokens, num_layers)
@@ -238,7 +238,7 @@ def raise_ratios(
             continue
         entering = schedule(ratios, minimum).vision_tokens_per_layer(num_vision_tokens, num_layers)
         arriving = [num_vision_tokens, *entering][layer]
-        # Half a token above the wanted count, so that truncation gives exactly that count.
+        # Each share is half a token above the wanted count, so that truncation gives exactly that count.
         candidates = [{**ratios, layer: min(1.0, (count + 0.5) / arriving)} for count in range(arriving + 1)]
         above = bisect_left(candidates, target, key=mean)
         return min(candidates[max(above - 1, 0) : above + 1], key=lambda candidate: abs(mean(candidate) - target))

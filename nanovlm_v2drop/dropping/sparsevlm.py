@@ -1,10 +1,10 @@
 """SparseVLM: visual token sparsification (ICML 2025, arXiv 2410.04417), version 1 of its code.
 
-Before layer 0 the text tokens behind the picture whose embeddings fit its tokens best become raters. At a drop point the vision
-tokens stay that the raters attended to most in the layer before: softmax over all keys, mean over raters and heads. The best of
-the others are averaged into a few new tokens, and the gaps in the position ids are closed.
-Source: github.com/Gumpest/SparseVLMs, llava/model/language_model/modelling_sparse_llama.py, score.py and utils.py. Tokens leave
-the output of layers 2, 6 and 15 there, that is the input of 3, 7 and 16.
+Before layer 0, the text tokens after the picture whose embeddings match its tokens best become raters. At a drop point, the
+vision tokens that received most attention from the raters in the previous layer are kept: a softmax over all keys, averaged
+over raters and heads. The best of the other tokens are averaged into a few new tokens, and position ids are renumbered without
+gaps. Source: github.com/Gumpest/SparseVLMs, llava/model/language_model/modelling_sparse_llama.py, score.py and utils.py. In
+that code, tokens leave the output of layers 2, 6 and 15, which is the input of layers 3, 7 and 16.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,20 +20,20 @@ from .schedule import CountSchedule
 
 
 def recycled_count(pruned: int) -> int:
-    """How many of the pruned tokens are averaged: the best 30 percent, and one more."""
+    """The number of pruned tokens that are averaged: the best 30 percent, plus one."""
     return 3 * pruned // 10 + 1
 
 
 def cluster_count(pruned: int) -> int:
-    """Into how many new tokens: one for each ten of them, and one more."""
+    """The number of new tokens: one for ten averaged tokens, plus one."""
     return recycled_count(pruned) // 10 + 1 if pruned else 0
 
 
 def split_count(current: int, total: int) -> tuple[int, int]:
-    """Of `current` tokens, how many stay as they are and how many new ones are made of the others, `total` together.
+    """The numbers of `current` tokens that stay as they are, and of new tokens made of the others; `total` together.
 
-    The new ones are as many as in the released code; where two splits fit, the one with more originals. A total too small for
-    them is one original and fewer new ones.
+    The number of new tokens follows the released code. Where two splits fit, the one with more originals is taken. A total that
+    is too small for a split consists of one original and fewer new tokens.
     """
     fitting = (kept for kept in range(total, 0, -1) if kept + cluster_count(current - kept) <= total)
     originals = next(fitting, min(1, total))
@@ -41,7 +41,7 @@ def split_count(current: int, total: int) -> tuple[int, int]:
 
 
 class RecyclingSchedule(CountSchedule):
-    """Layer -> number of tokens that stay as they are; the averaged ones come on top."""
+    """Layer -> number of tokens that stay as they are. The averaged tokens are added to it."""
 
     def kept_count(self, layer_idx: int, current: int) -> int:
         originals = super().kept_count(layer_idx, current)
@@ -49,12 +49,12 @@ class RecyclingSchedule(CountSchedule):
 
 
 class RatedByText(TokenDropper):
-    """What both versions share: the raters, and their attention in the layer before a drop point."""
+    """The common part of both versions: the raters, and their attention in the layer before a drop point."""
 
-    earliest_layer = 1  # layer 0 has no attention before it
+    earliest_layer = 1  # no attention exists before layer 0
     reads_attention = True
     depths = (3 / 32, 7 / 32, 16 / 32)
-    leanest = (0.0, 0.5, 0.55)  # later stages of the published settings, roughly
+    leanest = (0.0, 0.5, 0.55)  # about the later stages of the published settings
 
     def begin(self, state: PrefillState) -> PrefillState:
         """`marks`: 1 for raters, 0 for all others."""
@@ -68,7 +68,7 @@ class RatedByText(TokenDropper):
         (queries, keys), scores = state.queries_and_keys(), []
         for text, (start, end), vision_count in zip(state.text_rows(), state.spans, state.vision_counts, strict=True):
             if vision_count:
-                # All text rows: how many of them rate is known on the device only.
+                # All text rows are computed, because the host does not know which of them are raters.
                 attention = attention_weights(queries[text], keys[start:end], text - start)  # (H, R, T)
                 scores.append(self.sequence_score(attention, state, text, start, end))
             else:
@@ -81,7 +81,7 @@ class RatedByText(TokenDropper):
         return self.mean_over_heads(rated, state.vision_mask[start:end])
 
     def rater_weights(self, state: PrefillState, text: Tensor, start: int, end: int) -> Tensor:
-        """(R, 1) or (R, T), what each text row's attention is multiplied with to be summed."""
+        """(R, 1) or (R, T): the weights of the text rows' attention in the sum."""
         assert state.marks is not None  # `begin` set them
         raters = state.marks[text]
         return (raters / raters.sum())[:, None]
@@ -92,14 +92,18 @@ class RatedByText(TokenDropper):
 
 
 class SparseVLM(RatedByText):
-    """Drop what the raters look at least, and average the best of it into a few new tokens behind the last vision token.
+    """Drop the tokens that receive least attention from the raters, and average the best of them into a few new tokens.
 
-    Deviations from the released code: only text rows of attention are computed (there, all rows at the drop layers); every
-    sequence has its own raters and ranking (there, batches of one); with several pictures the text behind the last one rates,
-    and all their tokens are ranked and averaged together; where no text token is above the mean, the last one rates; equal
-    densities are told apart by rank (there, by random noise) and compared as logarithms; a total of kept and new tokens that
-    two splits fit is split in favour of the kept; where a single token would be recycled, nothing changes (there, it moves
-    behind the others); values of multimodal position ids (Qwen2-VL) are kept.
+    The new tokens stand behind the last vision token.
+    Deviations from the released code:
+    - Only the text rows of attention are computed. The released code computes all rows at the drop layers.
+    - Every sequence has its own raters and ranking. The released code runs with batch 1 only.
+    - With several pictures, the text after the last one rates, and all their tokens are ranked and averaged together.
+    - Where no text token is above the mean, the last one is the rater.
+    - Equal densities are ordered by rank (in the released code, by random noise) and compared as logarithms.
+    - Where two splits fit a total, the one with more originals is taken.
+    - Where a single token would be recycled, nothing changes. The released code moves it behind the others.
+    - Multimodal position ids (Qwen2-VL) keep their values.
     """
 
     name = "sparsevlm"
@@ -125,21 +129,21 @@ class SparseVLM(RatedByText):
 
 
 def text_raters(vision: Tensor, text: Tensor, behind: Tensor) -> Tensor:
-    """(R,) 1 for the text tokens (R, D) that fit the vision tokens (N, D) better than the mean of those that are `behind`."""
+    """(R,) 1 for the text tokens (R, D) that match the vision tokens (N, D) better than the mean of those that are `behind`."""
     products = (vision.float() @ text.float().T).masked_fill(~behind, -torch.inf)
     fit = products.softmax(-1).mean(0)
-    # False everywhere where nothing is behind (0 / 0) or all fit alike, as a single token does.
+    # False for all where no text is behind (0 / 0) or all match equally, as a single token does.
     raters = behind & (fit > fit.sum() / behind.sum())
     last = torch.arange(len(text), device=text.device) == len(text) - 1
     return torch.where(raters.any(), raters, last).float()
 
 
 def merge_clusters(tokens: Tensor, count: int) -> Tensor:
-    """(R, D) -> (count, D) in float32: the mean of each cluster, in order of the centers."""
+    """(R, D) -> (count, D) in float32: the mean of each cluster, in the order of the centers."""
     tokens = tokens.float()
     if count == 0:
         return tokens[:0]
-    # The matrix product that cdist takes by default loses digits, and its diagonal is not zero.
+    # cdist uses a matrix product by default, which loses digits and gives a diagonal that is not zero.
     distances = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") * tokens.shape[-1] ** -0.5
     centers, clusters = density_peaks(distances, count), torch.arange(count, device=tokens.device)
     nearest = distances[centers].argmin(0)
@@ -149,10 +153,11 @@ def merge_clusters(tokens: Tensor, count: int) -> Tensor:
 
 
 def density_peaks(distances: Tensor, count: int) -> Tensor:
-    """(count,) tokens of highest density times distance to a denser token, best first.
+    """(count,) tokens with the highest product of density and distance to a denser token, best first.
 
-    As logarithms: the densities exp(-distance squared) of a real decoder's states may underflow. Of equals, as nearest
-    neighbours are where two distances count, the first is the denser: else both would be centers.
+    The product is computed in logarithms, because the densities exp(-distance squared) of a real decoder's states can
+    underflow. Two nearest neighbours can have equal densities; the first then counts as denser, so that not both become
+    centers.
     """
     density = -distances.topk(count, largest=False).values.square().mean(1)
     place = density.argsort(descending=True, stable=True).argsort()

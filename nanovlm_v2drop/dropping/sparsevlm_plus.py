@@ -1,8 +1,8 @@
 """SparseVLM+: version 2.0 of SparseVLM's code (arXiv 2410.04417, December 2025).
 
-Raters as in SparseVLM, and what they attended to in the layer before ranks the vision tokens; but tokens are only dropped,
-position ids are kept, attention is divided by what rotary position alone would give, and only the heads that look at the
-picture most are asked.
+As in SparseVLM, the attention of the raters in the previous layer ranks the vision tokens. Here, tokens are dropped and never
+averaged, position ids are kept, attention is divided by the attention that rotary position alone would give, and only the heads
+with most attention on the picture are used.
 Source: github.com/Gumpest/SparseVLMs (USE_VERSION 2_0), llava/model/language_model/modelling_sparse_llama.py and score.py.
 """
 
@@ -17,13 +17,13 @@ from .sparsevlm import RatedByText
 
 
 class SparseVLMPlus(RatedByText):
-    """Drop what the raters look at least, position set aside, in the heads that look at the picture most.
+    """Drop the tokens that receive least attention from the raters, corrected for position, in the heads that see the picture.
 
-    `num_heads`: how many heads at most, 14 in the released code; by default the share that these are of LLaVA-1.5-7B's 32.
-    Position alone is the attention logit of two constant vectors after rotation. At long distances it turns negative, in
-    LLaMA-7B from 1707 tokens on, and what it divides with it: as released, the method is one for short prompts.
-    Deviations from the released code: attention, raters and pictures as in SparseVLM; a stage at which no more tokens arrive
-    than it keeps drops none (there, always one).
+    `num_heads`: the largest number of heads. The released code uses 14; the default is the same share of the heads, 14 / 32.
+    The attention of position alone is the attention logit of two constant vectors after rotation. It becomes negative at long
+    distances (in LLaMA-7B, from 1707 tokens on), and so do the scores that it divides. The released method is therefore for
+    short prompts. Deviations from the released code: those of SparseVLM in attention, raters and pictures. A stage that
+    receives no more tokens than it keeps drops none (in the released code, always at least one).
     """
 
     name = "sparsevlm-plus"
@@ -53,12 +53,12 @@ class SparseVLMPlus(RatedByText):
         return rated[self.best_heads(rated.masked_fill(~vision_mask, 0.0).sum(1))].mean(0)
 
     def best_heads(self, mass: Tensor) -> Tensor:
-        """Numbers of the heads with most attention on the picture, given it for each (H,)."""
+        """The indices of the heads with most attention on the picture; `mass` (H,) is that attention."""
         share = max(1, round(len(mass) * 14 / 32))
         return mass.topk(share if self.num_heads is None else min(self.num_heads, len(mass))).indices
 
 
 def gravity(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> Tensor:
-    """(R, T) attention logits of vectors of ones, given cosines and sines (R, head_dim) and (T, head_dim) of their places."""
+    """(R, T) attention logits of vectors of ones, from the cosines and sines (R, head_dim), (T, head_dim) of their places."""
     (query_cos, query_sin), (key_cos, key_sin) = queries, keys
     return (query_cos @ key_cos.T + query_sin @ key_sin.T) * query_cos.shape[-1] ** -0.5

@@ -1,9 +1,9 @@
 """ToMe-style: token merging, your ViT but faster (ICLR 2023, arXiv 2210.09461), once behind the vision tower.
 
-Bipartite soft matching: a picture's tokens fall by turns into two sets; each token of the first finds the token of the second
-whose key is most similar, and the most similar pairs become one token each, the average of all patches in it. This is repeated
-until the count is met. The original merges in every block of the tower; this is the reference that stands for it where the
-tower stays as it is, so its numbers are not those of the original.
+Bipartite soft matching: a picture's tokens are dealt alternately into two sets. Each token of the first set finds the token of
+the second set with the most similar key, and the most similar pairs become one token each, the average of all its patches. This
+repeats until the count is met. The original merges in every block of the vision tower. Here the tower is unchanged and tokens
+merge once after it, so the results differ from those of the original.
 Source: github.com/facebookresearch/ToMe, tome/merge.py and tome/patch/timm.py.
 """
 
@@ -21,19 +21,21 @@ from .schedule import CountSchedule
 
 
 class ToMe(BeforeDecoder):
-    """Merge the patches of a picture that are most alike.
+    """Merge the most similar patches of a picture.
 
-    A merged token stands in the place of its member of the second set: it has that patch's number in `vision_indices` and, on
-    Qwen2-VL, its position.
-    Deviations from the released code: tokens merge on the tower's output, before the projector (there, a few in every block,
-    between attention and MLP, and attention weighs a token by its size); in later rounds a token's key is the mean of its
-    patches' keys (there, the next block's own); tokens stay in reading order (there, what is left of the first set comes before
-    the second); the class token, which LLaVA drops, takes no part (there, it is protected). Keys are averaged over heads, as
-    there; where tokens are made behind the projector, the features themselves are averaged.
+    A merged token takes the place of its member of the second set: that patch's number in `vision_indices` and, on Qwen2-VL,
+    its position.
+    Deviations from the released code:
+    - Tokens merge on the tower's output, before the projector. The released code merges a few in every block, between attention
+      and MLP, and its attention weighs a token by its size.
+    - In later rounds, a token's key is the mean of its patches' keys. The released code uses the keys of the next block.
+    - Tokens stay in reading order. The released code puts the rest of the first set before the second set.
+    - The class token, which LLaVA drops, takes no part. The released code protects it.
+    Keys are averaged over heads, as in the released code. Where tokens are made after the projector, features are averaged.
     """
 
     name = "tome"
-    published: ClassVar[Mapping[str, Published]] = {  # its authors ran no LLaVA: what later papers compare it at
+    published: ClassVar[Mapping[str, Published]] = {  # the counts of later papers: its authors did not run LLaVA
         setting: Published(CountSchedule({0: int(setting)})) for setting in ("64", "128", "192")
     }
 
@@ -45,13 +47,13 @@ class ToMe(BeforeDecoder):
         left, home = bipartite_soft_matching(keys, count)
         patches = trace.hidden_states[trace.num_class_tokens :]
         merged = trace.project(average(patches.float(), left, home).to(patches.dtype)).to(features.dtype)
-        # Which tokens are averages only the device knows: all are projected, and those of one patch stay bit for bit.
+        # The host does not know which tokens are averages: all are projected, and tokens of one patch keep their features.
         is_average = (home == left[:, None]).sum(-1, keepdim=True) > 1
         return torch.where(is_average, merged, features[left]), indices[left], left
 
 
 def bipartite_soft_matching(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Merge patches with keys (P, C) until `count` are left: (count,) those left, and (P,) the one that each became part of."""
+    """Merge patches with keys (P, C) until `count` remain: (count,) the remaining ones, and (P,) the one each is part of."""
     patches = torch.arange(len(keys), device=keys.device)
     left, home = patches, patches
     while len(left) > count:
@@ -66,6 +68,6 @@ def bipartite_soft_matching(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def average(values: Tensor, left: Tensor, home: Tensor) -> Tensor:
-    """(count, C): mean of the values (P, C) of all patches in a token, which weighs every merged token by its size."""
+    """(count, C): the mean of the values (P, C) of all patches in a token, so a merged token counts with its size."""
     member = (home == left[:, None]).float()
     return member @ values / member.sum(-1, keepdim=True)

@@ -1,7 +1,7 @@
 """V2Drop: variation-aware vision token dropping (CVPR 2026, arXiv 2509.01552).
 
-Section 3.3: at a drop layer L the vision tokens that layer L - 1 changed least leave the sequence. The change is taken on the
-residual stream, input of L minus input of L - 1, before any norm. No attention matrix is read.
+Section 3.3: at a drop layer L, the vision tokens that layer L - 1 changed least leave the sequence. The change is the input of
+layer L minus the input of layer L - 1: the residual stream, before any norm. No attention matrix is read.
 Source: github.com/xuyang-liu16/V2Drop, llava/model/language_model/V2Drop.py.
 """
 
@@ -29,9 +29,10 @@ PUBLISHED_SCHEDULES = {
 class V2Drop(TokenDropper):
     """Drop the vision tokens that the last layer changed least.
 
-    `metric`: "l2" (the paper's), "l1", or "cosine" (what the released code ranked by until March 2026).
-    Deviations from the released code: every sample ranks its own tokens (there, sample 0 rules the batch), the vision span
-    comes from the token ids (there, rows 35 to 610), and norms are accumulated in float32.
+    `metric`: "l2" (the paper's), "l1", or "cosine" (the metric of the released code until March 2026).
+    Deviations from the released code: every sample ranks its own tokens (in the released code, sample 0 decides for the whole
+    batch); the vision span comes from the token ids (in the released code, it is rows 35 to 610); norms are accumulated in
+    float32.
     """
 
     name = "v2drop"
@@ -39,7 +40,7 @@ class V2Drop(TokenDropper):
         **{setting: Published(schedule) for setting, schedule in PUBLISHED_SCHEDULES.items()},
         "released-qwen2-vl": Published(DropSchedule({3: 0.25, 16: 0.05, 22: 0.0}), num_layers=28),
     }
-    earliest_layer = 1  # layer 0 has no layer before it
+    earliest_layer = 1  # no layer exists before layer 0
 
     def __init__(self, schedule: DropSchedule, metric: str = "l2") -> None:
         super().__init__(schedule)
@@ -48,7 +49,7 @@ class V2Drop(TokenDropper):
         self.metric = metric
 
     def score(self, state: PrefillState) -> Tensor:
-        assert state.previous is not None  # prefill refuses schedules that drop at layer 0
+        assert state.previous is not None  # prefill refuses a schedule that drops at layer 0
         if self.metric == "cosine":
             return -F.cosine_similarity(state.hidden_states.float(), state.previous.float(), dim=-1)
         order = 2 if self.metric == "l2" else 1

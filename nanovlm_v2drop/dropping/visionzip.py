@@ -1,8 +1,8 @@
 """VisionZip: longer is better but not necessary in vision language models (CVPR 2025, arXiv 2412.04467).
 
-Before the decoder, the patches stay that the class token attends to most in the vision tower, and the class token with them.
-Of the other patches a few evenly spaced ones become contextual tokens: each takes up the mean of those whose keys are most
-similar to its own. This happens on the tower's output, before the projector.
+Before the decoder, the class token and the patches that receive most attention from it in the vision tower are kept. A few
+evenly spaced ones of the other patches become contextual tokens: each adds the mean of the patches whose keys are most similar
+to its own. This happens on the tower's output, before the projector.
 Source: github.com/dvlab-research/VisionZip, visionzip/main.py, visionzip/clip_encoder.py and visionzip/utils.py.
 """
 
@@ -20,17 +20,17 @@ from .schedule import CountSchedule, DropSchedule
 
 
 class VisionZip(BeforeDecoder):
-    """Keep the patches that the class token looks at most, and summarise the others in a few contextual tokens.
+    """Keep the patches that receive most attention from the class token, and summarise the others in a few contextual tokens.
 
     A picture becomes: the class token, the kept patches in reading order, the contextual tokens. `contextual_share` is the
-    share of the last; the authors' 10 of 64, 20 of 128 and 30 of 192 are all 5 / 32. On Qwen2-VL a contextual token has the
-    place of the patch that the others join, and stands in reading order among those kept.
-    Deviations from the released code: keys, similarities and means are in float32 (there, in half precision); only the class
-    token's row of attention is computed (there, every block writes its whole matrix); the count is of a sequence (there, of
-    every picture). A picture that has one token left keeps its best patch (there, the class token).
-    Towers without a class token rank by the mean attention that a patch gets from all patches, as the paper does; where tokens
-    are made behind the projector (LLaVA-OneVision's tiles and frames, Qwen2-VL's merged patches), attention and keys are
-    arranged as the features are and the features themselves are summarised.
+    share of the contextual tokens; the authors' 10 of 64, 20 of 128 and 30 of 192 are all 5 / 32. On Qwen2-VL, a contextual
+    token has the place of the patch that the others join, and stands in reading order among the kept patches. Deviations from
+    the released code: keys, similarities and means are in float32 (in the released code, in half precision). Only the class
+    token's row of attention is computed (in the released code, every block writes its whole matrix). The count is per sequence
+    (in the released code, per picture). A picture with one token left keeps its best patch (in the released code, the class
+    token). Towers without a class token rank by the mean attention that a patch receives from all patches, as in the paper.
+    Where tokens are made after the projector (LLaVA-OneVision's tiles and frames, Qwen2-VL's merged patches), attention and
+    keys are arranged like the features, and the features themselves are summarised.
     """
 
     name = "visionzip"
@@ -62,26 +62,26 @@ class VisionZip(BeforeDecoder):
         return torch.cat(tokens), F.pad(indices[kept], (num_class, num_contextual), value=MERGED), torch.cat(places)
 
     def split(self, count: int, num_class_tokens: int) -> tuple[int, int, int]:
-        """How many of `count` tokens are the class token, patches and contextual; at least one is a patch."""
+        """The numbers of class tokens, patches and contextual tokens among `count` tokens; at least one is a patch."""
         num_class = min(num_class_tokens, count - 1)
         num_contextual = min(int(count * self.contextual_share), count - 1 - num_class)
         return num_class, count - num_class - num_contextual, num_contextual
 
 
 def evenly_spaced(length: int, count: int) -> slice:
-    """`count` of 0, 1, ..., length - 1, from 0 on."""
+    """`count` evenly spaced places of 0, 1, ..., length - 1, from 0 on."""
     step = length // max(count, 1)
     return slice(0, step * count, step)
 
 
 def contextual_tokens(hidden_states: Tensor, keys: Tensor, targets: slice) -> Tensor:
-    """(count, V): the `targets` of hidden_states (R, V), each plus the mean of those whose keys (R, C) are nearest."""
+    """(count, V): the `targets` of hidden_states (R, V), each plus the mean of the rows whose keys (R, C) are nearest to it."""
     count = len(hidden_states[targets])
     if count == 0:
         return hidden_states[targets]
     directions = F.normalize(keys, dim=-1)
     nearest = (directions @ directions[targets].T).argmax(-1, keepdim=True)
     joins = (nearest == torch.arange(count, device=keys.device)).float()  # (R, count)
-    joins[targets] = 0  # a target is no part of a mean
+    joins[targets] = 0  # a target is not part of a mean
     means = joins.T @ hidden_states / joins.sum(0).clamp(min=1)[:, None]
     return hidden_states[targets] + means

@@ -3,10 +3,10 @@
 Shapes: T tokens of all sequences packed, B sequences, H query heads, K key/value heads, G = H / K queries that share a
 key/value head, S slots of a cache.
 
-`flash-attn` is the package, `varlen` is torch's own varlen_attn (CUDA), `blockwise` is for bfloat16 on CPUs, where torch's
-own kernel is slow, `sdpa` is the twin that runs everywhere and that the tests compare the others with; `eager` writes out the
-whole attention matrix, as the released codes of FastV and SparseVLM do, for an honest comparison of memory. A back end is
-chosen once and by name; one that cannot run is an error, never a quiet replacement.
+`flash-attn` is the package. `varlen` is torch's own varlen_attn (CUDA). `blockwise` is for bfloat16 on CPUs, where torch's own
+kernel is slow. `sdpa` runs everywhere, and the tests compare the others with it. `eager` writes out the whole attention matrix,
+as the released codes of FastV and SparseVLM do, for a fair comparison of memory. A back end is chosen once, by name; a back end
+that cannot run is an error and is never replaced silently.
 """
 
 import importlib.util
@@ -22,17 +22,17 @@ from torch import Tensor
 
 CacheSeqlens = Sequence[int] | Tensor  # filled slots of each sequence: host integers, or (B,) int32 on the device
 
-BACKENDS = ("flash-attn", "varlen", "blockwise", "sdpa", "eager")  # the last is never chosen by "auto"
-AMPERE = (8, 0)  # the first compute capability that FlashAttention is written for
-QUERY_BLOCK = 320  # queries that `blockwise` takes at once: fewer pay for small products, more for masked ones
-SCORES = 3_000_000  # numbers that it then holds: what stays in a CPU's cache between the two products
+BACKENDS = ("flash-attn", "varlen", "blockwise", "sdpa", "eager")  # "auto" never chooses the last one
+AMPERE = (8, 0)  # the first compute capability that FlashAttention supports
+QUERY_BLOCK = 320  # queries in one block of `blockwise`: smaller blocks make products slow, larger ones waste masked products
+SCORES = 3_000_000  # scores in memory at once in `blockwise`: they fit into a CPU's cache between the two products
 
 
 @cache
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The back end that `name` ("auto" or one of BACKENDS) stands for on this device.
+    """The back end that `name` ("auto" or one of BACKENDS) means on this device.
 
-    "auto" takes the first of BACKENDS that can run here. Raises ValueError for a back end asked for by name that cannot.
+    "auto" is the first of BACKENDS that can run here. Raises ValueError for a named back end that cannot.
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown attention back end {name!r}; choose one of: auto, {', '.join(BACKENDS)}")
@@ -44,7 +44,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps a back end from running, or None."""
+    """The reason why a back end cannot run, or None."""
     if backend in ("sdpa", "eager"):
         return None
     if backend == "blockwise":
@@ -65,7 +65,7 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 @cache
 def varlen_accepts(argument: str) -> bool:
-    """Whether this torch's varlen_attn takes `argument`: its signature grew between releases."""
+    """Whether the varlen_attn of this torch takes `argument`. Its signature differs between releases."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn
@@ -74,13 +74,13 @@ def varlen_accepts(argument: str) -> bool:
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """What the host knows, on a device, without waiting for it to end what it does: torch.tensor(..., device=) would wait."""
+    """Host values, copied to a device without waiting for its pending work. torch.tensor(..., device=) would wait."""
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=8)
 def cumulative(seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    """cu_seqlens (B + 1,) int32 on `device`, made once for all layers."""
+    """cu_seqlens (B + 1,) int32 on `device`, computed once for all layers."""
     return sent(torch.tensor([0, *accumulate(seqlens)], dtype=torch.int32), device)
 
 
@@ -89,7 +89,7 @@ def attention(
 ) -> Tensor:
     """Attention inside each packed sequence: q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim).
 
-    Not `causal`, as in a vision tower, every row sees its whole sequence.
+    Without `causal`, as in a vision tower, every row sees its whole sequence.
     """
     if backend == "sdpa":
         return sdpa_attention(q, k, v, seqlens, causal)
@@ -112,35 +112,35 @@ def attention(
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """One behind the other; a single one as it is, since torch.cat would copy it."""
+    """The parts concatenated. A single part is returned as it is, because torch.cat would copy it."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], causal: bool = True) -> Tensor:
-    """The twin that runs everywhere: neighbours of equal length, such as a video's frames, go through in one call."""
+    """The back end that runs everywhere. Neighbours of equal length, such as a video's frames, share one call."""
     runs = [(length, len(list(run))) for length, run in groupby(seqlens)]
     parts = zip(*(packed.split([length * count for length, count in runs]) for packed in (q, k, v)), strict=True)
     attended = []
     for (length, _), part in zip(runs, parts, strict=True):
         query, key, value = (packed.unflatten(0, (-1, length)).transpose(1, 2) for packed in part)  # (count, heads, length, d)
-        # is_causal is safe here because queries and keys are equally many.
+        # is_causal is correct here because the numbers of queries and keys are equal.
         out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         attended.append(out.transpose(1, 2).flatten(0, 1))
     return joined(attended)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-    """One sequence, with every attention weight (H, T, T) in memory at once."""
+    """One sequence, with all attention weights (H, T, T) in memory at once."""
     rows = torch.arange(len(q), device=q.device)
     weights = attention_weights(q, k, rows if causal else rows.fill_(len(q) - 1)).to(v.dtype)
     return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(q.shape[1] // k.shape[1], 1))
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-    """One sequence, some queries and heads at a time: plain batched products with all keys, or those up to the last query.
+    """One sequence, some queries and heads at a time: batched products with all keys, or with those up to the last query.
 
-    The products of a CPU in bfloat16 are several times faster than torch's fused kernel there. Scores are rounded to the
-    dtype before the softmax, as in transformers' eager attention; the softmax itself sums in float32.
+    On a CPU in bfloat16, these products are several times faster than torch's fused kernel. Scores are rounded to the dtype
+    before the softmax, as in transformers' eager attention; the softmax itself sums in float32.
     """
     k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()  # (K, T, head_dim)
     attended = torch.empty_like(q)
@@ -157,7 +157,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) ->
 
 
 def attend_to_keys(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """Queries (K, R * G, head_dim), scaled, to keys and values (K, T, head_dim); `bias` (R, 1, R) is for the last R keys."""
+    """Scaled queries (K, R * G, head_dim) to keys and values (K, T, head_dim); `bias` (R, 1, R) is for the last R keys."""
     scores = torch.bmm(queries, keys.transpose(1, 2))
     if bias is not None:
         scores.unflatten(1, (len(bias), -1))[..., -len(bias) :] += bias
@@ -165,7 +165,7 @@ def attend_to_keys(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor |
 
 
 def grouped(q: Tensor, num_key_value_heads: int) -> Tensor:
-    """(R, H, head_dim) -> (K, R * G, head_dim): the queries that share a key/value head, together."""
+    """(R, H, head_dim) -> (K, R * G, head_dim): queries that share a key/value head are neighbours."""
     return q.unflatten(1, (num_key_value_heads, -1)).transpose(0, 1).flatten(1, 2)
 
 
@@ -175,14 +175,14 @@ def ungrouped(attended: Tensor, rows: int) -> Tensor:
 
 
 def causal_bias(rows: int, like: Tensor) -> Tensor:
-    """(R, 1, R): minus infinity for keys behind the query, else zero."""
+    """(R, 1, R): minus infinity for keys after the query, else zero."""
     return torch.full((rows, rows), -torch.inf, dtype=like.dtype, device=like.device).triu_(1)[:, None]
 
 
 def attention_weights(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
-    """Causal softmax attention of the queries q (R, H, head_dim), which stand at `rows` (R,), to all keys k (T, K, head_dim).
+    """(H, R, T) causal softmax attention of the queries q (R, H, head_dim) at `rows` (R,) to all keys k (T, K, head_dim).
 
-    (H, R, T), softmax in float32 at least. Methods that rank by attention ask for the few rows that they rank by.
+    The softmax is in float32 at least. Methods that rank by attention compute only the few rows that they need.
     """
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
     visible = torch.arange(len(k), device=k.device) <= rows[:, None]
@@ -190,15 +190,15 @@ def attention_weights(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
 
 
 def softmax_weights(scores: Tensor, head_dim: int) -> Tensor:
-    """Attention from the products (..., K) of queries and keys, which it may overwrite; in float32 at least."""
+    """Attention from the products (..., K) of queries and keys, in float32 at least. It may overwrite `scores`."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(head_dim**-0.5).softmax(-1)
 
 
 def attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: CacheSeqlens, backend: str) -> Tensor:
-    """One new token a sequence looks at its whole cache: q (B, H, head_dim), caches (B, S, K, head_dim) -> (B, H, head_dim).
+    """A new token of each sequence attends to its cache: q (B, H, head_dim), caches (B, S, K, head_dim) -> (B, H, head_dim).
 
-    `cache_seqlens` counts the new token's own slot. Given on the device, nothing waits for it and no shape depends on it, as
-    a CUDA graph needs. The back end is that of prefill; `decode_backend` says what runs.
+    `cache_seqlens` includes the new token's own slot. As a tensor on the device, it causes no wait and no shape depends on it,
+    as a CUDA graph requires. `backend` is the one of prefill; `decode_backend` gives the one that runs here.
     """
     backend = decode_backend(backend)
     if backend == "blockwise":
@@ -219,7 +219,7 @@ def attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seql
 
 
 def plain_attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: CacheSeqlens) -> Tensor:
-    """Two batched products over all slots, empty ones included: only whole, heads-first caches are read where they lie."""
+    """Two batched products over all slots, the empty ones included. Whole caches with heads first are read without a copy."""
     batch, _, num_key_value_heads, head_dim = k_cache.shape
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # (B, K, S, head_dim)
     queries = (q * head_dim**-0.5).view(batch * num_key_value_heads, -1, head_dim)  # (B * K, G, head_dim)
@@ -230,7 +230,7 @@ def plain_attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cach
 
 
 def sdpa_attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: CacheSeqlens) -> Tensor:
-    """As `attention_with_cache`; empty slots are cut off where the host knows them, and masked where it does not."""
+    """As `attention_with_cache`. Empty slots are cut off where the host knows the lengths, and masked elsewhere."""
     if not isinstance(cache_seqlens, Tensor):
         k_cache, v_cache = k_cache[:, : max(cache_seqlens)], v_cache[:, : max(cache_seqlens)]
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
@@ -242,19 +242,19 @@ def sdpa_attention_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache
 
 
 def decode_backend(backend: str) -> str:
-    """What runs in decode when `backend` runs in prefill."""
+    """The back end of decoding when `backend` is the one of prefill."""
     if backend == "varlen":
         return "varlen" if varlen_accepts("seqused_k") else "sdpa"
     return "sdpa" if backend == "eager" else backend
 
 
 def reads_heads_first(backend: str) -> bool:
-    """Whether decoding is faster where all slots of a head lie together, (B, K, S, head_dim) in memory."""
+    """Whether decoding is faster with all slots of a head next to each other: (B, K, S, head_dim) in memory."""
     return decode_backend(backend) in ("blockwise", "sdpa")
 
 
 def slot_mask(cache_seqlens: CacheSeqlens, keys: Tensor) -> Tensor | None:
-    """(B, 1, 1, S) True for the filled slots of `keys` (B, K, S, head_dim); None where the host knows that all are filled."""
+    """(B, 1, 1, S) True for the filled slots of `keys` (B, K, S, head_dim); None if the host knows that all are filled."""
     if not isinstance(cache_seqlens, Tensor) and min(cache_seqlens) == keys.shape[2]:
         return None
     lengths = lengths_on(keys.device, cache_seqlens)

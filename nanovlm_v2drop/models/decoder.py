@@ -2,9 +2,8 @@
 
 Shapes: T tokens of all sequences packed, D hidden_size, H query heads, K key/value heads.
 
-A layer does not know how attention is computed, whether a cache is written or how many sequences there are: it hands its
-queries, keys and values to `attend`, which prefill, decode and training each supply. That is the one seam through which
-tokens can leave between layers.
+A layer does not compute attention, write a cache or know the number of sequences. It passes its queries, keys and values to
+`attend`, which prefill, decoding and training each supply. This is the only place where they differ.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, head_dim) each
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 at least, as the official one: in bf16 the logits would move."""
+    """Root-mean-square norm, computed in float32 at least like the official one; bfloat16 would change the logits."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -66,7 +65,7 @@ def apply_rotary(heads: Tensor, rotary: Rotary) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """The projections on both sides of attention, which is not here: see `Attend`."""
+    """The projections before and after attention. Attention itself is passed in: see `Attend`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -103,8 +102,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # On a CPU, what gate and up make of some rows is still in its cache when down reads it; a GPU wants all rows at once.
-        # Compiled, it is one code for any number of rows, which a number of pieces would not be.
+        # On a CPU, the values of a few rows are still in its cache when down_proj reads them. A GPU is faster with all rows at
+        # once. Compiled code must be the same for any number of rows, so it takes no pieces.
         in_pieces = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
         return joined([self.some_rows(rows) for rows in hidden_states.split(CPU_ROWS if in_pieces else len(hidden_states))])
 
@@ -113,7 +112,7 @@ class GatedMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Two parts with attention between them; `Decoder.compile_layers` exchanges the parts for compiled ones."""
+    """Two parts with attention between them. `Decoder.compile_layers` replaces the parts by compiled ones."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -131,7 +130,7 @@ class DecoderLayer(nn.Module):
         return self.self_attn.query_key_value(self.input_layernorm(hidden_states), rotary)
 
     def behind_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
-        """The layer's input (T, D) and what attention gave (T, H, head_dim) -> the next layer's input"""
+        """The layer's input (T, D) and the attention's result (T, H, head_dim) -> the next layer's input"""
         hidden_states = hidden_states + self.self_attn.o_proj(attended.flatten(-2))
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -142,18 +141,18 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Official parameter names, so a checkpoint in official names loads with `strict=True`.
+    """The decoder's parameters, with official names, so an official checkpoint loads with `strict=True`.
 
-    It holds no loop over the layers: `inference.prefill` is the loop, because tokens leave in it.
+    The loop over the layers is `inference.prefill`, because tokens leave in it.
     Source: transformers models/llama/modeling_llama.py, models/qwen2/modeling_qwen2.py.
     """
 
     def __init__(self, config: TextConfig, attention: str = "auto") -> None:
         super().__init__()
         self.config = config
-        self.attention = attention  # back end asked for; see attention.resolve_backend
+        self.attention = attention  # the requested back end; see attention.resolve_backend
         self.cuda_graph = False  # decode by a CUDA graph; see inference.GraphedSteps
-        self.tensor_parallel: TensorParallel | None = None  # the processes that hold the rest of it
+        self.tensor_parallel: TensorParallel | None = None  # the processes that hold the other parts of it
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -162,11 +161,11 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Let torch compile what lies between two attentions: the same code for all layers and any number of tokens.
+        """Let torch compile the parts between two attentions: the same code for all layers and any number of tokens.
 
-        Norms, rotary, activations and sums melt into few kernels, whose launches a GPU would otherwise wait for where dropping
-        has left few tokens; on CPUs it gains next to nothing. The first prompts of unequal length and the first decoded token
-        wait for the compiler, which is the `backend` of torch.compile. Raises ValueError for a decoder that cannot be compiled.
+        Norms, rotary embedding, activations and sums become few kernels. With few tokens left, a GPU otherwise waits for the
+        launches of many kernels. CPUs gain almost nothing. The compiler, the `backend` of torch.compile, runs at the first
+        prompts of unequal length and at the first decoded token. Raises ValueError for a decoder that cannot be compiled.
         """
         is_shared = self.tensor_parallel is not None
         is_packed = any(isinstance(module, PrepackedLinear) for module in self.modules())
@@ -185,6 +184,6 @@ class Decoder(nn.Module):
     def row_queries_and_keys(
         self, layer: DecoderLayer, hidden_states: Tensor, rotary: Rotary, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What `layer` says of all heads."""
+        """The layer's `row_queries_and_keys` for all heads, also where processes share the decoder."""
         queries, keys = layer.row_queries_and_keys(hidden_states, rotary, rows)
         return self.all_heads(queries), self.all_heads(keys)

@@ -1,4 +1,4 @@
-"""The ragged key/value cache: each layer has the length that dropping has left it.
+"""The ragged key/value cache: each layer has its own length, because dropping shortens later layers.
 
 Shapes: L layers, B sequences, T prompt tokens packed, H query heads, K key/value heads, S slots of a cache.
 """
@@ -11,20 +11,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .attention import CacheSeqlens, sent
 
-# slots of the cache that a new token may see: (layer_idx, q (B, H, head_dim), keys (B, S, K, head_dim), filled slots of each
-# sequence) -> the visible slots of each sequence, or None for all
+# Chooses the cache slots that a new token sees: (layer_idx, q (B, H, head_dim), keys (B, S, K, head_dim), filled slots of each
+# sequence) -> the visible slots of each sequence, or None for all slots
 DecodePruning = Callable[[int, Tensor, Tensor, Sequence[int]], Sequence[Tensor] | None]
 
 
 class KVCache:
     """Keys and values of each layer, allocated at that layer's own length plus `max_new_tokens`.
 
-    A layer behind a drop point has fewer rows than one before it, so dropping is real memory. `seqlens[layer_idx]` holds the
-    filled slots of each sequence as host integers, `slots` (L, B) the same on the device: where the next token goes, and
-    `lengths` (L, B) int32 one more: how many slots it sees.
-    `position_ids` (L, B) is the next token's position in each layer: it goes on from the undropped prompt, unless a method
-    renumbers what it keeps. `pruning` is None, or what chooses the slots that a new token sees. `heads_first` says how a cache
-    lies in memory, (B, K, S, head_dim) or (B, S, K, head_dim); its shape is the latter either way.
+    A layer after a drop point has fewer rows than a layer before it, so dropping saves memory. `seqlens[layer_idx]` holds the
+    filled slots of each sequence as host integers. `slots` (L, B) holds the same on the device, where the next token is
+    written, and `lengths` (L, B) int32 is one more: the number of slots that the next token sees. `position_ids` (L, B) is the
+    next token's position in each layer. It continues from the undropped prompt, unless a method renumbers the kept tokens.
+    `pruning` is None, or the function that chooses the slots that a new token sees. `heads_first` selects the memory order, (B,
+    K, S, head_dim) or (B, S, K, head_dim); the shape is (B, S, K, head_dim) in both cases.
     """
 
     def __init__(self, max_new_tokens: int, heads_first: bool) -> None:
@@ -41,7 +41,7 @@ class KVCache:
         return sum(self.nbytes_of(index) for index in range(len(self.seqlens[0])))
 
     def nbytes_of(self, index: int) -> int:
-        """Bytes that one sequence fills."""
+        """Bytes of the slots that one sequence fills."""
         return 2 * sum(lengths[index] * keys[0, 0].nbytes for lengths, keys in zip(self.seqlens, self.keys, strict=True))
 
     def fill(self, k: Tensor, v: Tensor, seqlens: tuple[int, ...]) -> None:
@@ -50,19 +50,19 @@ class KVCache:
             cache = self.allocate(packed, len(seqlens), max(seqlens) + self.max_new_tokens)
             for slots, rows in zip(cache, packed.split(seqlens), strict=True):
                 slots[: len(rows)] = rows
-                slots[len(rows) :] = 0  # a masked slot still meets its weight of zero, and 0 * NaN is NaN
+                slots[len(rows) :] = 0  # attention multiplies a masked slot by zero, and 0 * NaN is NaN
             caches.append(cache)
         self.seqlens.append(seqlens)
 
     def allocate(self, like: Tensor, batch: int, slots: int) -> Tensor:
-        """Memory (B, S, K, head_dim) for heads as those of `like`."""
+        """Memory (B, S, K, head_dim) for heads like those of `like`."""
         num_key_value_heads, head_dim = like.shape[-2:]
         if self.heads_first:
             return like.new_empty(batch, num_key_value_heads, slots, head_dim).transpose(1, 2)
         return like.new_empty(batch, slots, num_key_value_heads, head_dim)
 
     def finish(self, position_ids: Tensor) -> None:
-        """Behind the last layer: where decoding goes on, `position_ids` (L, B)."""
+        """After the last layer: set the positions at which decoding continues, `position_ids` (L, B)."""
         self.position_ids = position_ids
         self.slots = sent(torch.tensor(self.seqlens), position_ids.device)
         self.lengths = (self.slots + 1).int()
@@ -73,7 +73,7 @@ class KVCache:
         return any(max(lengths) == keys.shape[1] for lengths, keys in zip(self.seqlens, self.keys, strict=True))
 
     def grow(self) -> None:
-        """Room for `max_new_tokens` more in every layer."""
+        """Allocate `max_new_tokens` more slots in every layer."""
         for caches in (self.keys, self.values):
             for layer_idx, cache in enumerate(caches):
                 batch, slots = cache.shape[:2]
@@ -81,35 +81,35 @@ class KVCache:
                 caches[layer_idx][:, :slots], caches[layer_idx][:, slots:] = cache, 0
 
     def append(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
-        """One new token a sequence: k and v (B, K, head_dim), into the next slots of a layer that has room."""
+        """Write one new token a sequence, k and v (B, K, head_dim), into the next slots of a layer that has room."""
         for caches, new in ((self.keys, k), (self.values, v)):
             caches[layer_idx].index_put_((self.sequences, self.slots[layer_idx]), new)
 
     def advance(self, count: int = 1) -> None:
-        """Tell the host that `count` tokens were appended in every layer, or forgotten where it is negative."""
+        """Count `count` more tokens in every layer on the host; a negative count removes them."""
         self.seqlens = [tuple(length + count for length in lengths) for lengths in self.seqlens]
 
     def advance_on_device(self, count: int = 1) -> None:
-        """The same on the device, in place: a CUDA graph does it in every replay."""
+        """The same on the device, in place, so that every replay of a CUDA graph does it."""
         self.slots += count
         self.lengths += count
         self.position_ids += count
 
     def crop(self, count: int) -> None:
-        """Forget the last `count` tokens that were decoded."""
+        """Remove the last `count` decoded tokens."""
         self.advance(-count)
         self.advance_on_device(-count)
 
     def visible_on_device(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All slots of a layer, and on the device how many are filled (B,): for a CUDA graph, whose shapes never change."""
+        """All slots of a layer, and the filled ones (B,) on the device: for a CUDA graph, whose shapes never change."""
         return self.keys[layer_idx], self.values[layer_idx], self.lengths[layer_idx]
 
     def visible(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, CacheSeqlens]:
-        """Keys and values (B, S, K, head_dim) that the new token's queries q (B, H, head_dim) may see, and how many slots."""
-        if self.pruning is None and not self.heads_first:  # for kernels that want the lengths on the device anyway
+        """Keys and values (B, S, K, head_dim) that the new token's queries q (B, H, head_dim) see, and the filled slots."""
+        if self.pruning is None and not self.heads_first:  # these kernels read the lengths on the device
             return self.visible_on_device(layer_idx, q)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        seqlens = tuple(length + 1 for length in self.seqlens[layer_idx])  # its own slot is filled already
+        seqlens = tuple(length + 1 for length in self.seqlens[layer_idx])  # the new token's own slot is filled already
         slots = None if self.pruning is None else self.pruning(layer_idx, q, keys, seqlens)
         if slots is None:
             return keys, values, seqlens

@@ -1,23 +1,22 @@
-"""Linear layers whose weights lie in the order in which a CPU multiplies them in bfloat16.
+"""Linear layers whose weights have the memory order that a CPU uses for bfloat16 products.
 
-oneDNN, which does these products for torch, takes a matrix in blocks. A plain weight is put into that order anew in every
-call: that costs a prefill about 15 % of its time, and a decoded token, which reads every weight for a single row, more than
-the product itself. Here it is done once, at the first product: until then a weight may be a view of a file that nobody has
-read. The results are the same to the last bit.
-Source of the operators: torch's own compiler, which freezes weights with them (torch/_inductor/fx_passes/mkldnn_fusion.py).
+oneDNN computes these products for torch and reads a matrix in blocks. With a plain weight, every call reorders it. That takes
+about 15 % of the time of a prefill, and for a decoded token more time than the product itself. Here, a weight is reordered
+once, at the first product; until then it can be a view of an unread file. The results are identical to the last bit. Source of
+the operators: torch's own compiler, which freezes weights with them (torch/_inductor/fx_passes/mkldnn_fusion.py).
 """
 
 import torch
 from torch import Tensor, nn
 
-ROWS = 640  # of the products that the order is chosen for: a prompt with one picture
-PIECE = 2**20  # numbers that are converted at once: in float32 they stay in a CPU's cache
+ROWS = 640  # the order is chosen for products of this many rows: a prompt with one picture
+PIECE = 2**20  # values that are converted at once: in float32 they fit into a CPU's cache
 
 
 class PrepackedLinear(nn.Module):
-    """An nn.Linear for inference: (..., in_features) -> (..., out_features), both bfloat16 on a CPU; the bias stays.
+    """An nn.Linear for inference: (..., in_features) -> (..., out_features), both bfloat16 on a CPU; the bias is unchanged.
 
-    A weight of another dtype is packed at once, by way of `buffer`: bfloat16 memory for as many numbers as it has.
+    A weight of another dtype is packed at once, through `buffer`: bfloat16 memory for as many values as it has.
     """
 
     def __init__(self, linear: nn.Linear, buffer: Tensor) -> None:
@@ -26,18 +25,18 @@ class PrepackedLinear(nn.Module):
         self.bias = linear.bias
         self.plain_weight: Tensor | None = as_bfloat16(linear.weight.detach(), buffer)
         self.packed_weight: Tensor | None = None
-        if linear.weight.dtype != torch.bfloat16:  # the buffer is lent
+        if linear.weight.dtype != torch.bfloat16:  # the next layer will use the buffer
             self.pack()
 
     def pack(self) -> Tensor:
-        """The weight in its order, into which the first call puts it; the plain one is then let go."""
+        """The reordered weight. The first call reorders it and releases the plain one."""
         if self.packed_weight is None:
             self.packed_weight, self.plain_weight = torch.ops.mkldnn._reorder_linear_weight(self.plain_weight, ROWS), None
         return self.packed_weight
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, in_features): a copy in the plain order."""
+        """(out_features, in_features): a copy in plain order."""
         return self.pack().to_dense()
 
     def forward(self, values: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ class PrepackedLinear(nn.Module):
 
 
 def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this is what the order is for, and this processor and torch can do it."""
+    """Whether device and dtype are the right ones, and processor and torch have the operators."""
     if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return False
     operators = torch.ops.mkldnn
@@ -56,9 +55,9 @@ def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def as_bfloat16(weight: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """A weight on the CPU in bfloat16: itself, or in `buffer`, which has room for it, or in new memory.
+    """A weight on the CPU in bfloat16: the weight itself, or a copy in `buffer` (if given) or in new memory.
 
-    By way of float32, piece by piece: torch takes float16 to bfloat16 one number at a time, three times as slow.
+    The conversion goes through float32, piece by piece, because torch's direct conversion from float16 is three times slower.
     """
     if weight.dtype == torch.bfloat16:
         return weight
@@ -69,7 +68,7 @@ def as_bfloat16(weight: Tensor, buffer: Tensor | None = None) -> Tensor:
 
 
 def packable(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear by name, but not a head that shares its weight with the embeddings, which are read row by row."""
+    """Every nn.Linear by name, except a head that shares its weight with the embeddings, which are read row by row."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
         name: module
@@ -79,10 +78,10 @@ def packable(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def prepack(model: nn.Module) -> None:
-    """Exchange every nn.Linear that is `packable`, one by one, so that no more than one weight exists twice."""
+    """Replace every nn.Linear that is `packable`, one after another, so that at most one weight exists twice."""
     linears = packable(model)
     others = [linear.weight.numel() for linear in linears.values() if linear.weight.dtype != torch.bfloat16]
-    buffer = torch.empty(max(others, default=0), dtype=torch.bfloat16)  # one for all: new memory is slower than converting
+    buffer = torch.empty(max(others, default=0), dtype=torch.bfloat16)  # shared: allocating memory is slower than converting
     for name in list(linears):
         linear = linears.pop(name)
         packed = PrepackedLinear(linear, buffer)

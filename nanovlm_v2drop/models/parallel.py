@@ -2,12 +2,12 @@
 
     torchrun --nproc-per-node 4 train_free_eval.py --tensor-parallel 2      two replicas, of two processes each
 
-Processes that share a decoder are neighbours in rank. Each holds an equal share of every layer's heads and MLP and of the
-head's rows, and a whole copy of the rest: torch's DTensor cuts the matrices, as its ColwiseParallel and RowwiseParallel would.
-Layers then compute with plain tensors, the local shards, since DTensor's dispatcher takes 0.1 ms or more a matrix, which is
-longer than a GPU takes to decode with it.
+Processes that share a decoder have neighbouring ranks. Each holds an equal share of every layer's heads and MLP and of the rows
+of lm_head, and a whole copy of the rest. torch's DTensor splits the matrices, like its ColwiseParallel and RowwiseParallel.
+Layers then compute with plain tensors (the local shards), because DTensor's dispatcher takes 0.1 ms or more for each matrix,
+longer than a GPU needs to decode with it.
 
-Outside torchrun nothing here touches torch.distributed.
+Outside torchrun, nothing here uses torch.distributed.
 Shapes: H heads of the decoder, N processes that share it, V vocabulary.
 """
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(days=1)  # a replica may be done hours before another; torchrun ends all where one fails
+PATIENCE = timedelta(days=1)  # one replica can finish hours before another; torchrun ends all processes if one fails
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that work together; alone by default.
+    """This process among those that work together; by default it is alone.
 
     `tensor_parallel` neighbours share a decoder, so there are `replicas` of it, and this process belongs to number `replica`.
     """
@@ -50,25 +50,25 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one that prints, and writes what belongs to all."""
+        """Whether this process prints, and writes the common files."""
         return self.rank == 0
 
     @property
     def is_first_of_replica(self) -> bool:
-        """Whether it is the one that writes the answers of its replica."""
+        """Whether this process writes the answers of its replica."""
         return self.rank % self.tensor_parallel == 0
 
     def device(self, name: str) -> str:
-        """Each process its own GPU: "cuda" is the one of its number on this machine."""
+        """The device of this process: "cuda" becomes the GPU with its local rank."""
         return f"cuda:{self.local_rank}" if name == "cuda" and self.world_size > 1 else name
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """Wait until all processes are here."""
         if self.world_size > 1:
-            dist.all_reduce(torch.zeros(1))  # on the CPU, where waiting costs nothing and no GPU is spun
+            dist.all_reduce(torch.zeros(1))  # on the CPU, because a waiting GPU is busy
 
     def agreed(self, value: Value) -> Value:
-        """The first process's value, in all of them."""
+        """The first process's value, in all processes."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -81,16 +81,16 @@ ALONE = Processes()
 
 @cache
 def join_processes(device_type: str, tensor_parallel: int = 1) -> Processes:
-    """Where this process stands among those that torchrun started; ALONE where it started none.
+    """This process's place among those that torchrun started; ALONE without torchrun.
 
-    Collectives on a GPU go through NCCL, on a CPU through gloo. Raises ValueError for a `tensor_parallel` that the number of
-    processes is no multiple of.
+    Collectives use NCCL on a GPU and gloo on a CPU. Raises ValueError where the number of processes is not a multiple of
+    `tensor_parallel`.
     """
     launched = dist.is_available() and dist.is_torchelastic_launched()
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     if tensor_parallel < 1 or world_size % tensor_parallel:
         raise ValueError(
-            f"tensor_parallel {tensor_parallel} needs a multiple of as many processes, not {world_size}; "
+            f"tensor_parallel {tensor_parallel} needs a number of processes that is a multiple of it, not {world_size}; "
             f"start them with torchrun --nproc-per-node {max(tensor_parallel, 1)}"
         )
     if not launched:
@@ -104,7 +104,7 @@ def join_processes(device_type: str, tensor_parallel: int = 1) -> Processes:
 
 
 def leave_processes() -> None:
-    """Undo `join_processes` at the end of a program that went well. One that failed just ends, and torchrun ends the others."""
+    """Undo `join_processes` at the end of a successful program. After a failure, torchrun ends all processes."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     join_processes.cache_clear()
@@ -113,8 +113,8 @@ def leave_processes() -> None:
 
 @cache
 def tensor_mesh(device_type: str, tensor_parallel: int) -> "DeviceMesh":
-    """The processes that share this process's decoder; all processes have to ask for it. Raises as `join_processes`."""
-    from torch.distributed.device_mesh import init_device_mesh  # here: a second to import
+    """The processes that share this process's decoder. All processes must call it. Raises ValueError as `join_processes`."""
+    from torch.distributed.device_mesh import init_device_mesh  # imported here, because the import takes a second
 
     processes = join_processes(device_type, tensor_parallel)
     if processes is ALONE:
@@ -125,7 +125,7 @@ def tensor_mesh(device_type: str, tensor_parallel: int) -> "DeviceMesh":
 
 @dataclass(frozen=True, eq=False)
 class TensorParallel:
-    """What a process that holds a part of a decoder asks of the others that hold it."""
+    """The operations of a process that holds a part of a decoder, with the processes that hold the other parts."""
 
     mesh: "DeviceMesh"
 
@@ -134,12 +134,12 @@ class TensorParallel:
         return self.mesh.size()
 
     def add_up(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """A forward hook of matrices split by rows: the sum of all parts, the same on every process."""
+        """A forward hook of matrices split by rows: the sum of all parts, on every process."""
         dist.all_reduce(output, group=self.mesh.get_group())
         return output
 
     def all_logits(self, vocab_size: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """A forward hook of the head: (..., own rows) -> (..., V), the same on every process, so that all choose one token."""
+        """A forward hook of lm_head: (..., own rows) -> (..., V) on every process, so that all choose the same token."""
         whole = output.new_zeros(*output.shape[:-1], vocab_size)
         start = self.mesh.get_local_rank() * -(-vocab_size // self.size)
         whole[..., start : start + output.shape[-1]] = output
@@ -153,9 +153,9 @@ class TensorParallel:
         return torch.cat(parts, dim=-2)
 
     def agreed(self, tensor: Tensor) -> Tensor:
-        """The first process's tensor, in all of them; a copy."""
+        """A copy of the first process's tensor, in all processes."""
         group = self.mesh.get_group()
-        # Neither gloo nor NCCL knows booleans.
+        # gloo and NCCL have no booleans.
         sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.clone(memory_format=torch.contiguous_format)
         dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
         return sent.to(tensor.dtype)

@@ -2,10 +2,10 @@
 
 Shapes: N pictures (or tiles of one, or frames of a video), P patches of one picture, D hidden_size.
 
-Both are the same blocks behind other embeddings: CLIP puts a class token before the patches and a norm behind them, SigLIP
-has neither. Parameter names are the official ones, `pre_layrnorm` included. Only the blocks that LLaVA reads are built; no
-LLaVA reads a hidden state behind `post_layernorm`, so that norm does not exist here.
-Sources: transformers models/clip/modeling_clip.py and models/siglip/modeling_siglip.py.
+Both towers have the same blocks and different embeddings: CLIP puts a class token before the patches and a norm after the
+embeddings, SigLIP has neither. Parameter names are the official ones, including `pre_layrnorm`. Only the blocks that LLaVA
+reads are built. No LLaVA reads a hidden state after `post_layernorm`, so that norm does not exist here. Sources: transformers
+models/clip/modeling_clip.py and models/siglip/modeling_siglip.py.
 """
 
 from collections.abc import Callable
@@ -28,13 +28,14 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class VisionTrace:
-    """What the vision tower leaves of one picture to methods that choose tokens before the decoder; computed only when asked.
+    """The vision tower's results for one picture, for methods that choose tokens before the decoder.
 
-    `hidden_states` (C + P, V): what becomes tokens, behind C = `num_class_tokens` (0 or 1). CLIP: the tower's output;
-    `project` is the projector (..., V) -> (..., D). Where tokens are made behind the tower (tiles, pooled frames, merged
-    patches): the features themselves, and `project` leaves them as they are.
-    `received_attention()` (heads, P) is the attention that each patch gets in the last block that ran: from the class token,
-    or the mean over all patches where there is none. `keys()` (heads, C + P, head_dim) are that block's keys.
+    `hidden_states` (C + P, V): the states that become tokens, after C = `num_class_tokens` (0 or 1) class tokens. For CLIP,
+    they are the tower's output and `project` is the projector (..., V) -> (..., D). Where tokens are made after the tower
+    (tiles, pooled frames, merged patches), they are the features themselves and `project` changes nothing.
+    `received_attention()` (heads, P) is the attention that each patch receives in the last block that ran: from the class
+    token, or the mean over all patches where there is none. `keys()` (heads, C + P, head_dim) are that block's keys. Both are
+    computed only when they are called.
     """
 
     hidden_states: Tensor
@@ -62,7 +63,7 @@ class CLIPEmbeddings(nn.Module):
 class SiglipEmbeddings(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        # A picture that is no whole number of patches, as 384 / 14, loses the pixels at its right and lower edge.
+        # A picture whose side is not a multiple of the patch size, such as 384 / 14, loses pixels at its right and lower edges.
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, padding="valid"
         )
@@ -90,13 +91,13 @@ class VisionAttention(nn.Module):
         return self.out_proj(attended.reshape(hidden_states.shape))
 
     def class_attention(self, hidden_states: Tensor) -> Tensor:
-        """Softmax attention of the class token to the patches, (N, heads, P); what it pays to itself is left out."""
+        """Softmax attention of the class token to the patches, (N, heads, P), without its attention to itself."""
         q, k = self.heads(self.q_proj(hidden_states[:, :1])), self.heads(self.k_proj(hidden_states))
         return softmax_weights(q @ k.transpose(-1, -2), q.shape[-1])[:, :, 0, 1:]
 
     def mean_attention(self, hidden_states: Tensor) -> Tensor:
-        """Softmax attention that each token receives, (N, heads, P): the mean over all tokens that pay it."""
-        # One picture at a time: the weights of a whole video at once would be a gigabyte.
+        """Softmax attention that each token receives, (N, heads, P): the mean over all query tokens."""
+        # One picture at a time: the weights of a whole video would take a gigabyte.
         return torch.cat([self._mean_attention(picture) for picture in hidden_states.split(1)])
 
     def _mean_attention(self, hidden_states: Tensor) -> Tensor:
@@ -149,10 +150,10 @@ class VisionEncoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """What CLIP and SigLIP have in common: embeddings of their own, then `num_layers` blocks; without the argument, all.
+    """The common part of CLIP and SigLIP: embeddings, then `num_layers` blocks (by default all).
 
-    `attention` is a back end by name, or "auto"; see attention.resolve_backend.
-    Raises ValueError for an activation that is not implemented.
+    `attention` is the name of a back end, or "auto"; see attention.resolve_backend.
+    Raises ValueError for an unknown activation.
     """
 
     num_class_tokens: ClassVar[int]
@@ -169,13 +170,13 @@ class VisionTower(nn.Module):
         self.encoder = VisionEncoder(config, config.num_hidden_layers if num_layers is None else num_layers)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, image_size, image_size) -> (N, P, D); a class token is dropped."""
+        """(N, 3, image_size, image_size) -> (N, P, D), without the class token."""
         return self.encode(pixel_values)[1][:, self.num_class_tokens :]
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Input and output of the last block, (N, num_class_tokens + P, D) each, class token first.
 
-        Raises ValueError for pixel values that are not (N, 3, image_size, image_size).
+        Raises ValueError unless pixel_values are (N, 3, image_size, image_size).
         """
         size = self.config.image_size
         if pixel_values.dim() != 4 or pixel_values.shape[-2:] != (size, size):
@@ -188,11 +189,11 @@ class VisionTower(nn.Module):
         return self.embeddings(pixel_values)
 
     def received_attention(self, block_input: Tensor) -> Tensor:
-        """(N, heads, P): softmax attention that each patch receives in the last block, given its input, in float32."""
+        """(N, heads, P) in float32: softmax attention that each patch receives in the last block, from the block's input."""
         raise NotImplementedError
 
     def keys(self, block_input: Tensor) -> Tensor:
-        """(N, heads, num_class_tokens + P, head_dim): keys of the last block, given its input."""
+        """(N, heads, num_class_tokens + P, head_dim): keys of the last block, from its input."""
         block = self.encoder.last_block
         return block.self_attn.heads(block.self_attn.k_proj(block.layer_norm1(block_input)))
 
@@ -210,13 +211,13 @@ class CLIPVisionTower(VisionTower):
         return self.pre_layrnorm(self.embeddings(pixel_values))
 
     def received_attention(self, block_input: Tensor) -> Tensor:
-        """(N, heads, P): attention of the class token to the patches in the last block, given its input (N, 1 + P, D)."""
+        """(N, heads, P): attention of the class token to the patches in the last block, from its input (N, 1 + P, D)."""
         block = self.encoder.last_block
         return block.self_attn.class_attention(block.layer_norm1(block_input))
 
 
 class SiglipVisionTower(VisionTower):
-    """SigLIP: patches alone. LLaVA-OneVision reads the state behind the last block, before `post_layernorm`."""
+    """SigLIP: patches without a class token. LLaVA-OneVision reads the state after the last block, before `post_layernorm`."""
 
     num_class_tokens = 0
 
@@ -224,9 +225,9 @@ class SiglipVisionTower(VisionTower):
         super().__init__(config, SiglipEmbeddings(config), num_layers, attention)
 
     def received_attention(self, block_input: Tensor) -> Tensor:
-        """(N, heads, P): the mean attention that a patch receives from all patches in the last block, given its input.
+        """(N, heads, P): the mean attention that a patch receives from all patches in the last block, from its input.
 
-        VisionZip's rule for towers without a class token.
+        This is VisionZip's rule for towers without a class token.
         """
         block = self.encoder.last_block
         return block.self_attn.mean_attention(block.layer_norm1(block_input))

@@ -1,11 +1,10 @@
-"""Qwen2-VL's vision tower, and the positions that its decoder gives to vision tokens.
+"""Qwen2-VL's vision tower, and the positions of vision tokens in its decoder.
 
 Shapes: L patches of all pictures packed, D embed_dim, H heads, T tokens of one prompt; t, h, w are frames (groups of
 temporal_patch_size pictures), rows and columns of patches.
 
-Pictures keep their own size and stand one behind the other, without padding; attention stays inside each frame. Patches come
-in merge order: the four that will become one vision token are neighbours. Parameter names are the official ones below
-`visual.`.
+Pictures keep their own size and are packed without padding; attention stays inside each frame. Patches come in merge order: the
+four patches of one vision token are neighbours. Parameter names are the official ones below `visual.`.
 Source: transformers models/qwen2_vl/modeling_qwen2_vl.py.
 """
 
@@ -26,13 +25,13 @@ from .vision import ACTIVATIONS
 
 Grid = tuple[int, int, int]
 
-LAYER_NORM_EPS = 1e-6  # not in the official config: the model's code fixes both
+LAYER_NORM_EPS = 1e-6  # the model's code fixes this and the next one; config.json has neither
 ROPE_THETA = 10000.0
-WEIGHTS_BYTES = 64 * 2**20  # attention weights that `received_attention` holds at once
+WEIGHTS_BYTES = 64 * 2**20  # largest size of the attention weights that `received_attention` holds at once
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel, on patches that are cut already: one matrix product."""
+    """A convolution whose stride equals its kernel size. The patches are cut already, so it is one matrix product."""
 
     def __init__(self, config: Qwen2VLVisionConfig) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class Qwen2VLVisionAttention(nn.Module):
     def rotated(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys with their positions, and values, (L, H, head_dim) each."""
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        # The table is float32, so the rotation runs in it, as the official one: bf16 would blur neighbouring positions.
+        # The table is float32, so the rotation is too, like the official one. In bfloat16, neighbouring positions are equal.
         return apply_rotary(q, rotary).to(v.dtype), apply_rotary(k, rotary).to(v.dtype), v
 
 
@@ -87,7 +86,7 @@ class Qwen2VLVisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Each square of neighbouring patches becomes one token of the decoder's width. The GELU is the erf one."""
+    """Each square of neighbouring patches becomes one token of the decoder's width. The GELU is the exact one (erf)."""
 
     def __init__(self, config: Qwen2VLVisionConfig) -> None:
         super().__init__()
@@ -102,10 +101,10 @@ class PatchMerger(nn.Module):
 
 
 class Qwen2VLVisionTower(nn.Module):
-    """Packed patches to vision tokens. `attention` is a back end by name, or "auto"; see attention.resolve_backend.
+    """Packed patches to vision tokens. `attention` is the name of a back end, or "auto"; see attention.resolve_backend.
 
-    Every method takes `grid_thw`: frames, rows and columns of patches of each picture or video, in order. Raises ValueError
-    for grids that do not hold the patches, that cannot be merged, or an activation that is not known.
+    Every method takes `grid_thw`: frames, rows and columns of patches of each picture or video, in order. Raises ValueError for
+    grids that do not match the patches or cannot be merged, and for an unknown activation.
     """
 
     def __init__(self, config: Qwen2VLVisionConfig, attention: str = "auto") -> None:
@@ -138,9 +137,10 @@ class Qwen2VLVisionTower(nn.Module):
         return before, hidden_states
 
     def received_attention(self, block_input: Tensor, grid_thw: Sequence[Grid]) -> Tensor:
-        """(H, L): softmax attention that each patch gets in the last block, the mean over all patches of its frame.
+        """(H, L): softmax attention that each patch receives in the last block, the mean over all patches of its frame.
 
-        `block_input` (L, D) is the input of that block. Some queries at a time: WEIGHTS_BYTES bound the weights in memory.
+        `block_input` (L, D) is the input of that block. Queries are processed in parts, with WEIGHTS_BYTES of weights in
+        memory.
         """
         q, k, _ = self.last_rotated(block_input, grid_thw)
         seqlens = frame_lengths(grid_thw)
@@ -148,7 +148,7 @@ class Qwen2VLVisionTower(nn.Module):
         return torch.cat([received_in_frame(*frame) for frame in frames], dim=-1)
 
     def keys(self, block_input: Tensor, grid_thw: Sequence[Grid]) -> Tensor:
-        """(H, L, head_dim): keys of the last block, rotated as its attention reads them, given its input (L, D)."""
+        """(H, L, head_dim): keys of the last block, rotated as in its attention, from its input (L, D)."""
         return self.last_rotated(block_input, grid_thw)[1].transpose(0, 1)
 
     def last_rotated(self, block_input: Tensor, grid_thw: Sequence[Grid]) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +166,7 @@ class Qwen2VLVisionTower(nn.Module):
         return angles.cos(), angles.sin()
 
     def check_patches(self, pixel_values: Tensor, grid_thw: Sequence[Grid]) -> None:
-        """Raise ValueError unless the grids hold the patches, and every frame can be merged."""
+        """Raise ValueError unless the grids match the patches and every frame can be merged."""
         config = self.config
         for grid in grid_thw:
             if min(grid) < 1 or any(side % config.spatial_merge_size for side in grid[1:]):
@@ -180,7 +180,7 @@ class Qwen2VLVisionTower(nn.Module):
 
 
 def patch_places(grid: Grid, merge_size: int, device: torch.device) -> Tensor:
-    """Row and column (L, 2) of each patch of one picture or video, in merge order; every frame has the same."""
+    """Row and column (L, 2) of each patch of one picture or video, in merge order, the same in every frame."""
     frames, rows, columns = grid
     axes = torch.arange(rows, device=device), torch.arange(columns, device=device)
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # (h, w, 2)
@@ -189,12 +189,12 @@ def patch_places(grid: Grid, merge_size: int, device: torch.device) -> Tensor:
 
 
 def frame_lengths(grid_thw: Sequence[Grid]) -> list[int]:
-    """Patches of every frame of every picture, in order: the stretches that attention does not leave."""
+    """Patches of every frame of every picture, in order. Attention stays inside a frame."""
     return [rows * columns for frames, rows, columns in grid_thw for _ in range(frames)]
 
 
 def received_in_frame(q: Tensor, k: Tensor) -> Tensor:
-    """(H, K): mean over the queries (Q, H, head_dim) of one frame of the attention to each key (K, H, head_dim)."""
+    """(H, K): the attention to each key (K, H, head_dim), averaged over the queries (Q, H, head_dim) of one frame."""
     row_bytes = 2 * k.shape[1] * len(k) * torch.promote_types(k.dtype, torch.float32).itemsize  # scores, and their softmax
     chunks = q.split(max(1, WEIGHTS_BYTES // row_bytes))
     scores = (torch.einsum("qhd,khd->hqk", chunk, k) for chunk in chunks)
@@ -204,11 +204,11 @@ def received_in_frame(q: Tensor, k: Tensor) -> Tensor:
 def multimodal_positions(token_ids: Sequence[int], grids: Sequence[Grid], vision_token_ids: Collection[int]) -> Tensor:
     """Positions (3, T), int64, of one prompt: time, row and column (M-RoPE, Qwen2-VL paper, section 2.1).
 
-    `grids`: frames, rows and columns of the vision tokens (after merging) of each picture or video, in prompt order. Their
-    tokens, which stand in `token_ids` as ids of `vision_token_ids`, count from where the text stopped; the text goes on
-    behind the largest position so far. So it does behind a video too, as in training and in transformers up to 4.57;
-    transformers 5 looks at rows and columns only there, and gives smaller positions where a video has more frames than either.
-    Raises ValueError where a run of vision tokens is not the sum of the next grids.
+    `grids`: frames, rows and columns of the vision tokens (after merging) of each picture or video, in prompt order. The tokens
+    of a grid have ids of `vision_token_ids`, and their positions start after the last position of the text. Text continues
+    after the largest position so far. This also holds after a video, as in training and in transformers up to 4.57.
+    transformers 5 ignores the frames there, and its positions are smaller where a video has more frames than rows and columns.
+    Raises ValueError where a run of vision tokens does not match the next grids.
     """
     pending = deque(grids)
     blocks, following = [torch.empty(3, 0, dtype=torch.int64)], 0
@@ -223,19 +223,19 @@ def multimodal_positions(token_ids: Sequence[int], grids: Sequence[Grid], vision
 
 
 def grid_positions(grid: Grid) -> Tensor:
-    """(3, t * h * w): frame, row and column of each token of one picture or video, from 0."""
+    """(3, t * h * w): frame, row and column of each token of one picture or video, counted from 0."""
     return torch.cartesian_prod(*map(torch.arange, grid)).T
 
 
 def token_runs(token_ids: Sequence[int], vision_token_ids: Collection[int]) -> Iterator[tuple[bool, int]]:
-    """(is vision, length) of each run: one vision id repeated, or text."""
+    """(is vision, length) of each run. A run is one repeated vision id, or text."""
     kinds = (token if token in vision_token_ids else None for token in token_ids)
     for kind, run in groupby(kinds):
         yield kind is not None, len(list(run))
 
 
 def grids_of_run(length: int, pending: deque[Grid]) -> list[Grid]:
-    """Take from `pending` the grids that fill a run of `length` vision tokens exactly."""
+    """Take from `pending` the grids that together fill a run of `length` vision tokens."""
     taken: list[Grid] = []
     while pending and sum(map(prod, taken)) < length:
         taken.append(pending.popleft())

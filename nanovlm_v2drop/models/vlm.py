@@ -30,7 +30,7 @@ class VisionInput:
 
     `pixel_values` float32. LLaVA-1.5: (1, 3, S, S); LLaVA-OneVision: (tiles, 3, S, S) with the whole picture first, or
     (frames, 3, S, S); Qwen2-VL: (patches, 3 * temporal_patch_size * patch_size ** 2). `grids`: frames, rows and columns of its
-    vision tokens as the decoder gets them, newline tokens included. `size`: height and width in pixels before any resizing.
+    vision tokens in the decoder, including newline tokens. `size`: height and width in pixels before any resizing.
     """
 
     pixel_values: Tensor
@@ -45,13 +45,13 @@ class VisionInput:
 
 @dataclass
 class PackedInputs:
-    """What prefill reads: B prompts one behind the other, without padding.
+    """The input of prefill: B prompts packed without padding.
 
-    inputs_embeds (T, D); position_ids (T,) or (3, T); vision_mask (T,) True for vision tokens; seqlens: B host integers
-    that sum to T. May be left out: `vision_counts` (vision tokens of each prompt), `vision_grids` (frames, rows and columns
-    of each picture or video of each prompt, newline tokens included; without it a prompt's vision tokens are one row), `seeds`
-    (one number a prompt, the same in every batch: what Random draws from), and `vision` (one a grid), which methods that
-    choose tokens before the decoder read.
+    inputs_embeds (T, D); position_ids (T,) or (3, T); vision_mask (T,) True for vision tokens; seqlens: B host integers that
+    sum to T. Optional: `vision_counts` (vision tokens of each prompt); `vision_grids` (frames, rows and columns of each picture
+    or video of each prompt, including newline tokens; by default, a prompt's vision tokens are one row); `seeds` (one number a
+    prompt, the same in every batch, for methods that draw at random); `vision` (one trace a grid, for methods that choose
+    tokens before the decoder).
     """
 
     inputs_embeds: Tensor
@@ -66,14 +66,14 @@ class PackedInputs:
     def __post_init__(self) -> None:
         self.seqlens = tuple(int(length) for length in self.seqlens)
         self.check_lengths()
-        if not self.vision_counts:  # counted here, once, so that no drop point has to ask the GPU
+        if not self.vision_counts:  # counted once, here, so that no drop point waits for the GPU
             self.vision_counts = tuple(int(part.sum()) for part in self.vision_mask.split(self.seqlens))
         self.seeds = self.seeds or (0,) * len(self.seqlens)
         self.vision_grids = self.vision_grids or tuple(((1, 1, count),) if count else () for count in self.vision_counts)
         self.check_grids()
 
     def check_lengths(self) -> None:
-        """Raise ValueError unless every field speaks of the same T tokens."""
+        """Raise ValueError unless all fields have the same number of tokens T."""
         lengths = {
             "sum(seqlens)": sum(self.seqlens),
             "inputs_embeds": self.inputs_embeds.shape[0],
@@ -84,14 +84,14 @@ class PackedInputs:
             raise ValueError(f"packed inputs disagree on the number of tokens: {lengths}, seqlens {self.seqlens}")
 
     def check_grids(self) -> None:
-        """Raise ValueError unless the grids of each prompt hold its vision tokens."""
+        """Raise ValueError unless the grids of each prompt match its vision tokens."""
         held = tuple(sum(prod(grid) for grid in grids) for grids in self.vision_grids)
         if held != self.vision_counts:
             raise ValueError(f"vision grids {self.vision_grids} hold {held} tokens, the prompts {self.vision_counts}")
 
 
 class Projector(nn.Module):
-    """LLaVA's mlp2x_gelu: from the tower's width to the decoder's. The GELU is the erf one."""
+    """LLaVA's mlp2x_gelu: from the tower's width to the decoder's. The GELU is the exact one (erf)."""
 
     def __init__(self, vision_size: int, text_size: int) -> None:
         super().__init__()
@@ -104,21 +104,21 @@ class Projector(nn.Module):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the decoder gets of one picture or video: features (n, D), and a trace for each of its grids."""
+    """The decoder's input for one picture or video: features (n, D), and a trace for each of its grids."""
 
     features: Tensor
     traces: tuple[VisionTrace, ...]
 
 
 class VLM(nn.Module):
-    """What the families have in common: the splice. Each has a `language_model` and its own way to `encode` pictures."""
+    """The common part of all families: the splice. Each family has a `language_model` and its own `encode`."""
 
     config: VLMConfig
     language_model: Decoder
 
     @abstractmethod
     def encode(self, media: Sequence[VisionInput]) -> list[Encoded]:
-        """Run the pictures and videos through the tower together."""
+        """Run all pictures and videos through the tower in one batch."""
 
     def position_ids(self, token_ids: Sequence[int], media: Sequence[VisionInput]) -> Tensor:
         """(T,) of one prompt, or (3, T) where positions are places in a grid."""
@@ -132,17 +132,17 @@ class VLM(nn.Module):
     def pack(
         self, prompts: Sequence[Sequence[int]], media: Sequence[Sequence[VisionInput]], seeds: tuple[int, ...]
     ) -> PackedInputs:
-        """Embed the prompts' token ids and put the vision features where the vision tokens stand, in reading order.
+        """Embed the prompts' token ids and put the vision features at the places of the vision tokens, in reading order.
 
-        `prompts`: one list of token ids a sequence, each image or video token already repeated once a feature. `media`: the
-        pictures and videos of each prompt, in the order of their tokens.
-        Raises ValueError where vision tokens and features do not match in number.
+        `prompts`: one list of token ids a sequence, in which an image or video token is repeated once for each feature.
+        `media`: the pictures and videos of each prompt, in the order of their tokens. Raises ValueError where the numbers of
+        vision tokens and features differ.
         """
         vision_tokens = frozenset(self.config.vision_tokens.values())
         is_vision = [token in vision_tokens for prompt in prompts for token in prompt]
         for prompt, held in zip(prompts, media, strict=True):
             check_counts(sum(token in vision_tokens for token in prompt), sum(medium.num_tokens for medium in held))
-        # A vision token's own id may lie outside the embedding table (the original LLaVA vocabulary has no row for it).
+        # A vision token's id can lie outside the embedding table: the original LLaVA vocabulary has no row for it.
         flat = [0 if token in vision_tokens else token for prompt in prompts for token in prompt]
         embed_tokens = self.language_model.embed_tokens
         device = embed_tokens.weight.device
@@ -190,7 +190,7 @@ class LlavaModel(VLM):
         return [self.arranged(*part) for part in parts]
 
     def arranged(self, medium: VisionInput, block_input: Tensor, output: Tensor, features: Tensor) -> Encoded:
-        """Of one picture: input and output of the tower's last block (1, 1 + P, V), and features (1, P, D)."""
+        """One picture, from the input and output of the tower's last block (1, 1 + P, V) and its features (1, P, D)."""
         tower = self.vision_tower
         trace = VisionTrace(
             output[0],
@@ -212,11 +212,11 @@ class LlavaNextModel(LlavaModel):
         self.image_newline = nn.Parameter(torch.randn(config.text_config.hidden_size))
 
     def arranged(self, medium: VisionInput, block_input: Tensor, output: Tensor, features: Tensor) -> Encoded:
-        """Of one picture or video, from its tiles or frames (N, P, ...), in the order in which the decoder reads them."""
+        """One picture or video, from its tiles or frames (N, P, ...), in the order of the decoder's tokens."""
         tower = self.vision_tower
 
         def like_features(values: Tensor) -> Tensor:
-            """(N, C, P) of the tower -> (C, n), arranged as the features are; a newline has nothing of it."""
+            """(N, C, P) of the tower -> (C, n), arranged like the features, with zeros for newlines."""
             return self.arrange(medium, values.transpose(1, 2), values.new_zeros(values.shape[1])).T
 
         def keys() -> Tensor:
@@ -231,7 +231,7 @@ class LlavaNextModel(LlavaModel):
         return Encoded(arranged, traces_of(medium, arranged, attention, keys))
 
     def arrange(self, medium: VisionInput, values: Tensor, newline: Tensor) -> Tensor:
-        """(N, P, C) of a medium's tiles or frames -> (n, C) in reading order, with `newline` (C,) where rows end."""
+        """(N, P, C) of a medium's tiles or frames -> (n, C) in reading order, with `newline` (C,) at the ends of rows."""
         if len(values) == 1:
             return arrange_single(values, newline)
         height, width = select_best_resolution(medium.size, self.config.image_grid_pinpoints)
@@ -275,11 +275,11 @@ class Qwen2VLModel(VLM):
         return [self.traced(*part) for part in zip(media, block_input.split(sizes), features, strict=True)]
 
     def traced(self, medium: VisionInput, block_input: Tensor, features: Tensor) -> Encoded:
-        """From the input (patches, V) of the tower's last block and the merged features (n, D)."""
+        """One picture or video, from the input (patches, V) of the tower's last block and the merged features (n, D)."""
         grids = [self.patch_grid(medium)]
 
         def merged(values: Tensor) -> Tensor:
-            """Patches that become one token lie behind one another: (heads, patches, ...) -> (heads, n, ...)."""
+            """(heads, patches, ...) -> (heads, n, ...): the patches of one token are neighbours."""
             return values.unflatten(1, (medium.num_tokens, -1)).mean(2)
 
         def attention() -> Tensor:
@@ -291,7 +291,7 @@ class Qwen2VLModel(VLM):
         return Encoded(features, traces_of(medium, features, attention, keys))
 
     def patch_grid(self, medium: VisionInput) -> tuple[int, int, int]:
-        """Frames, rows and columns of patches, before they are merged."""
+        """Frames, rows and columns of patches, before merging."""
         ((frames, rows, columns),), merge = medium.grids, self.config.vision_config.spatial_merge_size
         return frames, rows * merge, columns * merge
 
@@ -303,10 +303,9 @@ class Qwen2VLModel(VLM):
 def traces_of(
     medium: VisionInput, features: Tensor, attention: Callable[[], Tensor], keys: Callable[[], Tensor]
 ) -> tuple[VisionTrace, ...]:
-    """A trace for each grid of a picture whose tokens are made behind the tower: features (n, D) need no projector any more.
+    """A trace for each grid of a picture whose tokens are made after the tower. The features (n, D) are projected already.
 
-    `attention` gives (heads, n), `keys` (heads, n, head_dim); each is computed once, when first asked for by any of the grids,
-    and held as long as one of the traces.
+    `attention` gives (heads, n), `keys` (heads, n, head_dim). Each is computed once, when one of the grids first needs it.
     """
     attention, keys = cache(attention), cache(keys)
     sizes = [prod(grid) for grid in medium.grids]
@@ -333,5 +332,5 @@ def check_counts(num_placeholders: int, num_features: int) -> None:
     if num_placeholders != num_features:
         raise ValueError(
             f"a prompt holds {num_placeholders} image and video tokens but its pictures give {num_features} vision features; "
-            "repeat each token once a feature (encode_prompt does) and pass every picture"
+            "repeat each token once for each feature (encode_prompt does) and pass every picture"
         )

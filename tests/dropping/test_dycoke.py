@@ -141,8 +141,17 @@ def test_of_a_picture_nothing_can_be_dropped():
     assert caught.value.floor.mean_tokens(144, 12) == 144
     assert DyCoke.schedule_for(144, 144, 12).mean_tokens(144, 12) == 144
     picture = as_one_video(random_video(1, 24), (1, 4, 6))
-    with pytest.raises(ValueError, match="cannot keep 12 of 24 tokens: 24 stand in whole frames"):
+    with pytest.warns(NothingDropped, match="all 24 vision tokens went through"):
         prefill(tiny_decoder(), picture, DyCoke(DropSchedule({0: 0.5})))
+
+
+def test_a_video_of_one_frame_stays_whole_beside_a_longer_video():
+    one_frame, longer = as_one_video(random_video(1, 13), (1, 3, 4), (1, 1, 1)), random_video(4, 6)
+    dropper = DyCoke(DropSchedule({0: 0.5}))
+    out = prefill(tiny_decoder(), pack_together([one_frame, longer]), dropper)
+    (_, (first, second)), *_ = out.kept
+    assert first.tolist() == list(range(13))
+    assert second.tolist() == kept_of(dropper, longer)
 
 
 def test_fewer_than_the_whole_frames_hold_is_refused():

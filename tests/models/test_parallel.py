@@ -247,7 +247,7 @@ def test_an_error_in_one_process_ends_the_run_and_is_shown(tmp_path):
     [
         (("--claims",), "--claims is for one process"),
         (("--image", "a.png", "--prompt", "What?"), "or share the decoder with --tensor-parallel 2"),
-        (("--tensor-parallel", 4), "tensor_parallel 4 needs a multiple of as many processes, not 2"),
+        (("--tensor-parallel", 4), "tensor_parallel 4 needs a number of processes that is a multiple of it, not 2"),
     ],
 )
 def test_what_several_processes_cannot_do_is_one_clear_error(options, message, tmp_path):

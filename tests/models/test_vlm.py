@@ -93,7 +93,7 @@ def test_a_picture_has_the_same_features_in_every_batch() -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "num_pictures", "message"),
     [
-        (3, 1, "holds 3 image and video tokens but its pictures give 4 vision features; repeat each token once a feature"),
+        (3, 1, "holds 3 image and video tokens but its pictures give 4 vision features; repeat each token once for each"),
         (4, 2, "holds 4 image and video tokens but its pictures give 8 vision features"),
         (8, 1, "holds 8 image and video tokens but its pictures give 4 vision features"),
         (4, 0, "holds 4 image and video tokens but its pictures give 0 vision features"),
