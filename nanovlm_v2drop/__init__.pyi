@@ -25,8 +25,20 @@ from .dropping import (
 from .dropping import (
     V2Drop as V2Drop,
 )
-from .inference import (
+from .generation import (
     Answer as Answer,
+)
+from .generation import (
+    Sampling as Sampling,
+)
+from .generation import (
+    generate as generate,
+)
+from .generation import (
+    stream as stream,
+)
+from .inference import (
+    NotFinite as NotFinite,
 )
 from .inference import (
     NothingDropped as NothingDropped,
@@ -35,22 +47,13 @@ from .inference import (
     Prefilled as Prefilled,
 )
 from .inference import (
-    Sampling as Sampling,
-)
-from .inference import (
     decode_one_token as decode_one_token,
-)
-from .inference import (
-    generate as generate,
 )
 from .inference import (
     initial_state as initial_state,
 )
 from .inference import (
     prefill as prefill,
-)
-from .inference import (
-    stream as stream,
 )
 from .loading.specs import (
     MODELS as MODELS,

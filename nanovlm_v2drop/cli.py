@@ -53,7 +53,8 @@ from .evaluation.plans import (
     official_plans,
     prompt_shape,
 )
-from .inference import MAX_NEW_TOKENS, generate
+from .generation import generate
+from .inference import MAX_NEW_TOKENS
 from .loading.checkpoint import CheckpointError
 from .loading.zoo import DTYPES, MODELS, VisionLanguageModel, WeightsUnavailable, load
 from .models.attention import BACKENDS

@@ -1,32 +1,32 @@
-"""The prefill loop with its drop points, decoding, and generation.
+"""The prefill loop with its drop points, and decoding of one token after the other.
 
 Shapes: T tokens of all sequences packed, B sequences, D hidden_size, K key/value heads, S slots of a cache, V vocabulary.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .dropping.base import PrefillState, TokenDropper
+from .dropping.base import NotANumber, PrefillState, TokenDropper
+from .dropping.budget import asked_budget
 from .models.attention import CacheSeqlens, attention, attention_with_cache, reads_heads_first, resolve_backend
 from .models.decoder import Decoder, DecoderLayer, Rotary, rotary_table
 from .models.kv_cache import KVCache
 from .models.vlm import PackedInputs
 
-if TYPE_CHECKING:
-    from .loading.zoo import VisionLanguageModel
-    from .processing.prompts import Request
-
 MAX_NEW_TOKENS = 64
 
 # a layer and the new token's queries (B, H, head_dim) -> the keys and values that these may see, and the filled slots
 Visible = Callable[[int, Tensor], tuple[Tensor, Tensor, CacheSeqlens]]
+
+
+class NotFinite(NotANumber):
+    """What the decoder computed is NaN or infinite; the message names the dtype and what to do."""
 
 
 class NothingDropped(UserWarning):
@@ -91,15 +91,31 @@ def begin(decoder: Decoder, packed: PackedInputs, dropper: TokenDropper | None) 
     state = agreed(decoder, replace(initial_state(packed), all_heads=decoder.all_heads))
     if dropper is None:
         return state
+    asked_budget(dropper, None, None)
     dropper.schedule.check(decoder.config.num_hidden_layers, dropper.earliest_layer, dropper.latest_layer)
     return dropper.begin(state)
 
 
 def drop(decoder: Decoder, layer: DecoderLayer, dropper: TokenDropper, state: PrefillState, rotary: Rotary) -> PrefillState:
-    """One drop point, at the entrance of `layer`: the state that goes on, without what only the dropper was shown."""
+    """The state after one drop point, at the entrance of `layer`, without the fields that only the dropper reads.
+
+    Raises NotFinite where the method ranks by numbers that are NaN.
+    """
     state.rotary, state.final_norm = rotary, decoder.norm
     state.project_next = partial(decoder.row_queries_and_keys, layer, state.hidden_states, rotary)
-    return agreed(decoder, dropper(state).without_surroundings())
+    try:
+        return agreed(decoder, dropper(state).without_surroundings())
+    except NotANumber as error:
+        raise NotFinite(f"{error}; {advice(state.hidden_states.dtype)}") from error
+
+
+def advice(dtype: torch.dtype) -> str:
+    """What to do where activations are not finite."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype in (torch.float32, torch.float64):
+        return f"{name} holds any activation of a sound model: the weights may be damaged, or the method divides by zero"
+    wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
+    return f"activations beyond {name} are infinite: use another dtype, --dtype {wider}"
 
 
 def warn_if_nothing_dropped(dropper: TokenDropper, packed: PackedInputs, state: PrefillState) -> None:
@@ -226,116 +242,3 @@ def decode_steps(decoder: Decoder, cache: KVCache) -> Callable[[Tensor], Tensor]
     if decoder.cuda_graph and cache.pruning is None:
         return GraphedSteps(decoder, cache)
     return partial(decode_one_token, decoder, cache=cache)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: temperature 0 is greedy; otherwise from the smallest set that holds `top_p` mass."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature {self.temperature} must be >= 0 and top_p {self.top_p} in (0, 1]")
-
-    def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, V) -> (B,)"""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        probabilities, order = (logits.float() / self.temperature).softmax(-1).sort(descending=True)
-        outside = probabilities.cumsum(-1) - probabilities >= self.top_p  # the most likely token is never outside
-        drawn = torch.multinomial(probabilities.masked_fill(outside, 0.0), 1, generator=generator)
-        return order.gather(-1, drawn).squeeze(-1)
-
-
-GREEDY = Sampling()
-
-
-def decode_tokens(decoder: Decoder, prefilled: Prefilled, sampling: Sampling = GREEDY) -> Iterator[list[int]]:
-    """Endless stream of the next token of every sequence; take as many as you need."""
-    generator = torch.Generator(prefilled.logits.device).manual_seed(sampling.seed)
-    logits, step = prefilled.logits, decode_steps(decoder, prefilled.cache)
-    while True:
-        token_ids = sampling.choose(logits, generator)
-        yield token_ids.tolist()
-        logits = step(token_ids)
-
-
-def decode_until(tokens: Iterator[list[int]], eos_token_ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
-    """Collect every sequence up to its end-of-sequence token (included) or `max_new_tokens`."""
-    sequences: list[list[int]] = []
-    for step in islice(tokens, max_new_tokens):
-        sequences = sequences or [[] for _ in step]
-        for sequence, token in zip(sequences, step, strict=True):
-            if not sequence or sequence[-1] not in eos_token_ids:
-                sequence.append(token)
-        if all(sequence[-1] in eos_token_ids for sequence in sequences):
-            break
-    return sequences
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One generated answer: its text, its token ids (end-of-sequence included), and who survived each drop point."""
-
-    text: str
-    token_ids: list[int]
-    kept: list[tuple[int, Tensor]]
-
-
-def generate(
-    vlm: "VisionLanguageModel",
-    requests: Sequence["Request"],
-    dropper: TokenDropper | None = None,
-    *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    sampling: Sampling = GREEDY,
-) -> list[Answer]:
-    """Answer all requests in one packed batch; prompts may differ in length and number of pictures."""
-    check_max_new_tokens(max_new_tokens)
-    decoder = vlm.model.language_model
-    prefilled = prefill(decoder, vlm.prepare(requests), dropper, max_new_tokens=max_new_tokens)
-    sequences = decode_until(decode_tokens(decoder, prefilled, sampling), vlm.config.eos_token_ids, max_new_tokens)
-    kept = prefilled.kept
-    return [
-        Answer(vlm.tokenizer.decode(ids).strip(), ids, [(layer, stages[index]) for layer, stages in kept])
-        for index, ids in enumerate(sequences)
-    ]
-
-
-def stream(
-    vlm: "VisionLanguageModel",
-    request: "Request",
-    dropper: TokenDropper | None = None,
-    *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    sampling: Sampling = GREEDY,
-) -> Iterator[str]:
-    """The answer to one request piece by piece, as it is decoded; the pieces joined are the answer's text.
-
-    A character is held back until all its bytes are there. (An answer that breaks off inside a character may differ from
-    generate's text around it: the tokenizer decodes a run of bytes as a whole.)
-    """
-    check_max_new_tokens(max_new_tokens)
-    decoder = vlm.model.language_model
-    prefilled = prefill(decoder, vlm.prepare([request]), dropper, max_new_tokens=max_new_tokens)
-    ids: list[int] = []
-    text = shown = ""
-    for (token,) in islice(decode_tokens(decoder, prefilled, sampling), max_new_tokens):
-        ids.append(token)
-        text = vlm.tokenizer.decode(ids).strip()
-        if text != shown and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else bytes of a character are missing
-            yield text[len(shown) :]
-            shown = text
-        if token in vlm.config.eos_token_ids:
-            break
-    if text != shown:  # it ended inside a character
-        yield text[len(shown) :]
-
-
-def check_max_new_tokens(max_new_tokens: int) -> None:
-    """Raise ValueError for less than one token."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")

@@ -16,6 +16,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "processing": ("images", "images_onevision", "images_qwen2", "video", "prompts"),
     "loading": ("specs", "tensor_parallel", "checkpoint", "zoo"),
     "inference": (),
+    "generation": (),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "train"),
     "tasks": (),
     "evaluation": ("records", "plans", "position_bias", "bootstrap", "evaluate"),

@@ -11,16 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from nanovlm_v2drop import inference
 from nanovlm_v2drop.dropping import DROPPERS, BatchSchedule, DropSchedule
-from nanovlm_v2drop.inference import (
-    GraphedSteps,
-    Sampling,
-    decode_one_token,
-    decode_step,
-    decode_steps,
-    decode_tokens,
-    decode_until,
-    prefill,
-)
+from nanovlm_v2drop.generation import decode_tokens, decode_until
+from nanovlm_v2drop.inference import GraphedSteps, decode_one_token, decode_step, decode_steps, prefill
 from nanovlm_v2drop.models.decoder import rotary_table
 
 SCHEDULE = DropSchedule({1: 0.5, 3: 0.3, 4: 0.0})
@@ -163,32 +155,11 @@ def test_decode_positions_go_on_from_the_undropped_prompt():
     assert out.cache.position_ids.tolist() == [[36]] * 6
 
 
-def test_a_sequence_ends_at_its_end_of_sequence_token_and_the_others_go_on():
-    stream = iter([[5, 2], [6, 7], [2, 8], [9, 9]])
-    assert decode_until(stream, (2,), max_new_tokens=10) == [[5, 6, 2], [2]]
-    stream = iter([[5, 2], [6, 7]])
-    assert decode_until(stream, (2,), max_new_tokens=1) == [[5], [2]]
-
-
 def test_greedy_decoding_takes_the_largest_logit_of_each_step():
     decoder, packed = tiny_decoder(), one_prompt(5, 24, 7)
     tokens = decode_until(decode_tokens(decoder, prefill(decoder, packed)), (), 4)[0]
     logits = masked_forward(decoder, packed, more_tokens=tokens)[-5:-1]
     assert tokens == logits.argmax(-1).tolist()
-
-
-def test_top_p_never_takes_a_token_outside_the_nucleus():
-    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).log_softmax(-1)
-    sampling = Sampling(temperature=1.0, top_p=0.7)
-    generator = torch.Generator().manual_seed(0)
-    drawn = {int(sampling.choose(logits, generator)) for _ in range(200)}
-    assert drawn == {0, 1}
-
-
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_a_sampling_setting_out_of_range_is_refused(bad):
-    with pytest.raises(ValueError, match=r"temperature .* must be >= 0 and top_p"):
-        Sampling(**bad)
 
 
 def test_packed_inputs_that_disagree_in_length_are_refused():

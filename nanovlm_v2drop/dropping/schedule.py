@@ -88,6 +88,10 @@ class DropSchedule(Mapping[int, float]):
         """A schedule of the same kind with other values, for pictures with `scale` times as many tokens."""
         return type(self)(keep_ratios, self.minimum)
 
+    def of(self, index: int) -> "DropSchedule":
+        """The schedule of one prompt of a batch."""
+        return self
+
     def kept_count(self, layer_idx: int, current: int) -> int:
         """Vision tokens of one sequence that stay at a drop point which `current` tokens enter."""
         return max(min(self.minimum, current), int(current * self[layer_idx]))
@@ -194,6 +198,9 @@ class BatchSchedule(DropSchedule):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.schedules)})"
+
+    def of(self, index: int) -> DropSchedule:
+        return self.schedules[index]
 
     def kept_counts(self, layer_idx: int, current: Sequence[int]) -> tuple[int, ...]:
         if len(current) != len(self.schedules):

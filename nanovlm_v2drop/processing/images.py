@@ -7,6 +7,7 @@ Two official ways to make a picture square exist, and both are offered as `image
 
 # Shapes: N pictures, S = image_size (pixels on a side)
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..models.config import VisionConfig, read_json_object
 from ..models.vlm import VisionInput
 
-ImageSource = str | Path | Image.Image
+ImageSource = str | Path | bytes | Image.Image
 
 CLIP_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,6 +51,8 @@ def open_image(source: ImageSource) -> Image.Image:
             return _to_rgb(source)
         case str() | Path():
             return _decode_file(Path(source))
+        case bytes():
+            return _decode(io.BytesIO(source), f"the {len(source)} bytes of the picture")
         case _:
             kind = type(source).__name__
             raise ValueError(f"a picture must be a path or a PIL picture, got {kind}; PIL.Image.fromarray takes arrays")
@@ -58,14 +61,18 @@ def open_image(source: ImageSource) -> Image.Image:
 def _decode_file(path: Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"no picture file at {str(path)!r}")
+    return _decode(path, str(path))
+
+
+def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(path) as picture:
+        with Image.open(source) as picture:
             return _to_rgb(ImageOps.exif_transpose(picture))
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large: {error} Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS.") from error
+        raise ValueError(f"{name} is too large: {error} Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS.") from error
     # Decoders meet damaged bytes with SyntaxError, struct.error, IndexError and more: to the reader all mean the same.
     except Exception as error:
-        raise ValueError(f"cannot read {path} as a picture: {error}") from error
+        raise ValueError(f"cannot read {name} as a picture: {error}") from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

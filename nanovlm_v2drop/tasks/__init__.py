@@ -1,11 +1,12 @@
-"""The benchmarks: one small file each, saying where its samples come from, how it asks and how it scores."""
+"""The benchmarks: one small file each, which says where the samples come from, how they are asked and how they are scored."""
 
 from pathlib import Path
 
-from .base import DatasetUnavailable, Sample, Task
+from .base import Sample, Task
 from .demo import Demo
 from .demo_video import DemoVideo
 from .mme import Mme
+from .parquet import DatasetUnavailable
 from .pope import Pope
 
 __all__ = ["TASKS", "DatasetUnavailable", "Demo", "DemoVideo", "Mme", "Pope", "Sample", "Task", "load_task"]
@@ -14,7 +15,7 @@ TASKS: dict[str, type[Task]] = {"demo": Demo, "demo-video": DemoVideo, "pope": P
 
 
 def load_task(name: str, data_dir: Path | None = None) -> Task:
-    """Make the benchmark of that name; nothing is read or downloaded before its samples are asked for.
+    """Make the benchmark of that name. Nothing is read or downloaded before its files or samples are asked for.
 
     Args:
         name: a key of `TASKS`.

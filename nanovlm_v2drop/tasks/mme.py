@@ -2,16 +2,17 @@
 
 Paper: https://arxiv.org/abs/2306.13394. Prompt, parsing and scores follow lmms-eval's mme task.
 
-A category scores 100 * (share of questions right) + 100 * (share of pictures with both questions right), so 0 to 200.
-LLaVA's paper calls the ten perception categories alone MME (1510.7 for LLaVA-1.5-7B); V2Drop's paper, as most work on
-token dropping, adds the four of cognition (1862).
+A category scores 100 * (share of questions right) + 100 * (share of pictures with both questions right): 0 to 200.
+LLaVA's paper reports the ten perception categories alone as MME (1510.7 for LLaVA-1.5-7B). V2Drop's paper adds the four of
+cognition (1862), as most work on token dropping does.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
-from .base import SHORT_ANSWER_PROMPT, Sample, Task, dataset_files, decode_picture, read_parquet_rows, spread, yes_or_no
+from .base import SHORT_ANSWER_PROMPT, Sample, spread
+from .parquet import ParquetTask, Row, read_rows
 
 REPO_ID = "lmms-lab-encoder/MME"
 PERCEPTION = (
@@ -20,11 +21,29 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
-class Mme(Task):
+class Mme(ParquetTask):
     """MME as lmms-eval asks and scores it: 2,374 questions about 1,187 pictures."""
 
     name = "mme"
     max_new_tokens = 16
+    repo_id = REPO_ID
+    id_columns = ("category", "question_id")
+    reported: ClassVar[Mapping[str, Mapping[str, float]]] = {"llava-1.5-7b": {"perception": 1510.7, "score": 1862.0}}
+
+    def sample_ids(self) -> list[str]:
+        """PICTURE#1 and PICTURE#2, in the order of the data; with the category where two of them name a picture alike."""
+        keys = [(row.text("category"), row.key("question_id")) for row in read_rows(self.files, self.id_columns)]
+        categories = Counter(picture for _, picture in set(keys))
+        asked: Counter[tuple[str, str]] = Counter()
+        ids = []
+        for category, picture in keys:
+            asked[category, picture] += 1
+            name = picture if categories[picture] == 1 else f"{category}/{picture}"
+            ids.append(f"{name}#{asked[category, picture]}")
+        return ids
+
+    def num_samples(self, limit: int | None = None) -> int:
+        return super().num_samples(None if limit is None else limit // 2 * 2)
 
     def samples(self, limit: int | None = None) -> Iterator[Sample]:
         """Give the questions in the order of the data; a limit takes limit // 2 whole pictures over the categories.
@@ -34,16 +53,26 @@ class Mme(Task):
         """
         if limit is not None and limit < 2:
             raise ValueError(f"a limit of {limit} is less than one MME picture, which has 2 questions; give 2 or more")
-        files = dataset_files(REPO_ID, "test", self.data_dir)
-        rows = read_parquet_rows(files, ["question_id", "category"])
-        pictures = _pair_by_picture((row["category"], row["question_id"]) for row in rows)
+        self.num_samples()
+        rows = read_rows(self.files, self.id_columns)
+        pictures = pair_by_picture((row.text("category"), row.key("question_id")) for row in rows)
         positions = None
         if limit is not None:
             pairs = list(pictures.values())
             chosen = spread([(category,) for category, _ in pictures], limit // 2)
             positions = [position for index in chosen for position in pairs[index]]
-        columns = ["question_id", "question", "answer", "category", "image"]
-        return _numbered_samples(read_parquet_rows(files, columns, positions))
+        return map(self.sample, self.read([*self.id_columns, "question", "answer", "image"], positions))
+
+    def sample(self, row: Row) -> Sample:
+        question = row.text("question").strip().replace(" Please answer yes or no.", "")
+        return Sample(
+            sample_id=row.sample_id,
+            text=question + SHORT_ANSWER_PROMPT,
+            images=(row.picture("image"),),
+            answer=row.yes_or_no("answer", REPO_ID),
+            kind=row.text("category"),
+            group=row.sample_id.rpartition("#")[0],
+        )
 
     def correct(self, answer: str, sample: Sample) -> float:
         """Return 1.0 where the answer reads as the ground truth, else 0.0."""
@@ -61,7 +90,7 @@ class Mme(Task):
         """
         if not records:
             raise ValueError("MME has no record to score; evaluate at least one picture, which is 2 samples")
-        pairs_right = _pairs_right(records)
+        pairs_right = pairs_right_of(records)
         accuracies = {category: sum(pairs) / (2 * len(pairs)) for category, pairs in pairs_right.items()}
         accuracies_plus = {category: pairs.count(2) / len(pairs) for category, pairs in pairs_right.items()}
         scores = {category: 100 * (accuracies[category] + accuracies_plus[category]) for category in pairs_right}
@@ -92,26 +121,7 @@ def parse_answer(answer: str) -> str:
     return "no" if "no" in text[:4] else "other"
 
 
-def _numbered_samples(rows: Iterable[dict[str, Any]]) -> Iterator[Sample]:
-    asked: Counter[str] = Counter()
-    for row in rows:
-        picture = row["question_id"]
-        asked[picture] += 1
-        yield _sample(row, f"{picture}#{asked[picture]}")
-
-
-def _sample(row: dict[str, Any], sample_id: str) -> Sample:
-    return Sample(
-        sample_id=sample_id,
-        text=row["question"].strip().replace(" Please answer yes or no.", "") + SHORT_ANSWER_PROMPT,
-        images=(decode_picture(row["image"], sample_id),),
-        answer=yes_or_no(row["answer"], sample_id, REPO_ID),
-        kind=row["category"],
-        group=row["question_id"],
-    )
-
-
-def _pair_by_picture(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[int]]:
+def pair_by_picture(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[int]]:
     """Join the positions of the two questions of each picture; a key is (category, picture)."""
     pictures: dict[tuple[str, str], list[int]] = defaultdict(list)
     for position, key in enumerate(keys):
@@ -127,10 +137,10 @@ def _pair_by_picture(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], l
     return pictures
 
 
-def _pairs_right(records: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+def pairs_right_of(records: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
     """Count, for each picture of each category, how many of its two answers are right."""
     right: dict[str, list[int]] = defaultdict(list)
-    pictures = _pair_by_picture((record["kind"], record["group"]) for record in records)
+    pictures = pair_by_picture((record["kind"], record["group"]) for record in records)
     for (category, _), positions in pictures.items():
         right[category].append(sum(parse_answer(records[i]["text"]) == records[i]["answer"] for i in positions))
     return right

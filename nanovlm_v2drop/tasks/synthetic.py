@@ -1,4 +1,4 @@
-"""What the demos' tasks have in common: questions that are drawn, each from its number, in equal parts of every kind."""
+"""What the tasks of the two demos have in common: each question is drawn from its number, in equal parts of every kind."""
 
 from abc import abstractmethod
 from collections import defaultdict
@@ -11,14 +11,18 @@ from .base import Sample, Task
 
 
 class SyntheticTask(Task):
-    """`score` is accuracy in percent by exact answer; beside it stands the accuracy of each kind of question."""
+    """`score` is the accuracy in percent, by exact answer. The summary also holds the accuracy of each kind of question."""
 
     max_new_tokens = 8
+    default_samples: int
     kinds: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def sample(self, number: int) -> Sample:
         """The sample of that number, from 0 on without end."""
+
+    def num_samples(self, limit: int | None = None) -> int:
+        return self.default_samples if limit is None else limit
 
     def samples(self, limit: int | None = None) -> Iterator[Sample]:
         return islice(map(self.sample, count()), limit)

@@ -13,7 +13,8 @@ from nanovlm_v2drop.demo.data import CLIPS, PATCH_WORDS, QWEN2_SPLIT, qwen2_toke
 from nanovlm_v2drop.demo.export import export_onevision
 from nanovlm_v2drop.demo.train import DEMOS, Recipe, answer_loss, clip_features, initialise, masked_layer, turn_bias
 from nanovlm_v2drop.demo.warm_start import warm_start
-from nanovlm_v2drop.inference import generate, prefill
+from nanovlm_v2drop.generation import generate
+from nanovlm_v2drop.inference import prefill
 from nanovlm_v2drop.loading.zoo import MODELS, load
 from nanovlm_v2drop.processing.prompts import Request, load_tokenizer
 from nanovlm_v2drop.tasks.demo_video import DemoVideo, chance, held_out

@@ -29,6 +29,9 @@ class Twins(Task):
     max_new_tokens = 4
     default_samples = 2
 
+    def num_samples(self, limit: int | None = None) -> int:
+        return 6 if limit is None else limit
+
     def samples(self, limit: int | None = None) -> Iterator[Sample]:
         for number in range(6 if limit is None else limit):
             rng = np.random.default_rng(number // 2)

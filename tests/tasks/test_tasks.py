@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,8 +18,9 @@ from PIL import Image
 from tiny_tasks import mme_rows, picture_bytes, pope_rows, write_shards
 
 from nanovlm_v2drop.tasks import TASKS, DatasetUnavailable, Mme, Pope, Sample, load_task
-from nanovlm_v2drop.tasks.base import decode_picture, read_parquet_rows, spread
+from nanovlm_v2drop.tasks.base import spread
 from nanovlm_v2drop.tasks.mme import COGNITION, PERCEPTION, parse_answer
+from nanovlm_v2drop.tasks.parquet import Row, read_rows
 from nanovlm_v2drop.tasks.pope import first_sentence_label
 
 ROOT = Path(__file__).parents[2]
@@ -273,39 +276,153 @@ def test_an_evaluated_task_scores_its_own_samples_end_to_end(mme_folder):
 def test_rows_are_counted_through_all_files_and_batches(tmp_path):
     rows = [{"number": number, "other": 0} for number in range(150)]
     files = sorted((write_shards(tmp_path, rows) / "data").iterdir())
-    assert [row["number"] for row in read_parquet_rows(files, ["number"])] == list(range(150))
-    assert list(read_parquet_rows(files, ["number"], [149, 3, 75])) == [{"number": n} for n in (3, 75, 149)]
+    assert [row.values["number"] for row in read_rows(files, ["number"])] == list(range(150))
+    chosen = list(read_rows(files, ["number"], [149, 3, 75]))
+    assert [row.values for row in chosen] == [{"number": n} for n in (3, 75, 149)]
+    assert [(row.file, row.number) for row in chosen] == [(files[0], 3), (files[1], 0), (files[1], 74)]
+
+
+def picture_in(cell):
+    return Row({"image": cell}, Path("test.parquet"), 7, "random-5").picture("image")
 
 
 def test_a_picture_is_turned_upright_as_its_exif_says():
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to show
     data = picture_bytes("red", size=(8, 2), format="JPEG", exif=exif)
-    assert decode_picture({"bytes": data, "path": None}, "1").size == (2, 8)
+    assert picture_in({"bytes": data, "path": None}).size == (2, 8)
 
 
 def test_raw_bytes_and_grey_pictures_become_rgb():
     buffer = io.BytesIO()
     Image.new("L", (3, 3), 7).save(buffer, format="PNG")
-    image = decode_picture(buffer.getvalue(), "1")
+    image = picture_in(buffer.getvalue())
     assert (image.mode, image.getpixel((0, 0))) == ("RGB", (7, 7, 7))
 
 
-@pytest.mark.parametrize("cell", [None, b"", {"bytes": None, "path": "elsewhere.png"}])
-def test_a_cell_without_bytes_is_an_error_naming_the_sample(cell):
-    with pytest.raises(ValueError, match="sample random-5: the image cell has no bytes"):
-        decode_picture(cell, "random-5")
+PLACE = r"^test\.parquet, row 7, sample random-5: "
 
 
-@pytest.mark.parametrize("data", [b"not a picture", picture_bytes("red", size=(64, 64))[:90]])
-def test_bytes_that_are_no_picture_are_an_error_naming_the_sample(data):
-    with pytest.raises(ValueError, match=rf"sample random-5: no picture in {len(data)} bytes"):
-        decode_picture(data, "random-5")
+@pytest.mark.parametrize(
+    ("cell", "kind"),
+    [
+        (None, "null"),
+        (b"", "a bytes without bytes"),
+        ({"bytes": None, "path": "elsewhere.png"}, "a dict without bytes"),
+        ({"bytes": "aGVsbG8=", "path": None}, "a dict without bytes"),
+        ("aGVsbG8=", "'aGVsbG8='"),
+        ("pictures/a.png", "'pictures/a.png'"),
+        (5, "5"),
+        (True, "True"),
+        ([1, 2], r"\[1, 2\]"),
+    ],
+)
+def test_a_cell_that_is_no_picture_is_an_error_with_file_row_and_sample(cell, kind):
+    with pytest.raises(ValueError, match=PLACE + f"the image is {kind}, not a picture; use parquet files with embedded"):
+        picture_in(cell)
+
+
+def bomb(side):
+    """The head of a picture of side x side pixels, with no pixels behind it."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(9))), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("data", [b"not a picture", picture_bytes("red", size=(64, 64))[:90], bomb(20000)])
+def test_bytes_that_are_no_picture_are_an_error_with_file_row_and_sample(data):
+    with pytest.raises(ValueError, match=PLACE):
+        picture_in(data)
+
+
+@pytest.mark.parametrize("value", [None, 5, 0.5, True, b"yes", "", "  ", ["yes"], {"yes": 1}])
+@pytest.mark.parametrize("column", ["question", "answer"])
+def test_a_cell_that_is_no_text_is_an_error_with_file_row_and_sample(column, value, tmp_path):
+    rows = [{**row, column: value} for row in pope_rows()[1:2]]
+    write_shards(tmp_path, rows, shards=1)
+    expected = rf"test-00000-of-00001\.parquet, row 0, sample adversarial-1: the {column} is .*, not a text$"
+    with pytest.raises(ValueError, match=expected):
+        list(Pope(tmp_path).samples())
+    with pytest.raises(ValueError, match=expected):
+        list(Pope(tmp_path).samples(1))
+
+
+@pytest.mark.parametrize(("value", "name"), [(7, "adversarial-7"), ("7", "adversarial-7")])
+def test_an_id_may_be_a_text_or_a_whole_number(value, name, tmp_path):
+    write_shards(tmp_path, [{**pope_rows()[0], "question_id": value}], shards=1)
+    assert [sample.sample_id for sample in Pope(tmp_path).samples()] == [name]
+
+
+@pytest.mark.parametrize("value", [None, 0.5, True, ""])
+def test_an_id_of_another_kind_is_an_error_with_file_and_row(value, tmp_path):
+    write_shards(tmp_path, [{**pope_rows()[0], "question_id": value}], shards=1)
+    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet, row 0: the question_id is .*, not a text"):
+        Pope(tmp_path).samples(1)
+
+
+def test_ids_that_the_data_give_twice_are_told_apart_by_file_and_row(tmp_path):
+    rows = pope_rows()[:4]
+    write_shards(tmp_path, [*rows, *({**row, "image_source": f"other-{n}"} for n, row in enumerate(rows[:3]))], shards=2)
+    ids = [sample.sample_id for sample in Pope(tmp_path).samples()]
+    assert ids == [
+        *(f"adversarial-{n}@test-00000-of-00002.parquet:{n}" for n in range(3)),
+        "adversarial-3",
+        *(f"adversarial-{n}@test-00001-of-00002.parquet:{n}" for n in range(3)),
+    ]
+    assert {sample.sample_id for sample in Pope(tmp_path).samples(3)} <= set(ids)
+
+
+def test_two_categories_of_mme_may_name_a_picture_alike(tmp_path):
+    rows = [{**row, "question_id": "0001.png"} for row in mme_rows(pictures=1, categories=("count", "color"))]
+    samples = list(Mme(write_shards(tmp_path, rows)).samples())
+    assert [sample.sample_id for sample in samples] == [f"{c}/0001.png#{n}" for c in ("count", "color") for n in (1, 2)]
+    assert Mme(tmp_path).summary([{**vars(sample), "text": sample.answer} for sample in samples])["score"] == 400
+    assert [sample.sample_id for sample in Mme(tmp_path).samples(2)] == ["color/0001.png#1", "color/0001.png#2"]
+
+
+@pytest.mark.parametrize("task", [Pope, Mme])
+def test_the_number_of_samples_is_known_without_reading_one(task, pope_folder, mme_folder, monkeypatch):
+    folder = pope_folder if task is Pope else mme_folder
+    sizes = {limit: len(list(task(folder).samples(limit))) for limit in (None, 7, 12, 1000)}
+    monkeypatch.setattr("nanovlm_v2drop.tasks.parquet.batches", None)
+    assert {limit: task(folder).num_samples(limit) for limit in sizes} == sizes
+    assert (load_task("demo").num_samples(), load_task("demo").num_samples(7)) == (360, 7)
+
+
+@pytest.mark.parametrize(("task", "rows"), [(Pope, pope_rows()), (Mme, mme_rows(pictures=1))])
+def test_files_without_rows_are_refused(task, rows, tmp_path):
+    table = pytest.importorskip("pyarrow").Table.from_pylist(rows).slice(0, 0)
+    (tmp_path / "data").mkdir()
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "data" / "test-00000-of-00001.parquet")
+    for ask in (task(tmp_path).num_samples, task(tmp_path).samples, task(tmp_path).first_sample):
+        with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet holds no rows"):
+            ask()
+
+
+def test_a_damaged_file_is_named(pope_folder, tmp_path):
+    source = sorted((pope_folder / "data").iterdir())[0].read_bytes()
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "test-00000-of-00001.parquet"
+    file.write_bytes(source[:50] + bytes(len(source) - 250) + source[-200:])
+    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet"):
+        list(Pope(tmp_path).samples())
+
+
+def test_text_that_is_no_utf_8_is_named_with_its_row(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = pope_rows()[:3]
+    table = pyarrow.Table.from_pylist(rows)
+    damaged = pyarrow.array([b"fine", b"\xff\xfe", b"fine"]).view(pyarrow.string())
+    table = table.set_column(table.schema.get_field_index("question"), "question", damaged)
+    (tmp_path / "data").mkdir()
+    parquet.write_table(table, tmp_path / "data" / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet, row 1 cannot be read: .*utf-8"):
+        list(Pope(tmp_path).samples())
 
 
 def test_a_missing_column_is_an_error_naming_the_file_and_the_columns(tmp_path):
     write_shards(tmp_path, [{"question": "?", "answer": "yes"}], shards=1)
-    expected = r"test-00000-of-00001\.parquet has no column question_id, .*; it has: question, answer"
+    expected = r"test-00000-of-00001\.parquet has no column category, question_id; it has: question, answer"
     with pytest.raises(ValueError, match=expected):
         list(Pope(tmp_path).samples())
 
@@ -357,7 +474,7 @@ def test_data_of_another_benchmark_is_refused(pope_folder, tmp_path):
 def test_a_ground_truth_that_is_neither_yes_nor_no_is_refused(tmp_path):
     rows = pope_rows()
     rows[0]["answer"] = "maybe"
-    with pytest.raises(ValueError, match="sample adversarial-0: the ground truth is 'maybe'"):
+    with pytest.raises(ValueError, match="row 0, sample adversarial-0: the ground truth is 'maybe'"):
         list(Pope(write_shards(tmp_path, rows)).samples())
 
 
@@ -366,9 +483,9 @@ def test_mme_data_with_half_a_pair_is_refused_before_anything_is_evaluated(tmp_p
         Mme(write_shards(tmp_path, mme_rows()[:-1])).samples()
 
 
-def test_missing_pyarrow_names_the_extra_to_install(pope_folder, monkeypatch):
+def test_missing_pyarrow_says_what_to_install(pope_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r'pip install "nanovlm-v2drop\[benchmarks\]"'):
+    with pytest.raises(ImportError, match=r"pyarrow is needed for this data: pip install pyarrow"):
         list(Pope(pope_folder).samples())
 
 

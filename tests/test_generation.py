@@ -1,6 +1,7 @@
 """Requests to answers with a tiny LLaVA: the tokens of transformers' own processor and generate, in any batch."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
+from tiny import changed_prompt, one_prompt, tiny_decoder
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from nanovlm_v2drop import inference
+from nanovlm_v2drop import generation
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule, TokenDropper, V2Drop
 from nanovlm_v2drop.dropping.schedule import OutOfReach
-from nanovlm_v2drop.inference import Answer, generate, stream
+from nanovlm_v2drop.generation import Answer, Sampling, decode_tokens, decode_until, generate, read_tokens, stream
+from nanovlm_v2drop.inference import NotFinite, NothingDropped, Prefilled, prefill
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
 from nanovlm_v2drop.processing.prompts import Request
 
@@ -204,8 +208,8 @@ def test_a_stream_shows_characters_when_they_are_whole_and_in_the_end_all_that_t
     token_ids = vlm.tokenizer.encode("no".join(parts))[1:]
     token_ids = token_ids[: max(len(token_ids) - cut, 1)] + [vlm.config.eos_token_ids[0]] * ends
     with monkeypatch.context() as patch:
-        patch.setattr(inference, "decode_tokens", lambda *_: iter([[token] for token in token_ids]))
-        patch.setattr(inference, "prefill", lambda *_, **__: inference.Prefilled(torch.empty(0), None))
+        patch.setattr(generation, "decode_tokens", lambda *_: iter([[token] for token in token_ids]))
+        patch.setattr(generation, "prefill", lambda *_, **__: Prefilled(torch.empty(0), None))
         request = REQUESTS["text only"]
         (answer,) = generate(vlm, [request], max_new_tokens=len(token_ids))
         pieces = list(stream(vlm, request, max_new_tokens=len(token_ids)))
@@ -218,4 +222,175 @@ def test_fewer_than_one_new_token_is_refused(max_new_tokens: int, vlm: VisionLan
     with pytest.raises(ValueError, match=f"max_new_tokens {max_new_tokens} must be at least 1"):
         generate(vlm, [REQUESTS["text only"]], max_new_tokens=max_new_tokens)
     with pytest.raises(ValueError, match=f"max_new_tokens {max_new_tokens} must be at least 1"):
-        next(stream(vlm, REQUESTS["text only"], max_new_tokens=max_new_tokens))
+        stream(vlm, REQUESTS["text only"], max_new_tokens=max_new_tokens)
+
+
+# Choosing tokens
+
+
+def test_a_sequence_ends_at_its_end_of_sequence_token_and_the_others_go_on():
+    stream = iter([[5, 2], [6, 7], [2, 8], [9, 9]])
+    assert decode_until(stream, (2,), max_new_tokens=10) == [[5, 6, 2], [2]]
+    stream = iter([[5, 2], [6, 7]])
+    assert decode_until(stream, (2,), max_new_tokens=1) == [[5], [2]]
+
+
+def test_top_p_never_takes_a_token_outside_the_nucleus():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).log_softmax(-1)
+    sampling = Sampling(temperature=1.0, top_p=0.7)
+    generator = torch.Generator().manual_seed(0)
+    drawn = {int(sampling.choose(logits, generator)) for _ in range(200)}
+    assert drawn == {0, 1}
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_a_sampling_setting_out_of_range_is_refused(bad):
+    with pytest.raises(ValueError, match=r"temperature .* must be >= 0 and top_p"):
+        Sampling(**bad)
+
+
+# Numbers that are not finite
+
+
+def half(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize("layer", range(6))
+@pytest.mark.parametrize("method", ["dense", *DROPPERS])
+def test_activations_that_overflow_float16_are_an_error_that_names_it_in_whichever_layer(method: str, layer: int) -> None:
+    decoder = tiny_decoder()
+    for part in (decoder.layers[layer].mlp.up_proj, decoder.layers[layer].mlp.down_proj):
+        part.weight.data *= 3000
+    packed, dropper = one_prompt(5, 24, 7), None
+    if method != "dense":
+        before_decoder = DROPPERS[method].latest_layer == 0
+        dropper = DROPPERS[method](DropSchedule({0: 0.5}) if before_decoder else SCHEDULE)
+    assert next(decode_tokens(decoder, prefill(decoder, packed, dropper)))  # float32 holds them
+    with pytest.raises(NotFinite, match=r"float16.*use another dtype, --dtype bfloat16 or float32"):
+        next(decode_tokens(decoder.half(), prefill(decoder, changed_prompt(packed, half), dropper)))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)], ids=["greedy", "drawn"])
+def test_an_overflow_while_decoding_is_an_error_at_its_token(sampling: Sampling) -> None:
+    decoder = tiny_decoder()
+    tokens = decode_tokens(decoder, prefill(decoder, one_prompt(5, 24, 7)), sampling)
+    (first,) = next(tokens)
+    decoder.embed_tokens.weight.data[first] = torch.inf
+    with pytest.raises(NotFinite, match=r"the logits are NaN or infinite.*float32 holds any activation of a sound model"):
+        next(tokens)
+
+
+class Counting(TorchFunctionMode):
+    """Counts what takes values from a tensor to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.taken += func in (Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.cpu)
+        return func(*args, **(kwargs or {}))
+
+
+def test_tokens_are_checked_and_read_in_one_go() -> None:
+    with Counting() as counting:
+        assert read_tokens(torch.tensor([3, 5]), torch.randn(2, 61)) == [3, 5]
+    assert counting.taken == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("row", [0, 1])
+def test_one_logit_that_is_not_finite_is_enough(value: float, row: int) -> None:
+    logits = torch.randn(2, 61, dtype=torch.bfloat16)
+    logits[row, 7] = value
+    with pytest.raises(NotFinite, match="beyond bfloat16 are infinite: use another dtype, --dtype float32"):
+        read_tokens(torch.tensor([3, 5]), logits)
+
+
+def test_a_model_that_overflows_answers_nothing_and_streams_nothing(folder: Path) -> None:
+    vlm = load(folder, dtype="float16")
+    for part in (vlm.model.language_model.layers[2].mlp.up_proj, vlm.model.language_model.layers[2].mlp.down_proj):
+        part.weight.data *= 3000
+    for dropper in (None, V2Drop(SCHEDULE)):
+        with pytest.raises(NotFinite, match="float16"):
+            generate(vlm, [REQUESTS["one picture"]], dropper)
+        with pytest.raises(NotFinite, match="float16"):
+            list(stream(vlm, REQUESTS["one picture"], dropper))
+
+
+# Budgets
+
+
+def test_a_class_with_a_budget_answers_as_the_dropper_with_the_schedule_solved_for_the_prompt(vlm: VisionLanguageModel) -> None:
+    for name, count in (("one picture", 36), ("two pictures", 72)):
+        request = [REQUESTS[name]]
+        wanted = as_plain(generate(vlm, request, V2Drop(V2Drop.schedule_for(count / 2, count, 6)), max_new_tokens=4)[0])
+        assert as_plain(generate(vlm, request, V2Drop, retain=0.5, max_new_tokens=4)[0]) == wanted
+        assert as_plain(generate(vlm, request, V2Drop, tokens=count / 2, max_new_tokens=4)[0]) == wanted
+        pieces = stream(vlm, REQUESTS[name], V2Drop, retain=0.5, max_new_tokens=4)
+        assert "".join(pieces) == wanted[0]
+
+
+@pytest.mark.parametrize("budget", [{"retain": 0.5}, {"tokens": 30}, {"tokens": 50}])
+@pytest.mark.parametrize("method", [name for name in DROPPERS if name != "dycoke"])
+def test_every_prompt_of_a_batch_gets_the_budget_that_it_gets_alone(
+    method: str, budget: dict[str, float], vlm: VisionLanguageModel
+) -> None:
+    requests = list(REQUESTS.values())
+    alone = []
+    for request in requests:
+        with pytest.warns(NothingDropped) if kept_whole(request, budget) else nullcontext():
+            alone.append(as_plain(generate(vlm, [request], DROPPERS[method], **budget, max_new_tokens=4)[0]))
+    together = generate(vlm, requests, DROPPERS[method], **budget, max_new_tokens=4)
+    assert [as_plain(answer) for answer in together] == alone
+
+
+def kept_whole(request: Request, budget: dict[str, float]) -> bool:
+    return len(request.images) > 0 and budget.get("tokens", 0) > 36 * len(request.images)
+
+
+def test_a_budget_below_a_methods_floor_is_an_error_that_says_the_floor(vlm: VisionLanguageModel) -> None:
+    with pytest.raises(OutOfReach, match=r"a mean of 3 vision tokens is out of reach.* lies between 6.8 and 36"):
+        generate(vlm, [REQUESTS["one picture"]], V2Drop, tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("dropper", "budget", "message"),
+    [
+        ("v2drop", {"retain": 0.5}, r"the dropper is 'v2drop': give a class with a budget, such as DROPPERS\[\"v2drop\"\]"),
+        ("v2drop", {}, "the dropper is 'v2drop'"),
+        (0.3, {}, "the dropper is 0.3: give a class with a budget"),
+        (Path, {"retain": 0.5}, "the dropper is <class 'pathlib.*Path'>"),
+        (V2Drop, {}, "V2Drop needs a budget: give retain=1/3 or tokens=192"),
+        (V2Drop(SCHEDULE), {"retain": 0.5}, "budgets for a class, such as V2Drop, not for a V2Drop that has its schedule"),
+        (None, {"tokens": 5}, "budgets for a class, such as V2Drop, not for no dropper"),
+    ],
+)
+def test_what_is_no_dropper_is_refused_at_once(dropper: Any, budget: dict[str, float], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        generate(None, [], dropper, **budget)  # nothing is prepared
+    with pytest.raises(TypeError, match=message):
+        stream(None, None, dropper, **budget)
+
+
+@pytest.mark.parametrize("dropper", ["v2drop", 0.3, V2Drop])
+def test_prefill_takes_a_dropper_or_none(dropper: Any) -> None:
+    with pytest.raises(TypeError, match="V2Drop"):
+        prefill(tiny_decoder(), one_prompt(5, 24, 7), dropper)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"tokens": 5, "retain": 0.5}, "either tokens or retain"),
+        ({"retain": 0.0}, "retain 0.0 must be above 0 and at most 1"),
+        ({"retain": 1.5}, "retain 1.5 must be"),
+        ({"retain": float("nan")}, "retain nan must be"),
+        ({"tokens": -1}, "a budget of -1 tokens must be 0 or more"),
+        ({"tokens": float("inf")}, "a budget of inf tokens"),
+    ],
+)
+def test_a_budget_out_of_range_is_refused(budget: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(None, [], V2Drop, **budget)
