@@ -16,7 +16,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "processing": ("images", "images_onevision", "images_qwen2", "video", "prompts"),
     "loading": ("specs", "tensor_parallel", "checkpoint", "zoo"),
     "inference": (),
-    "demo": ("scenes", "clips", "data", "export", "warm_start", "train"),
+    "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
     "tasks": (),
     "evaluation": ("records", "plans", "position_bias", "bootstrap", "evaluate"),
     "benchmark": ("workload", "contenders", "measure", "loading", "run", "__main__"),
