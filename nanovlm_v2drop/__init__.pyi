@@ -109,3 +109,6 @@ from .models.vlm import (
 from .processing.prompts import (
     Request as Request,
 )
+from .report.watch import (
+    watch as watch,
+)

@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "evaluation": ("records", "plans", "position_bias", "bootstrap", "evaluate"),
     "benchmark": ("workload", "contenders", "measure", "loading", "run", "__main__"),
     "research": ("ablations", "theory", "findings", "costs", "claims"),
-    "report": ("figures", "gallery", "tables", "page"),
+    "report": ("figures", "gallery", "watch", "tables", "page"),
     "cli": (),
     "__main__": (),
 }
