@@ -25,17 +25,8 @@ from .dropping import (
 from .dropping import (
     V2Drop as V2Drop,
 )
-from .generation import (
+from .inference import (
     Answer as Answer,
-)
-from .generation import (
-    Sampling as Sampling,
-)
-from .generation import (
-    generate as generate,
-)
-from .generation import (
-    stream as stream,
 )
 from .inference import (
     NotFinite as NotFinite,
@@ -47,13 +38,22 @@ from .inference import (
     Prefilled as Prefilled,
 )
 from .inference import (
+    Sampling as Sampling,
+)
+from .inference import (
     decode_one_token as decode_one_token,
+)
+from .inference import (
+    generate as generate,
 )
 from .inference import (
     initial_state as initial_state,
 )
 from .inference import (
     prefill as prefill,
+)
+from .inference import (
+    stream as stream,
 )
 from .loading.specs import (
     MODELS as MODELS,
@@ -111,4 +111,7 @@ from .models.vlm import (
 )
 from .processing.prompts import (
     Request as Request,
+)
+from .report.watch import (
+    watch as watch,
 )

@@ -53,8 +53,7 @@ from .evaluation.plans import (
     official_plans,
     prompt_shape,
 )
-from .generation import generate
-from .inference import MAX_NEW_TOKENS
+from .inference import MAX_NEW_TOKENS, generate
 from .loading.checkpoint import CheckpointError
 from .loading.zoo import DTYPES, MODELS, VisionLanguageModel, WeightsUnavailable, load
 from .models.attention import BACKENDS

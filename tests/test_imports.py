@@ -15,14 +15,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "dropping": (),
     "processing": ("images", "images_onevision", "images_qwen2", "video", "prompts"),
     "loading": ("specs", "tensor_parallel", "checkpoint", "zoo"),
-    "inference": (),
-    "generation": (),
-    "demo": ("scenes", "clips", "data", "export", "warm_start", "train"),
+    "inference": ("prefill_loop", "decoding", "generation"),
+    "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
     "tasks": (),
     "evaluation": ("records", "plans", "position_bias", "bootstrap", "evaluate"),
     "benchmark": ("workload", "contenders", "measure", "loading", "run", "__main__"),
     "research": ("ablations", "theory", "findings", "costs", "claims"),
-    "report": ("figures", "gallery", "tables", "page"),
+    "report": ("figures", "gallery", "watch", "tables", "page"),
     "cli": (),
     "__main__": (),
 }
@@ -38,7 +37,8 @@ def rank(module: str) -> tuple[int, int]:
     assert room in ROOMS, f"{module}: give its room a place in ROOMS"
     files = ROOMS[room]
     assert not name or not files or name.partition(".")[0] in files, f"{module}: give it a place in its room in ROOMS"
-    return list(ROOMS).index(room), files.index(name.partition(".")[0]) if name and files else 0
+    last = len(files)  # the __init__ of a room may gather the names of its files
+    return list(ROOMS).index(room), files.index(name.partition(".")[0]) if name and files else last
 
 
 def imported(tree: ast.AST, module: str, is_package: bool = False) -> Iterator[tuple[str, int]]:

@@ -1,1 +1,1 @@
-"""The demo model's world: synthetic scenes with questions, and the training that made weights/demo."""
+"""Synthetic scenes and clips with questions, and the training of weights/demo and weights/demo-video."""

@@ -1,7 +1,7 @@
-"""Synthetic clips and questions: the things of scenes.py stay, move, appear or vanish before a background that stands still.
+"""Synthetic clips and questions: the things of scenes.py stay, move, appear or vanish in front of a still background.
 
-What a clip shows is spread over its frames: only the digit of a thing that never vanishes can be read off any frame.
-Everything is drawn from one seed: the same seed gives the same clip and questions on every machine.
+Most questions need several frames. Everything is drawn from one seed: the same seed gives the same clip and questions on
+every machine.
 """
 
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from .scenes import COLORS, IMAGE_SIZE, SHAPES, Question, Thing, draw_background
 FRAMES = 8
 MAX_ACTORS = 4
 ACTIONS = {"stay": "stays", "move": "moves", "appear": "appears", "vanish": "vanishes"}
-ACTION_WEIGHTS = {"stay": 0.1, "move": 0.54, "appear": 0.18, "vanish": 0.18}  # most moves lead out of the picture: drawn again
+ACTION_WEIGHTS = {"stay": 0.1, "move": 0.54, "appear": 0.18, "vanish": 0.18}  # most moves leave the picture and are drawn again
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SLOWEST, FASTEST = 7, 12  # pixels from one frame to the next
-GAP = 4  # pixels between two things at least, wherever they go
-CLEAR_FRAMES = 2  # between two events before their order is asked
+GAP = 4  # the least number of pixels between two paths
+CLEAR_FRAMES = 2  # the least number of frames between two events whose order is asked
 
-# The possible answers of every kind; held-out questions take them in turn, so guessing is right once in so many.
+# The possible answers of every kind. Held-out questions take them in turn, so all answers are equally frequent.
 ANSWERS = {
     "existence": ("yes", "no"),
     "color": tuple(COLORS),
@@ -37,10 +37,10 @@ KINDS = tuple(ANSWERS)
 
 @dataclass(frozen=True)
 class Actor:
-    """A thing and the one action it does.
+    """A thing and its one action.
 
-    `thing` is where it stands in frame 0; `event` the first frame with it ("appear") or without it ("vanish"), `speed`
-    pixels a frame into `direction` ("move").
+    `thing` has its place in frame 0. `event` is the first frame with the thing ("appear") or without it ("vanish"). `speed`
+    is in pixels a frame, towards `direction` ("move").
     """
 
     thing: Thing
@@ -50,7 +50,7 @@ class Actor:
     speed: int = 0
 
     def at(self, frame: int) -> Thing | None:
-        """The thing where it stands in a frame, None where the frame does not show it."""
+        """The thing at its place in a frame, or None if the frame does not show it."""
         if (self.action == "appear" and frame < self.event) or (self.action == "vanish" and frame >= self.event):
             return None
         right, down = DIRECTIONS.get(self.direction, (0, 0))
@@ -58,7 +58,7 @@ class Actor:
 
     @property
     def path(self) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom in pixels of all the ground that it ever covers."""
+        """Left, top, right, bottom in pixels of the box around all its places."""
         last = replace(self, action="move").at(FRAMES - 1) or self.thing
         lefts, tops, rights, bottoms = zip(self.thing.box, last.box, strict=True)
         return min(lefts), min(tops), max(rights), max(bottoms)
@@ -70,17 +70,17 @@ class Clip:
     background_seed: int
 
     def things(self, frame: int) -> list[Thing]:
-        """What a frame shows."""
+        """The things that a frame shows."""
         return [thing for thing in (actor.at(frame) for actor in self.actors) if thing is not None]
 
 
 def any_clip(rng: Random) -> Clip:
-    """A clip with any number of actors up to MAX_ACTORS, one alone half as often as the others."""
+    """A clip with 1 to MAX_ACTORS actors; a single actor is half as frequent as each other number."""
     return sample_clip(rng, rng.choices(range(1, MAX_ACTORS + 1), (1, 2, 2, 2))[0])
 
 
 def sample_clip(rng: Random, num_actors: int) -> Clip:
-    """Up to `num_actors` actors whose paths do not touch; no two have both colour and shape in common."""
+    """A clip of up to `num_actors` actors whose paths do not touch; no two share both colour and shape."""
     actors: list[Actor] = []
     for _ in range(60 * num_actors):
         actor = sample_actor(rng)
@@ -109,7 +109,7 @@ def apart(actor: Actor, other: Actor) -> bool:
 
 
 def draw_clip(clip: Clip) -> list[Image.Image]:
-    """FRAMES pictures, RGB, IMAGE_SIZE square; what does not act is the same in each to the last pixel."""
+    """FRAMES pictures, RGB, IMAGE_SIZE square. Only the pixels of acting things differ between frames."""
     noise = np.random.default_rng(clip.background_seed)
     background = draw_background(noise)
     fills = [shade(actor.thing, noise) for actor in clip.actors]
@@ -128,12 +128,12 @@ def draw_frame(background: Image.Image, clip: Clip, fills: list[tuple[int, ...]]
 
 
 def ask(clip: Clip, kind: str, rng: Random) -> Question | None:
-    """One question of the kind, or None where the clip has no unambiguous one."""
+    """One question of the kind, or None if the clip allows no unambiguous one."""
     return ASKERS[kind](clip, rng)
 
 
 def ask_existence(clip: Clip, rng: Random) -> Question:
-    """Yes and no equally often; a wrong thing shares its colour or shape with a real one half of the time."""
+    """Yes and no are equally frequent; half of the absent things share colour or shape with a real one."""
     real = rng.choice(clip.actors).thing
     if rng.random() < 0.5:
         return Question("existence", f"Is there a {real.name} in the video?", "yes")
@@ -148,7 +148,7 @@ def ask_existence(clip: Clip, rng: Random) -> Question:
 
 
 def ask_color(clip: Clip, rng: Random) -> Question | None:
-    """Of the one thing that does something."""
+    """Asks about an action that exactly one thing does."""
     actions = [actor.action for actor in clip.actors]
     alone = [actor for actor in clip.actors if actor.action != "stay" and actions.count(actor.action) == 1]
     if not alone:
@@ -171,7 +171,7 @@ def ask_direction(clip: Clip, rng: Random) -> Question | None:
 
 
 def ask_order(clip: Clip, rng: Random) -> Question | None:
-    """Of two things that both appear or both vanish, clearly one after the other."""
+    """Asks about two things that both appear or both vanish, at least CLEAR_FRAMES apart."""
     pairs = [
         (one, other)
         for one in clip.actors
@@ -186,7 +186,7 @@ def ask_order(clip: Clip, rng: Random) -> Question | None:
 
 
 def ask_half(clip: Clip, rng: Random) -> Question | None:
-    """Not asked of an event in the very middle."""
+    """Never asks about an event in the middle frame."""
     middle = FRAMES // 2
     timed = [actor for actor in clip.actors if actor.event not in (0, middle)]
     if not timed:
@@ -197,7 +197,7 @@ def ask_half(clip: Clip, rng: Random) -> Question | None:
 
 
 def ask_count(clip: Clip, rng: Random) -> Question | None:
-    """Of the whole video, or of its last frame where that shows something."""
+    """Asks about the whole video, or about its last frame if that shows anything."""
     if rng.random() < 0.5:
         return Question("count", "How many objects are in the whole video?", str(len(clip.actors)))
     left = len(clip.things(FRAMES - 1))
@@ -205,7 +205,7 @@ def ask_count(clip: Clip, rng: Random) -> Question | None:
 
 
 def ask_action(clip: Clip, rng: Random) -> Question:
-    """Every action that occurs is equally often the answer."""
+    """Every action that occurs in the clip is equally likely to be the answer."""
     action = rng.choice(sorted({actor.action for actor in clip.actors}))
     actor = rng.choice([actor for actor in clip.actors if actor.action == action])
     return Question("action", f"What does the {actor.thing.name} do?", action)
@@ -224,8 +224,10 @@ ASKERS = {
 
 
 def describe(clip: Clip) -> Question:
-    """Every thing, in reading order, with what it does, and where to or in which frame; trains the model to look
-    everywhere, never used for scoring."""
+    """Every thing in reading order, with its action and the direction or frame of it.
+
+    This trains the model to look everywhere. It is never used for scoring.
+    """
     ordered = sorted(clip.actors, key=lambda actor: (actor.thing.y, actor.thing.x))
     parts = (f"{actor.thing.name} {actor.thing.digit} {deed(actor)}" for actor in ordered)
     return Question("describe", "Describe the video.", ", ".join(parts))

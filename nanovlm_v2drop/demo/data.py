@@ -1,4 +1,4 @@
-"""What the demo models are trained on: tokenizers, labelled patches, and pictures or clips with many questions each.
+"""The training data of the demo models: tokenizers, labelled patches, and pictures or clips with many questions each.
 
 Shapes: N pictures or clips, F frames of a clip, P patches of one picture, L tokens of one row.
 """
@@ -22,7 +22,7 @@ from ..models.config import VisionConfig
 from ..processing.prompts import DEFAULT_TEMPLATE, LLAMA_DECODER, TEMPLATES
 from . import clips, scenes
 
-BACKGROUND = "background"  # the word that a patch without a thing answers
+BACKGROUND = "background"  # the word of a patch that shows no thing
 PATCH_WORDS = (
     (*scenes.COLORS, BACKGROUND),
     (*scenes.SHAPES, BACKGROUND),
@@ -33,17 +33,17 @@ VISION = VisionConfig(
 )
 
 
-# How Qwen2's tokenizer.json cuts text before it merges bytes: words with the space before them, single digits, runs of signs.
+# How Qwen2's tokenizer.json splits text before it merges bytes: words with the space before them, single digits, other signs.
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 
 
 @dataclass(frozen=True)
 class World:
-    """What a demo is asked about: how a subject (a scene, a clip) is drawn from a seed, shown, asked about and described.
+    """The subjects (scenes or clips) of a demo, and how they are sampled, drawn, asked about and described.
 
-    `draw` gives uint8 (144, 144, 3), for clips (F, 144, 144, 3); `turn_weights` says how often each kind is asked in
-    training; `media_token` stands in the chat template where the picture or clip goes.
+    `draw` gives uint8 (144, 144, 3) for a scene and (F, 144, 144, 3) for a clip. `turn_weights` are the relative frequencies
+    of the kinds of questions in training. `media_token` marks the place of the picture or clip in the chat template.
     """
 
     sample: Callable[[Random], Any]
@@ -55,7 +55,7 @@ class World:
     template: str
 
     def prompt(self, text: str) -> str:
-        """The question behind its picture or clip, as the model will be asked."""
+        """The prompt that the model will be asked: the picture or clip, then the question."""
         return TEMPLATES[self.template](f"{self.media_token}\n{text}")
 
 
@@ -80,8 +80,10 @@ CLIPS = World(
 
 
 def llama_tokenizer(lines: list[str]) -> Tokenizer:
-    """A byte-fallback BPE in the exact form of LLaMA's tokenizer.json, learned from `lines`: words that are frequent there
-    become one token."""
+    """A byte-fallback BPE in the exact form of LLaMA's tokenizer.json, learned from `lines`.
+
+    Words that are frequent in `lines` become one token.
+    """
     specials = ["<unk>", "<s>", "</s>"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
@@ -117,7 +119,7 @@ def qwen2_tokenizer(lines: list[str]) -> Tokenizer:
 
 
 def corpus() -> list[str]:
-    """Every word that a prompt or an answer of the demo can hold, often enough to become one token."""
+    """Text with every word of the demo's prompts and answers, each often enough to become one token."""
     rng = Random(0)
     lines = [BACKGROUND, *(TEMPLATES[name]("") for name in ("vicuna_v1", "hub"))]
     for _ in range(3000):
@@ -128,7 +130,7 @@ def corpus() -> list[str]:
 
 
 def video_corpus() -> list[str]:
-    """The same for demo-video, whose tokenizer knows a word with a space before it from one without: each is here as both."""
+    """The same for demo-video. Its tokenizer distinguishes words with and without a space before them, so both are included."""
     rng = Random(0)
     lines = []
     for _ in range(3000):
@@ -147,7 +149,7 @@ def normalised(pictures: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 
 
 def patch_labels(scene: scenes.Scene) -> np.ndarray:
-    """(P, 3) what each patch shows: indices into PATCH_WORDS; a patch counts as covered from a fifth of its area on."""
+    """(P, 3) indices into PATCH_WORDS of what each patch shows; a thing must cover more than a fifth of the patch."""
     grid, patch = VISION.grid_size, VISION.patch_size
     labels = np.tile([len(words) - 1 for words in PATCH_WORDS], (grid * grid, 1))
     for thing in scene.things:
@@ -164,7 +166,7 @@ def patch_labels(scene: scenes.Scene) -> np.ndarray:
 
 
 def draw_batch(world: World, rng: Random, batch: int) -> tuple[list[Any], Tensor]:
-    """Subjects and their pictures (N, 144, 144, 3) or clips (N, F, 144, 144, 3), uint8."""
+    """N subjects and their pictures (N, 144, 144, 3) or clips (N, F, 144, 144, 3), uint8."""
     drawn = [world.sample(rng) for _ in range(batch)]
     return drawn, torch.from_numpy(np.stack([world.draw(subject) for subject in drawn]))
 
@@ -183,10 +185,10 @@ class TowerBatches(torch.utils.data.IterableDataset):
 
 
 class InstructBatches(torch.utils.data.IterableDataset):
-    """Batches of (pictures or clips, token ids, turn numbers, position ids, labels), one row a subject with many questions.
+    """Batches of (pictures or clips, token ids, turn numbers, position ids, labels); one row is a subject with many questions.
 
-    Turn 0 is the system sentence and the picture or clip; turn t > 0 is one question with its answer; -1 is padding.
-    `vision_tokens`: how often the media token is repeated; `eos_token`: what every answer ends with.
+    Turn 0 is the system sentence and the picture or clip, turn t > 0 is one question with its answer, and -1 is padding.
+    The media token is repeated `vision_tokens` times, and every answer ends with `eos_token`.
     """
 
     def __init__(
@@ -206,7 +208,7 @@ class InstructBatches(torch.utils.data.IterableDataset):
             yield pictures, *torch.from_numpy(rows).unbind(1)
 
     def row(self, subject: Any, rng: Random) -> np.ndarray:
-        """(4, L): token ids, turn numbers, position ids, labels (-100 where nothing is asked)."""
+        """(4, L): token ids, turn numbers, position ids, and labels, which are -100 except at answers."""
         media = [self.media_token] * self.vision_tokens
         start = len(self.prefix) + len(media)
         ids, turns, positions = [*self.prefix, *media], [0] * start, list(range(start))
@@ -224,7 +226,7 @@ class InstructBatches(torch.utils.data.IterableDataset):
         return np.array([ids + [0] * padding, turns + [-1] * padding, positions + [0] * padding, labels + [-100] * padding])
 
     def questions(self, subject: Any, rng: Random) -> Iterator[scenes.Question]:
-        """A third of the subjects are described, the rest of the room is for questions in random order."""
+        """An endless stream of questions in random order; a third of the subjects begin with a description."""
         if rng.random() < 1 / 3:
             yield self.world.describe(subject)
         weights = self.world.turn_weights
@@ -234,14 +236,14 @@ class InstructBatches(torch.utils.data.IterableDataset):
                 yield question
 
     def turn_ids(self, question: scenes.Question) -> tuple[list[int], list[int]]:
-        """The tokens behind the picture or clip, and the answer with its end-of-sequence token."""
+        """The prompt's tokens behind the picture or clip, and the answer's tokens with the end-of-sequence token."""
         prompt = self.tokenizer.encode(self.world.prompt(question.text)).ids
         answer = self.tokenizer.encode(question.answer, add_special_tokens=False).ids
         return prompt[prompt.index(self.media_token) + 1 :], [*answer, self.eos_token]
 
 
 def word_tokens(tokenizer: Tokenizer, words: tuple[str, ...]) -> Tensor:
-    """The token of each word as an answer holds it; every word of the demos has one of its own."""
+    """The token of each word as the first word of an answer; raises ValueError for a word of several tokens."""
     encoded = [tokenizer.encode(word, add_special_tokens=False).ids for word in words]
     if any(len(ids) != 1 for ids in encoded):
         raise ValueError(f"words that are not one token each: {dict(zip(words, encoded, strict=True))}")

@@ -1,4 +1,4 @@
-"""The last step of train.py: a trained demo in the official layout of its family, float16 and under the hub's names."""
+"""The last step of train.py: write a trained demo in its family's official layout, in float16 and with the hub's names."""
 
 import json
 from dataclasses import asdict
@@ -18,13 +18,13 @@ from .data import VISION
 
 
 def export_llava(model: LlavaModel, tokenizer: Tokenizer, output: Path) -> None:
-    """The files that llava-hf publishes for LLaVA-1.5."""
+    """Write the files that llava-hf publishes for LLaVA-1.5."""
     tensors = official_tensors(model)
     write_folder(output, {**unused_tensors(tensors), **tensors}, tokenizer, llava_settings(model.config, tokenizer))
 
 
 def export_onevision(model: LlavaOnevisionModel, tokenizer: Tokenizer, output: Path) -> None:
-    """The files that llava-hf publishes for LLaVA-OneVision, the norm behind the tower, which it never reads, included."""
+    """Write the files that llava-hf publishes for LLaVA-OneVision, with the tower's last norm, which is never used."""
     norm, width = "vision_tower.vision_model.post_layernorm.", VISION.hidden_size
     unused = {f"{norm}weight": torch.ones(width).half(), f"{norm}bias": torch.zeros(width).half()}
     tensors = official_tensors(model)
@@ -45,7 +45,7 @@ def official_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def official_name(name: str) -> str:
-    """Our parameter name as llava-hf stores it."""
+    """The name under which llava-hf stores our parameter."""
     if name.startswith("language_model."):
         inner = name.removeprefix("language_model.")
         return name if inner.startswith("lm_head") else f"language_model.model.{inner}"
@@ -53,7 +53,7 @@ def official_name(name: str) -> str:
 
 
 def unused_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the layout holds and LLaVA never reads: the tower's last block (zeros: it would change nothing) and its norm."""
+    """The tensors of the layout that LLaVA never uses: the tower's last block, here zeros, and the norm behind it."""
     tower, last = "vision_tower.vision_model.", VISION.num_hidden_layers - 1
     first_block = f"{tower}encoder.layers.0."
     block = {
@@ -66,23 +66,10 @@ def unused_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def llava_settings(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """config.json and its companions, as llava-hf/llava-1.5-7b-hf has them."""
-    size, pad = config.vision_config.image_size, tokenizer.get_vocab()["<pad>"]
-    text = {**asdict(config.text_config), "model_type": "llama", "torch_dtype": "float16"}
-    derived = ("qkv_bias", "mrope_section")  # ours, not Hugging Face's
+    """config.json and the other settings files, as in llava-hf/llava-1.5-7b-hf."""
+    pad = tokenizer.get_vocab()["<pad>"]
     return {
-        "config.json": {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
-            "image_token_index": config.image_token_id,
-            "pad_token_id": pad,
-            "projector_hidden_act": "gelu",
-            "text_config": {name: value for name, value in text.items() if name not in derived},
-            "torch_dtype": "float16",
-            "vision_config": {**asdict(config.vision_config), "model_type": "clip_vision_model"},
-            "vision_feature_layer": config.vision_feature_layer,
-            "vision_feature_select_strategy": "default",
-        },
+        "config.json": llava_config(config, pad),
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": config.eos_token_ids[0], "pad_token_id": pad},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -93,20 +80,7 @@ def llava_settings(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, dict[
             "model_max_length": config.text_config.max_position_embeddings,
             "clean_up_tokenization_spaces": False,
         },
-        "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": size},
-            "crop_size": {"height": size, "width": size},
-            "image_mean": list(CLIP_IMAGE_MEAN),
-            "image_std": list(CLIP_IMAGE_STD),
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "do_center_crop": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "resample": 3,
-            "rescale_factor": 1 / 255,
-        },
+        "preprocessor_config.json": llava_preprocessor(config.vision_config.image_size),
         "processor_config.json": {
             "processor_class": "LlavaProcessor",
             "patch_size": VISION.patch_size,
@@ -117,26 +91,45 @@ def llava_settings(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, dict[
     }
 
 
-def onevision_settings(tokenizer: Tokenizer, vocab_size: int) -> dict[str, dict[str, Any]]:
-    """config.json and its companions, as llava-hf/llava-onevision-qwen2-7b-ov-hf has them; sizes are those of demo."""
-    vocabulary, size = tokenizer.get_vocab(), VISION.image_size
+def llava_config(config: LlavaConfig, pad: int) -> dict[str, Any]:
+    text = {**asdict(config.text_config), "model_type": "llama", "torch_dtype": "float16"}
+    derived = ("qkv_bias", "mrope_section")  # ours, not Hugging Face's
     return {
-        "config.json": {
-            "architectures": ["LlavaOnevisionForConditionalGeneration"],
-            "model_type": "llava_onevision",
-            "image_token_index": vocabulary["<image>"],
-            "video_token_index": vocabulary["<video>"],
-            "image_grid_pinpoints": [[rows * size, columns * size] for rows in (1, 2) for columns in (1, 2)],
-            "projector_hidden_act": "gelu",
-            "text_config": onevision_text(vocab_size),
-            "tie_word_embeddings": False,
-            "torch_dtype": "float16",
-            "use_image_newline_parameter": True,
-            "vision_aspect_ratio": "anyres_max_9",
-            "vision_config": onevision_vision(),
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "full",
-        },
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": config.image_token_id,
+        "pad_token_id": pad,
+        "projector_hidden_act": "gelu",
+        "text_config": {name: value for name, value in text.items() if name not in derived},
+        "torch_dtype": "float16",
+        "vision_config": {**asdict(config.vision_config), "model_type": "clip_vision_model"},
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def llava_preprocessor(size: int) -> dict[str, Any]:
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": list(CLIP_IMAGE_MEAN),
+        "image_std": list(CLIP_IMAGE_STD),
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+
+
+def onevision_settings(tokenizer: Tokenizer, vocab_size: int) -> dict[str, dict[str, Any]]:
+    """config.json and the other settings files, as in llava-hf/llava-onevision-qwen2-7b-ov-hf, with the demo's sizes."""
+    vocabulary = tokenizer.get_vocab()
+    return {
+        "config.json": onevision_config(vocabulary, vocab_size),
         "generation_config.json": {
             "eos_token_id": [vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]],
             "pad_token_id": vocabulary["<|endoftext|>"],
@@ -151,21 +144,49 @@ def onevision_settings(tokenizer: Tokenizer, vocab_size: int) -> dict[str, dict[
             "model_max_length": onevision_text(vocab_size)["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
         },
-        "preprocessor_config.json": {
-            "image_processor_type": "LlavaOnevisionImageProcessor",
-            "size": {"height": size, "width": size},
-            "image_grid_pinpoints": [[rows * size, columns * size] for rows in (1, 2) for columns in (1, 2)],
-            "image_mean": list(SIGLIP_IMAGE_MEAN),
-            "image_std": list(SIGLIP_IMAGE_STD),
-            "do_convert_rgb": True,
-            "do_pad": True,
-            "do_resize": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "resample": 3,
-            "rescale_factor": 1 / 255,
-        },
+        "preprocessor_config.json": onevision_preprocessor(VISION.image_size),
     }
+
+
+def onevision_config(vocabulary: dict[str, int], vocab_size: int) -> dict[str, Any]:
+    return {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "model_type": "llava_onevision",
+        "image_token_index": vocabulary["<image>"],
+        "video_token_index": vocabulary["<video>"],
+        "image_grid_pinpoints": grid_pinpoints(VISION.image_size),
+        "projector_hidden_act": "gelu",
+        "text_config": onevision_text(vocab_size),
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "use_image_newline_parameter": True,
+        "vision_aspect_ratio": "anyres_max_9",
+        "vision_config": onevision_vision(),
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
+
+
+def onevision_preprocessor(size: int) -> dict[str, Any]:
+    return {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "size": {"height": size, "width": size},
+        "image_grid_pinpoints": grid_pinpoints(size),
+        "image_mean": list(SIGLIP_IMAGE_MEAN),
+        "image_std": list(SIGLIP_IMAGE_STD),
+        "do_convert_rgb": True,
+        "do_pad": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+
+
+def grid_pinpoints(size: int) -> list[list[int]]:
+    """The tilings of LLaVA-OneVision: one or two tiles in each direction."""
+    return [[rows * size, columns * size] for rows in (1, 2) for columns in (1, 2)]
 
 
 def onevision_text(vocab_size: int) -> dict[str, Any]:

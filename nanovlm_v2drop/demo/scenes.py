@@ -1,7 +1,7 @@
 """Synthetic pictures and questions: coloured shapes, each with a digit on it, on textured backgrounds.
 
-Most of a picture is background, and most questions are about detail that lives in a few patches, so it matters which vision
-tokens stay. Everything is drawn from one seed: the same seed gives the same picture and questions on every machine.
+Most of a picture is background, and most questions are about details in a few patches, so it matters which vision tokens
+stay. Everything is drawn from one seed: the same seed gives the same picture and questions on every machine.
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 KINDS = ("existence", "color", "shape", "count", "position", "digit")
 MAX_THINGS = 5
 SMALLEST, LARGEST = 22, 32  # side of a thing in pixels
-CLEAR_DISTANCE = 18  # pixels between two centres before "left of" or "above" is asked
+CLEAR_DISTANCE = 18  # the least distance in pixels of two centres whose relation is asked
 
-# Digits as 5 x 7 bitmaps, one integer a row: no font file, hence the same pixels everywhere.
+# Digits as 5 x 7 bitmaps, one integer a row. Without a font file the pixels are the same on every machine.
 DIGIT_ROWS = (
     (14, 17, 19, 21, 25, 17, 14),
     (4, 12, 4, 4, 4, 4, 14),
@@ -40,7 +40,7 @@ DIGIT_ROWS = (
     (14, 17, 17, 14, 17, 17, 14),
     (14, 17, 17, 15, 1, 2, 12),
 )
-DIGIT_SCALE = 2  # pixels a bitmap cell
+DIGIT_SCALE = 2  # pixels along one side of a bitmap cell
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Thing:
 
     @property
     def digit_box(self) -> tuple[int, int, int, int]:
-        """Where the digit stands; lower in a triangle, whose top has no room."""
+        """Left, top, right, bottom of the digit; it is lower in a triangle, whose top is too narrow."""
         width, height = 5 * DIGIT_SCALE, 7 * DIGIT_SCALE
         left = self.x - width // 2
         top = self.y - height // 2 + (self.size // 6 if self.shape == "triangle" else 0)
@@ -87,7 +87,7 @@ class Question:
 
 
 def sample_scene(rng: Random, num_things: int) -> Scene:
-    """A scene of up to `num_things` things that do not touch; no two have both colour and shape in common."""
+    """A scene of up to `num_things` things that do not touch; no two share both colour and shape."""
     things: list[Thing] = []
     for _ in range(40 * num_things):
         thing = sample_thing(rng)
@@ -97,7 +97,7 @@ def sample_scene(rng: Random, num_things: int) -> Scene:
 
 
 def any_scene(rng: Random) -> Scene:
-    """A scene with any number of things up to MAX_THINGS."""
+    """A scene with 1 to MAX_THINGS things."""
     return sample_scene(rng, rng.randint(1, MAX_THINGS))
 
 
@@ -126,13 +126,13 @@ def draw_scene(scene: Scene) -> Image.Image:
 
 
 def shade(thing: Thing, noise: np.random.Generator) -> tuple[int, ...]:
-    """The thing's colour, a little off."""
+    """The thing's colour with a small random deviation."""
     jitter = noise.integers(-18, 19, size=3)
     return tuple(int(value) for value in np.clip(np.array(COLORS[thing.color]) + jitter, 0, 255))
 
 
 def draw_background(noise: np.random.Generator) -> Image.Image:
-    """A muted colour with soft blotches, fine grain and a few thin lines."""
+    """A muted colour with soft blotches, fine grain and up to three thin lines."""
     base = noise.integers(90, 200) + noise.integers(-14, 15, size=3)
     blotches = Image.fromarray(noise.integers(0, 256, size=(6, 6), dtype=np.uint8))
     soft = np.asarray(blotches.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR), dtype=np.int16) // 6 - 21
@@ -147,7 +147,7 @@ def draw_background(noise: np.random.Generator) -> Image.Image:
 
 
 def draw_shape(canvas: ImageDraw.ImageDraw, thing: Thing, fill: tuple[int, ...] | int) -> None:
-    """Draw the thing's outline filled with a colour (or, on a label map, with a number)."""
+    """Draw the thing's shape filled with a colour, or on a label map with a number."""
     left, top, right, bottom = thing.box
     if thing.shape == "circle":
         canvas.ellipse((left, top, right, bottom), fill=fill)
@@ -172,7 +172,7 @@ def draw_digit(canvas: ImageDraw.ImageDraw, thing: Thing, fill: tuple[int, ...])
 
 
 def star_outline() -> list[tuple[float, float]]:
-    """Ten corners of a five-pointed star in the unit square, fat enough to carry a digit."""
+    """Ten corners of a five-pointed star in the unit square, wide enough for a digit."""
     angles = [np.pi * corner / 5 - np.pi / 2 for corner in range(10)]
     radii = [0.54 if corner % 2 == 0 else 0.29 for corner in range(10)]
     return [(float(0.5 + r * np.cos(a)), float(0.53 + r * np.sin(a))) for a, r in zip(angles, radii, strict=True)]
@@ -188,12 +188,12 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
 
 
 def ask(scene: Scene, kind: str, rng: Random) -> Question | None:
-    """One question of the kind, or None where the scene has no unambiguous one."""
+    """One question of the kind, or None if the scene allows no unambiguous one."""
     return ASKERS[kind](scene, rng)
 
 
 def ask_existence(scene: Scene, rng: Random) -> Question:
-    """POPE style: yes and no equally often; a wrong thing shares its colour or shape with a real one half of the time."""
+    """As in POPE, yes and no are equally frequent; half of the absent things share colour or shape with a real one."""
     real = rng.choice(scene.things)
     if rng.random() < 0.5:
         return Question("existence", f"Is there a {real.name} in the image?", "yes")
@@ -230,7 +230,7 @@ def ask_count(scene: Scene, rng: Random) -> Question:
 
 
 def ask_position(scene: Scene, rng: Random) -> Question | None:
-    """Left or right, above or below: only where the two centres are clearly apart on that axis."""
+    """Asks left or right, above or below, for two centres at least CLEAR_DISTANCE apart on that axis."""
     pairs = [
         (one, other, axis)
         for one in scene.things
@@ -263,6 +263,6 @@ ASKERS = {
 
 
 def describe(scene: Scene) -> Question:
-    """Every thing in reading order; trains the model to look everywhere, never used for scoring."""
+    """Every thing in reading order. This trains the model to look everywhere; it is never used for scoring."""
     ordered = sorted(scene.things, key=lambda thing: (thing.y, thing.x))
     return Question("describe", "Describe the image.", ", ".join(f"{thing.name} {thing.digit}" for thing in ordered))

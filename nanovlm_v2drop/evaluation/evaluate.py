@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from ..generation import decode_tokens, decode_until
-from ..inference import prefill
+from ..inference import decode_tokens, decode_until, prefill
 from ..loading.zoo import VisionLanguageModel
 from ..models.attention import decode_backend
 from ..models.config import read_json_object

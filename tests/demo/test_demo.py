@@ -11,7 +11,9 @@ from PIL import Image
 
 from nanovlm_v2drop.demo import scenes
 from nanovlm_v2drop.demo.data import PATCH_WORDS, corpus, llama_tokenizer, patch_labels, word_tokens
-from nanovlm_v2drop.demo.train import DEMOS, Recipe, initialise, train_instruct, train_tower, turn_bias
+from nanovlm_v2drop.demo.recipe import Recipe
+from nanovlm_v2drop.demo.steps import initialise, train_instruct, train_tower, turn_bias
+from nanovlm_v2drop.demo.train import DEMOS
 from nanovlm_v2drop.inference import prefill
 from nanovlm_v2drop.loading.zoo import MODELS, load
 from nanovlm_v2drop.processing.prompts import Request, load_tokenizer

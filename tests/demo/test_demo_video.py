@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from nanovlm_v2drop.demo import clips, scenes, train
+from nanovlm_v2drop.demo import clips, scenes, steps
 from nanovlm_v2drop.demo.data import CLIPS, PATCH_WORDS, QWEN2_SPLIT, qwen2_tokenizer, video_corpus
 from nanovlm_v2drop.demo.export import export_onevision
-from nanovlm_v2drop.demo.train import DEMOS, Recipe, answer_loss, clip_features, initialise, masked_layer, turn_bias
+from nanovlm_v2drop.demo.recipe import Recipe
+from nanovlm_v2drop.demo.steps import answer_loss, initialise, masked_layer, turn_bias
+from nanovlm_v2drop.demo.train import DEMOS
+from nanovlm_v2drop.demo.train_video import clip_features
 from nanovlm_v2drop.demo.warm_start import warm_start
-from nanovlm_v2drop.generation import generate
-from nanovlm_v2drop.inference import prefill
+from nanovlm_v2drop.inference import generate, prefill
 from nanovlm_v2drop.loading.zoo import MODELS, load
 from nanovlm_v2drop.processing.prompts import Request, load_tokenizer
 from nanovlm_v2drop.tasks.demo_video import DemoVideo, chance, held_out
@@ -309,7 +311,7 @@ def test_a_clip_becomes_pooled_frames_in_order_and_one_newline(started):
 def test_transformers_loads_what_is_exported_and_gives_the_logits_that_are_trained(started, tokenizer, tmp_path, monkeypatch):
     """The whole path of training, rows of several questions included, against the official model asked one question."""
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(train, "masked_layer", masked_layer._torchdynamo_orig_callable)  # compiling takes longer than the test
+    monkeypatch.setattr(steps, "masked_layer", masked_layer._torchdynamo_orig_callable)  # compiling takes longer than the test
     model, _ = started
     export_onevision(model, tokenizer, tmp_path)
     official, report = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(

@@ -10,9 +10,9 @@ import onevision
 import pytest
 import qwen2vl
 import torch
-from test_inference import every_method
-from test_inference import make as make_at
 from tiny import META, NoWaiting
+from tiny_methods import every_method
+from tiny_methods import make as make_at
 
 from nanovlm_v2drop.dropping import DROPPERS, TokenDropper
 from nanovlm_v2drop.inference import Prefilled, decode_one_token, initial_state, prefill

@@ -26,8 +26,7 @@ from test_onevision import ORIGINAL, original_names
 from torch import Tensor
 
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule, V2Drop
-from nanovlm_v2drop.generation import generate
-from nanovlm_v2drop.inference import prefill
+from nanovlm_v2drop.inference import generate, prefill
 from nanovlm_v2drop.loading.zoo import MODELS, VisionLanguageModel, load
 from nanovlm_v2drop.models.config import LlavaOnevisionConfig, VLMConfig
 from nanovlm_v2drop.processing.prompts import Request

@@ -33,8 +33,7 @@ from tiny import logits_of, pack_together
 from torch import Tensor
 
 from nanovlm_v2drop.dropping import DropSchedule, V2Drop
-from nanovlm_v2drop.generation import generate
-from nanovlm_v2drop.inference import decode_one_token, prefill
+from nanovlm_v2drop.inference import decode_one_token, generate, prefill
 from nanovlm_v2drop.loading.checkpoint import CheckpointError, load_model
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
 from nanovlm_v2drop.models.config import LlavaOnevisionConfig, SiglipVisionConfig, TextConfig, VLMConfig

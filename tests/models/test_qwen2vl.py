@@ -31,8 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanovlm_v2drop.dropping import DropSchedule, V2Drop
-from nanovlm_v2drop.generation import decode_tokens, generate
-from nanovlm_v2drop.inference import decode_one_token, prefill
+from nanovlm_v2drop.inference import decode_one_token, decode_tokens, generate, prefill
 from nanovlm_v2drop.loading.checkpoint import CheckpointError
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
 from nanovlm_v2drop.models.config import Qwen2VLConfig, Qwen2VLVisionConfig, TextConfig, VLMConfig

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .dropping.base import TokenDropper
-from .dropping.budget import Budget, asked_budget, shapes_of
-from .dropping.schedule import DropSchedule
-from .inference import MAX_NEW_TOKENS, NotFinite, Prefilled, advice, decode_steps, prefill
-from .models.decoder import Decoder
+from ..dropping.base import TokenDropper
+from ..dropping.budget import Budget, asked_budget, shapes_of
+from ..dropping.schedule import DropSchedule
+from ..models.decoder import Decoder
+from .decoding import decode_steps
+from .prefill_loop import MAX_NEW_TOKENS, NotFinite, Prefilled, advice, prefill
 
 if TYPE_CHECKING:
-    from .loading.zoo import VisionLanguageModel
-    from .processing.prompts import Request, Tokenizer
+    from ..loading.zoo import VisionLanguageModel
+    from ..processing.prompts import Request, Tokenizer
 
 
 @dataclass(frozen=True)

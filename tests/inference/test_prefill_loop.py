@@ -6,26 +6,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import FAMILIES, META, NoWaiting, changed_prompt, one_prompt, pack_together, tiny_decoder, tiny_prompts
+from tiny_methods import SCHEDULE, every_method, make
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanovlm_v2drop import inference
 from nanovlm_v2drop.dropping import DROPPERS, BatchSchedule, DropSchedule
-from nanovlm_v2drop.generation import decode_tokens, decode_until
-from nanovlm_v2drop.inference import GraphedSteps, decode_one_token, decode_step, decode_steps, prefill
+from nanovlm_v2drop.inference import (
+    GraphedSteps,
+    decode_one_token,
+    decode_step,
+    decode_steps,
+    decode_tokens,
+    decode_until,
+    decoding,
+    prefill,
+    prefill_loop,
+)
 from nanovlm_v2drop.models.decoder import rotary_table
 
-SCHEDULE = DropSchedule({1: 0.5, 3: 0.3, 4: 0.0})
 every_family = pytest.mark.parametrize("family", FAMILIES)
-every_method = pytest.mark.parametrize("name", DROPPERS)
 # What a method averages is not in the prompt, so no masked forward can have it; the authors' codes are their twins.
 every_method_that_only_drops = pytest.mark.parametrize("name", [name for name in DROPPERS if not DROPPERS[name].merges])
-
-
-def make(name, share=None):
-    """The method with drop points where it can act: before the decoder, or SCHEDULE's."""
-    layers = [0] if DROPPERS[name].latest_layer == 0 else list(SCHEDULE)
-    return DROPPERS[name](DropSchedule({layer: SCHEDULE.get(layer, 0.5) if share is None else share for layer in layers}))
 
 
 def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False):
@@ -180,7 +181,8 @@ def on_meta(packed):
 @every_family
 @every_method
 def test_prefill_and_decode_never_wait_for_the_device(name, family, monkeypatch):
-    monkeypatch.setattr(inference, "resolve_backend", lambda *_: "varlen")
+    for module in (prefill_loop, decoding):
+        monkeypatch.setattr(module, "resolve_backend", lambda *_: "varlen")
     decoder = tiny_decoder(**FAMILIES[family]).to(META, torch.bfloat16)
     packed, token_ids = on_meta(pack_together(tiny_prompts(family=family))), torch.zeros(3, dtype=torch.long, device=META)
     with NoWaiting():
@@ -212,7 +214,8 @@ def test_waiting_for_the_device_would_be_noticed(score, error):
 
 @pytest.mark.parametrize("backend", ["sdpa", "blockwise"])
 def test_a_step_that_knows_lengths_on_the_device_alone_gives_the_same_logits(backend, monkeypatch):
-    monkeypatch.setattr(inference, "resolve_backend", lambda *_: backend)
+    for module in (prefill_loop, decoding):
+        monkeypatch.setattr(module, "resolve_backend", lambda *_: backend)
     decoder, packed = tiny_decoder(), pack_together(tiny_prompts())
     known, unknown = (prefill(decoder, packed, make("v2drop"), max_new_tokens=4) for _ in range(2))
     with torch.no_grad():
@@ -226,7 +229,8 @@ def test_a_step_that_knows_lengths_on_the_device_alone_gives_the_same_logits(bac
 
 @pytest.mark.parametrize("backend", ["varlen", "sdpa"])
 def test_a_step_that_a_cuda_graph_records_never_waits_for_the_device(backend, monkeypatch):
-    monkeypatch.setattr(inference, "resolve_backend", lambda *_: backend)
+    for module in (prefill_loop, decoding):
+        monkeypatch.setattr(module, "resolve_backend", lambda *_: backend)
     decoder, packed = tiny_decoder().to(META, torch.bfloat16), on_meta(pack_together(tiny_prompts()))
     with NoWaiting(), torch.no_grad():
         cache = prefill(decoder, packed, make("v2drop"), max_new_tokens=4).cache
@@ -238,7 +242,7 @@ def test_a_step_that_a_cuda_graph_records_never_waits_for_the_device(backend, mo
 def test_how_a_cache_lies_in_memory_does_not_change_what_is_decoded(heads_first, monkeypatch):
     decoder, packed, tokens = tiny_decoder(), pack_together(tiny_prompts()), torch.tensor([3, 1, 4])
     wanted = [decode_one_token(decoder, tokens, out.cache) for out in [prefill(decoder, packed)] for _ in range(3)]
-    monkeypatch.setattr(inference, "reads_heads_first", lambda backend: heads_first)
+    monkeypatch.setattr(prefill_loop, "reads_heads_first", lambda backend: heads_first)
     cache = prefill(decoder, packed, max_new_tokens=1).cache  # it grows twice
     for logits in wanted:
         torch.testing.assert_close(decode_one_token(decoder, tokens, cache), logits, atol=1e-5, rtol=0)
@@ -296,7 +300,8 @@ class RecordedGraph(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", ["sdpa", "blockwise"])
 def test_recorded_steps_decode_what_single_launches_decode(backend, monkeypatch):
-    monkeypatch.setattr(inference, "resolve_backend", lambda *_: backend)
+    for module in (prefill_loop, decoding):
+        monkeypatch.setattr(module, "resolve_backend", lambda *_: backend)
     decoder, packed = tiny_decoder(), pack_together(tiny_prompts())
     single, recorded = (prefill(decoder, packed, make("v2drop"), max_new_tokens=2) for _ in range(2))
 

@@ -17,11 +17,21 @@ from tiny import changed_prompt, one_prompt, tiny_decoder
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nanovlm_v2drop import generation
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule, TokenDropper, V2Drop
 from nanovlm_v2drop.dropping.schedule import OutOfReach
-from nanovlm_v2drop.generation import Answer, Sampling, decode_tokens, decode_until, generate, read_tokens, stream
-from nanovlm_v2drop.inference import NotFinite, NothingDropped, Prefilled, prefill
+from nanovlm_v2drop.inference import (
+    Answer,
+    NotFinite,
+    NothingDropped,
+    Prefilled,
+    Sampling,
+    decode_tokens,
+    decode_until,
+    generate,
+    generation,
+    prefill,
+    stream,
+)
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
 from nanovlm_v2drop.processing.prompts import Request
 
@@ -295,7 +305,7 @@ class Counting(TorchFunctionMode):
 
 def test_tokens_are_checked_and_read_in_one_go() -> None:
     with Counting() as counting:
-        assert read_tokens(torch.tensor([3, 5]), torch.randn(2, 61)) == [3, 5]
+        assert generation.read_tokens(torch.tensor([3, 5]), torch.randn(2, 61)) == [3, 5]
     assert counting.taken == 1
 
 
@@ -305,7 +315,7 @@ def test_one_logit_that_is_not_finite_is_enough(value: float, row: int) -> None:
     logits = torch.randn(2, 61, dtype=torch.bfloat16)
     logits[row, 7] = value
     with pytest.raises(NotFinite, match="beyond bfloat16 are infinite: use another dtype, --dtype float32"):
-        read_tokens(torch.tensor([3, 5]), logits)
+        generation.read_tokens(torch.tensor([3, 5]), logits)
 
 
 def test_a_model_that_overflows_answers_nothing_and_streams_nothing(folder: Path) -> None:
