@@ -131,11 +131,11 @@ def test_multimodal_rotary_sections_are_read_and_qwen2_has_biases(spelling: tupl
 
 
 UNSUPPORTED: list[tuple[str, object, str]] = [
-    ("model_type", "llava_next_video", r"model_type = 'llava_next_video' is not supported; expected one of 'llava', 'llava_llama'"),
+    ("model_type", "llava_next_video", r"model_type = 'llava_next_video' .*expected one of 'llava', 'llava_llama'"),
     ("text_config.hidden_act", "gelu", r"text_config\.hidden_act = 'gelu' is not supported; expected 'silu'"),
     ("text_config.attention_bias", True, r"text_config\.attention_bias = True"),
-    ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}, r"text_config\.rope_scaling\.type = 'linear' is not supported"),
-    ("text_config.rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}, r"text_config\.rope_parameters\.rope_type = 'llama3' .*'default', 'mrope'"),
+    ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}, r"text_config\.rope_scaling\.type = 'linear'"),
+    ("text_config.rope_parameters", {"rope_type": "llama3"}, r"text_config\.rope_parameters\.rope_type = 'llama3' .*'mrope'"),
     ("vision_config.model_type", "siglip_vision_model", r"vision_config\.model_type = 'siglip_vision_model'"),
     ("projector_hidden_act", "relu", r"projector_hidden_act = 'relu' is not supported; expected 'gelu'"),
     ("multimodal_projector_bias", False, r"multimodal_projector_bias = False"),
@@ -152,9 +152,9 @@ def test_a_setting_that_would_change_the_numbers_is_refused_by_name(path: str, v
 
 BAD_SIZES: list[tuple[str, object, str]] = [
     ("text_config.hidden_size", 4100, r"hidden_size 4100 must be a positive multiple of num_attention_heads 32"),
-    ("text_config.num_attention_heads", 0, r"text_config\.num_attention_heads = 0 is not supported; expected a whole number from 1"),
+    ("text_config.num_attention_heads", 0, r"text_config\.num_attention_heads = 0 .*expected a whole number"),
     ("text_config.num_key_value_heads", 5, r"num_attention_heads 32 must be .* num_key_value_heads 5"),
-    ("text_config.rope_scaling", {"type": "mrope", "mrope_section": [16, 24, 16]}, r"mrope_section \(16, 24, 16\) .* head_dim 128"),
+    ("text_config.rope_scaling", {"type": "mrope", "mrope_section": [16, 24, 16]}, r"mrope_section \(16, 24, 16\) .* 128"),
     ("vision_config.num_attention_heads", 15, r"hidden_size 1024 must be .* num_attention_heads 15"),
     ("vision_config.image_size", 340, r"image_size 340 must be .* patch_size 14"),
     ("vision_feature_layer", 25, r"vision_feature_layer 25 is outside a tower of 24 layers"),
