@@ -162,8 +162,6 @@ class VisionTower(nn.Module):
         self, config: VisionConfig, embeddings: nn.Module, num_layers: int | None = None, attention: str = "auto"
     ) -> None:
         super().__init__()
-        if config.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
         self.config = config
         self.attention = attention
         self.embeddings = embeddings

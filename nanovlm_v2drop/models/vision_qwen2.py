@@ -109,8 +109,6 @@ class Qwen2VLVisionTower(nn.Module):
 
     def __init__(self, config: Qwen2VLVisionConfig, attention: str = "auto") -> None:
         super().__init__()
-        if config.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
         self.config = config
         self.attention = attention
         self.patch_embed = PatchEmbed(config)

@@ -18,8 +18,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..models.config import VisionConfig, read_json_object
+from ..models.config import VisionConfig
 from ..models.vlm import VisionInput
+from .preprocessor import read_settings
 
 ImageSource = str | Path | bytes | Image.Image
 
@@ -204,18 +205,6 @@ def check_settings(folder: str | Path, settings: Mapping[str, Any], expected: Ma
     for name, value in expected.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{folder}: {name} = {settings[name]!r} is not supported, only {value!r} is")
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The image settings of a checkpoint folder: its own file, or nested as newer versions save them, or none."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder at {str(folder)!r}")
-    own_file, nested_file = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if own_file.is_file():
-        return read_json_object(own_file)
-    if nested_file.is_file():
-        return read_json_object(nested_file).get("image_processor", {})
-    return {}
 
 
 def check_size(name: str, value: Any, image_size: int) -> None:

@@ -33,9 +33,9 @@ from .images import (
     normalise,
     open_image,
     pad_to_square,
-    read_settings,
     resize_bicubic,
 )
+from .preprocessor import read_settings
 
 # SigLIP's, where a folder stores none, as the original LLaVA-OneVision's does not.
 SIGLIP_IMAGE_MEAN = (0.5, 0.5, 0.5)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..models.config import Qwen2VLVisionConfig, read_json_object
+from ..models.config import Qwen2VLVisionConfig
 from ..models.vlm import VisionInput
 from .images import (
     CLIP_IMAGE_MEAN,
@@ -27,9 +27,9 @@ from .images import (
     ImageSource,
     check_settings,
     open_image,
-    read_settings,
     resize_bicubic,
 )
+from .preprocessor import read_settings, read_video_settings
 
 Channels = tuple[float, float, float]
 
@@ -113,7 +113,7 @@ class Qwen2VLImageProcessor:
         tower's `config`, or ask for something else than a bicubic resize and a normalisation.
         """
         settings = read_settings(Path(folder))
-        video_settings = _read_video_settings(Path(folder)) or settings
+        video_settings = read_video_settings(Path(folder)) or settings
         statistics = _read_statistics(settings)
         for each in (settings, video_settings):
             _check_settings(folder, each, config)
@@ -171,13 +171,6 @@ class Qwen2VLImageProcessor:
         mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
         tables = ((levels[:, None] - mean) / std).T
         return torch.from_numpy(np.stack([table[pixels[..., channel]] for channel, table in enumerate(tables)]))
-
-
-def _read_video_settings(folder: Path) -> dict[str, Any]:
-    """The folder's own settings for videos: nested as transformers 5 saves them, in a file of their own, or none."""
-    nested_file, own_file = folder / "processor_config.json", folder / "video_preprocessor_config.json"
-    nested = read_json_object(nested_file).get("video_processor") if nested_file.is_file() else None
-    return nested or (read_json_object(own_file) if own_file.is_file() else {})
 
 
 def _read_statistics(settings: dict[str, Any]) -> tuple[Channels, Channels]:

@@ -17,6 +17,7 @@ from PIL.Image import Image
 from tokenizers import decoders
 
 from ..models.config import read_json_object
+from ..models.config.settings import JSON_OBJECT, TOKEN_ID, Either, MapOf, Text, checked, or_null, prefixed, require
 from ..models.vlm import VisionInput
 from .video import VideoSource
 
@@ -254,13 +255,24 @@ def _named_specials(folder: Path, tokenizer: tokenizers.Tokenizer) -> tuple[str 
     """The BOS and EOS tokens that the folder names; LLaMA's own where it names none and the tokenizer has them."""
     named: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        named |= read_json_object(folder / name) if (folder / name).is_file() else {}
+        named |= _read_specials(folder / name) if (folder / name).is_file() else {}
     special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
     tokens = []
     for name, llama_token in (("bos_token", "<s>"), ("eos_token", "</s>")):
-        token = named.get(name, llama_token if llama_token in special else None)
-        tokens.append(token["content"] if isinstance(token, dict) else token)
+        tokens.append(named.get(name, llama_token if llama_token in special else None))
     return tokens[0], tokens[1]
+
+
+def _read_specials(file: Path) -> dict[str, str | None]:
+    """The BOS and EOS tokens that one file names: a text, an object with the text as its `content`, or null for none."""
+    raw = read_json_object(file)
+    with prefixed(f"{file}: "):
+        named = checked(raw, dict.fromkeys(("bos_token", "eos_token"), or_null(Either(Text(), JSON_OBJECT))))
+        for name, token in named.items():
+            if isinstance(token, dict):
+                require(f"{name}.content", token.get("content"), Text())
+                named[name] = token["content"]
+    return named
 
 
 def _load_sentencepiece(path: Path, vision_tokens: Mapping[str, int]) -> SentencePieceTokenizer:
@@ -272,6 +284,7 @@ def _load_sentencepiece(path: Path, vision_tokens: Mapping[str, int]) -> Sentenc
         raise ValueError(f"cannot read {path} as a sentencepiece model: {error}") from error
     added_file = path.parent / "added_tokens.json"
     own_tokens = read_json_object(added_file) if added_file.is_file() else {}
+    require(f"{added_file}: the file", own_tokens, MapOf(TOKEN_ID))
     added_tokens = {**vision_tokens, **own_tokens}
     if IMAGE_TOKEN not in added_tokens:
         raise ValueError(f"{path} does not know {IMAGE_TOKEN}; pass the config's vision_tokens")

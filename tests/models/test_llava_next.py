@@ -119,7 +119,17 @@ def test_the_hubs_config_gives_the_released_settings():
         "image_token_index": 32000,
         "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
         "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32064},
-        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "num_hidden_layers": 24},
+        "vision_config": {
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "model_type": "clip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+            "projection_dim": 768,
+            "vocab_size": 32000,
+        },
         "vision_feature_layer": -2,
     }
     config = VLMConfig.from_official(raw)
@@ -130,5 +140,5 @@ def test_the_hubs_config_gives_the_released_settings():
 
 
 def test_the_original_files_of_llava_1_6_are_not_taken_for_llava_1_5():
-    with pytest.raises(ValueError, match="mm_patch_merge_type = 'spatial_unpad' is not supported; known: 'flat'"):
+    with pytest.raises(ValueError, match="mm_patch_merge_type = 'spatial_unpad' is not supported; expected 'flat'"):
         VLMConfig.from_official({"model_type": "llava_llama", "mm_patch_merge_type": "spatial_unpad"})

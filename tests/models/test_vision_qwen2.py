@@ -222,7 +222,7 @@ def test_patches_that_the_grids_do_not_hold_are_refused_with_both_shapes(shape, 
 
 
 def test_an_unknown_activation_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="hidden_act 'relu' is not supported; known: quick_gelu"):
+    with pytest.raises(ValueError, match="hidden_act = 'relu' is not supported; expected one of 'quick_gelu'"):
         Qwen2VLVisionTower(Qwen2VLVisionConfig(**SIZES | {"hidden_act": "relu"}))
 
 

@@ -1,65 +1,154 @@
-"""The decoder's sizes: LLaMA and Qwen2."""
+"""The decoder's sizes: LLaMA, Qwen2 and Qwen2-VL."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from .settings import require_divisible, set_once
+from .settings import (
+    FLAG,
+    JSON_OBJECT,
+    TOKEN_IDS,
+    Checked,
+    Depth,
+    Epsilon,
+    Flag,
+    Heads,
+    Kind,
+    ListOf,
+    OneOf,
+    Real,
+    Whole,
+    Width,
+    checked,
+    kinds_of,
+    or_null,
+    require_divisible,
+    set_once,
+)
 
-# Decoders of this arithmetic; others share LLaMA's tensor names but multiply in between.
-TEXT_MODEL_TYPES = ("llama", "llava", "llava_llama", "llava_qwen", "qwen2", "qwen2_vl", "qwen2_vl_text")
-# What transformers' Qwen2Config has otherwise than LlamaConfig, and files leave out.
-QWEN2_DEFAULTS = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
-QWEN2_EOS_TOKEN_IDS = [151645, 151643]  # <|im_end|>, <|endoftext|>
+# What transformers' classes have where a file says nothing, by the text section's model_type; TextConfig has LlamaConfig's.
+LLAMA: dict[str, Any] = {"qkv_bias": False, "eos_token_id": 2}
+QWEN2: dict[str, Any] = {
+    "qkv_bias": True,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "eos_token_id": (151645, 151643),  # <|im_end|>, <|endoftext|>: transformers has none, the released files have these
+}
+QWEN2_VL: dict[str, Any] = {
+    **QWEN2,
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "max_window_layers": 80,
+}
+# Only decoders of this arithmetic. Others share LLaMA's tensor names but multiply in between.
+TEXT_MODEL_TYPES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llava": LLAMA,
+    "llava_llama": LLAMA,
+    "qwen2": QWEN2,
+    "llava_qwen": QWEN2,
+    "qwen2_vl": QWEN2_VL,
+    "qwen2_vl_text": QWEN2_VL,
+}
+ROPE_THETA = Real(1, 1e12)
+MROPE_SECTION = or_null(ListOf(Whole(1, 512), 3, 3))
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Checked):
     """LLaMA / Qwen2 decoder; defaults are those of transformers' LlamaConfig (the 7B sizes)."""
 
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 0  # 0: num_attention_heads
-    head_dim: int = 0  # 0: hidden_size / num_attention_heads
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    mrope_section: tuple[int, ...] | None = None
-    qkv_bias: bool = False
-    tie_word_embeddings: bool = False
+    vocab_size: Annotated[int, Whole(1, 2**24)] = 32000
+    hidden_size: Width = 4096
+    intermediate_size: Width = 11008
+    num_hidden_layers: Depth = 32
+    num_attention_heads: Heads = 32
+    num_key_value_heads: Annotated[int, or_null(Whole(1, 4096))] = 0  # 0: num_attention_heads
+    head_dim: Annotated[int, or_null(Whole(2, 1024))] = 0  # 0: hidden_size / num_attention_heads
+    max_position_embeddings: Annotated[int, Whole(1, 2**27)] = 2048
+    rms_norm_eps: Epsilon = 1e-6
+    rope_theta: Annotated[float, ROPE_THETA] = 10000.0
+    mrope_section: Annotated[tuple[int, ...] | None, MROPE_SECTION] = None
+    qkv_bias: Flag = False
+    tie_word_embeddings: Flag = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         set_once(self, "num_key_value_heads", self.num_attention_heads)
         if not self.head_dim:
             require_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         set_once(self, "head_dim", self.hidden_size // self.num_attention_heads)
         require_divisible("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        require_divisible("head_dim", self.head_dim, "2 (pairs are rotated)", 2)
         if self.mrope_section is not None and sum(self.mrope_section) * 2 != self.head_dim:
             raise ValueError(f"mrope_section {self.mrope_section} must sum to half of head_dim {self.head_dim}")
 
 
-def flatten_rope(text: dict[str, Any]) -> dict[str, Any]:
+# What a text section may say besides the fields of TextConfig.
+TEXT_SETTINGS: dict[str, Kind] = {
+    "model_type": OneOf(*TEXT_MODEL_TYPES),
+    "rope_theta": or_null(ROPE_THETA),  # null where rope_parameters has it
+    "hidden_act": OneOf("silu"),
+    "mlp_bias": OneOf(False),
+    "attention_bias": OneOf(False),
+    "eos_token_id": or_null(TOKEN_IDS),
+    "rope_scaling": or_null(JSON_OBJECT),
+    "rope_parameters": or_null(JSON_OBJECT),
+    "use_sliding_window": or_null(FLAG),
+    "sliding_window": or_null(Whole(1, 2**27)),
+    "max_window_layers": or_null(Whole(0, 4096)),
+    "layer_types": or_null(ListOf(OneOf("full_attention", "sliding_attention"), 0, 1024)),
+}
+ROPE_SETTINGS: dict[str, Kind] = {
+    "type": OneOf("default", "mrope"),
+    "rope_type": OneOf("default", "mrope"),
+    "rope_theta": ROPE_THETA,
+    "mrope_section": MROPE_SECTION,
+}
+
+
+def text_settings(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A text section, checked, with what its model_type leaves out: the fields of TextConfig, and eos_token_id.
+
+    Raises ValueError for a setting of another kind, and for one that would silently change the numbers.
+    """
+    given = flatten_rope(checked(raw, {**kinds_of(TextConfig), **TEXT_SETTINGS}, prefix), prefix)
+    model_type = TEXT_MODEL_TYPES[given.get("model_type", "llama")]
+    settings = {**model_type, **given, "qkv_bias": model_type["qkv_bias"]}
+    check_full_attention(settings, prefix)
+    if settings.get("eos_token_id") is None:
+        settings["eos_token_id"] = model_type["eos_token_id"]
+    return settings
+
+
+def flatten_rope(text: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Bring the three spellings of the rotary settings (rope_theta, rope_scaling, rope_parameters) into plain fields."""
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise ValueError(f"rope type {kind!r} is not supported; known: default, mrope")
-    known = {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
-    return {**text, **known, "qkv_bias": "qwen" in text.get("model_type", "")}
+    flat = {**text, "qkv_bias": "qwen" in text.get("model_type", "")}
+    for section in ("rope_scaling", "rope_parameters"):
+        rope = checked(text.get(section) or {}, ROPE_SETTINGS, f"{prefix}{section}.")
+        flat |= {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
+    return flat
 
 
-def check_supported(text: dict[str, Any], expected_of_family: list[tuple[str, Any, tuple[Any, ...]]]) -> None:
-    """Refuse settings that would silently change the numbers."""
-    expected = [
-        ("text_config.hidden_act", text.get("hidden_act", "silu"), ("silu",)),
-        ("text_config.model_type", text.get("model_type", "llama"), TEXT_MODEL_TYPES),
-        ("text_config.mlp_bias", text.get("mlp_bias", False), (False,)),
-        ("text_config.attention_bias", text.get("attention_bias", False), (False,)),
-        ("text_config.use_sliding_window", text.get("use_sliding_window", False), (False, None)),
-        *expected_of_family,
-    ]
-    for name, value, known in expected:
-        if value not in known:
-            raise ValueError(f"{name} = {value!r} is not supported; known: {', '.join(map(repr, known))}")
+def check_full_attention(text: Mapping[str, Any], prefix: str) -> None:
+    """Raise ValueError where some layer would attend to a window that is smaller than the context."""
+    window, context = text.get("sliding_window", 4096), text.get("max_position_embeddings", TextConfig.max_position_embeddings)
+    layers = text.get("num_hidden_layers", TextConfig.num_hidden_layers)
+    slides = "sliding_attention" in (text.get("layer_types") or ())
+    if text.get("layer_types") is None:
+        first = text.get("max_window_layers")
+        slides = bool(text.get("use_sliding_window")) and window is not None and first is not None and first < layers
+    if slides and not (window is not None and window >= context):
+        raise ValueError(
+            f"{prefix}use_sliding_window with a sliding_window of {window} tokens is not supported, because it is smaller than "
+            f"max_position_embeddings {context}; only full attention is implemented"
+        )

@@ -1,23 +1,47 @@
 """What the configurations of all families have in common."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from .settings import from_fields, read_json_object
-from .text import QWEN2_DEFAULTS, QWEN2_EOS_TOKEN_IDS, TextConfig, check_supported, flatten_rope
+from .settings import (
+    FLAG,
+    JSON_OBJECT,
+    TOKEN_ID,
+    TOKEN_IDS,
+    Checked,
+    Kind,
+    ListOf,
+    OneOf,
+    TokenId,
+    checked,
+    from_fields,
+    or_null,
+    prefixed,
+    read_json_object,
+    require,
+)
+from .text import TEXT_MODEL_TYPES, TextConfig, text_settings
+
+VISION_TOKEN_SETTINGS = ("image_token_index", "image_token_id", "video_token_index", "video_token_id")
 
 
 @dataclass(frozen=True)
-class VLMConfig:
-    """What every family has: a decoder, and the tokens that stand where vision features go."""
+class VLMConfig(Checked):
+    """What every family has: a decoder, and the tokens that stand where vision features go.
+
+    A family is a subclass in a file of its own, imported by this folder's __init__. It says what its config.json may hold in
+    `settings`, and what it makes of that in `own_fields`.
+    """
 
     model_types: ClassVar[tuple[str, ...]] = ()  # the family's names in config.json
+    text_model_type: ClassVar[str] = "llama"  # that of a text section that names none
     vision_token_names: ClassVar[tuple[str, ...]] = ("<image>", "<video>")  # as the tokenizer spells them
     text_config: TextConfig = field(default_factory=TextConfig)
-    image_token_id: int = 32000
-    video_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = (2,)
+    image_token_id: TokenId = 32000
+    video_token_id: Annotated[int | None, or_null(TOKEN_ID)] = None
+    eos_token_ids: Annotated[tuple[int, ...], ListOf(TOKEN_ID, 1, 64)] = (2,)
 
     @property
     def vision_tokens(self) -> dict[str, int]:
@@ -37,46 +61,81 @@ class VLMConfig:
     def from_folder(cls, folder: Path) -> "VLMConfig":
         """Read `config.json` (and `generation_config.json` where there is one) of an official checkpoint.
 
-        Raises FileNotFoundError without a config.json, ValueError for a model type or setting that is not implemented.
+        Raises FileNotFoundError without a config.json, and ValueError, with the file and the setting, for a model type or
+        setting that is not implemented or cannot be right.
         """
         path, generation = folder / "config.json", folder / "generation_config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no config.json; is it a checkpoint folder?")
-        eos = read_json_object(generation).get("eos_token_id") if generation.is_file() else None
-        return cls.from_official(read_json_object(path), eos)
+        raw, ends = read_json_object(path), read_json_object(generation) if generation.is_file() else {}
+        with prefixed(f"{path}: "):
+            config = family_of(raw).read(raw)
+        eos_token_id = ends.get("eos_token_id")
+        with prefixed(f"{path if eos_token_id is None else generation}: "):
+            return config.ending_at(eos_token_id)
 
     @classmethod
-    def from_official(cls, raw: dict[str, Any], eos_token_id: int | list[int] | None = None) -> "VLMConfig":
-        """From the parsed config.json of any known family."""
-        model_type = raw.get("model_type")
-        families = VLMConfig.families()
-        if model_type not in families:
-            raise ValueError(f"model_type {model_type!r} is not supported; known: {', '.join(families)}")
-        family = families[model_type]
-        text = {"tie_word_embeddings": raw.get("tie_word_embeddings", False), **raw.get("text_config", raw)}
-        check_supported(text, family.supported(raw))
-        eos = next(value for value in (eos_token_id, text.get("eos_token_id"), family.default_eos()) if value is not None)
-        common: dict[str, Any] = {
-            "text_config": from_fields(TextConfig, {**family.text_defaults(), **flatten_rope(text)}),
-            "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
-        }
-        return family(**common, **family.own_fields(raw))
+    def from_official(cls, raw: Mapping[str, Any], eos_token_id: int | Sequence[int] | None = None) -> "VLMConfig":
+        """From the parsed config.json of any known family, and the `eos_token_id` of a generation_config.json."""
+        return family_of(raw).read(raw).ending_at(eos_token_id)
 
     @classmethod
-    def supported(cls, raw: dict[str, Any]) -> list[tuple[str, Any, tuple[Any, ...]]]:
-        """Settings of this family that must have one of the values given: (name, value, known values)."""
+    def read(cls, raw: Mapping[str, Any]) -> "VLMConfig":
+        """From the parsed config.json of this family; the decoder's settings are in `text_config`, or beside the others."""
+        given = checked(raw, {"text_config": JSON_OBJECT, "tie_word_embeddings": FLAG, **cls.settings()})
+        prefix = "text_config." if "text_config" in given else ""
+        own_type = {"model_type": cls.text_model_type}
+        text = text_settings({**own_type, **given["text_config"]} if prefix else {**raw, **own_type}, prefix)
+        # As in transformers 5: the outer setting ties, the inner one too.
+        text["tie_word_embeddings"] = bool(given.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+        eos = text["eos_token_id"]
+        config = cls(
+            text_config=from_fields(TextConfig, text, prefix),
+            eos_token_ids=(eos,) if isinstance(eos, int) else eos,
+            **cls.own_fields(given),
+        )
+        config.check_vision_tokens(given)
+        return config
+
+    def ending_at(self, eos_token_id: int | Sequence[int] | None) -> "VLMConfig":
+        """The same with the end tokens of a generation_config.json, which go before those of config.json; None has none."""
+        ends = self.eos_token_ids
+        if eos_token_id is not None:
+            require("eos_token_id", eos_token_id, TOKEN_IDS)
+            ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        if eos_token_id is not None or ends != TEXT_MODEL_TYPES[self.text_model_type]["eos_token_id"]:
+            for token in ends:
+                require_in_vocabulary("eos_token_id", token, self.text_config)
+        return replace(self, eos_token_ids=ends)
+
+    def check_vision_tokens(self, given: Mapping[str, Any]) -> None:
+        """Raise ValueError for a vision token that config.json names and that has no embedding, or that stands for both."""
+        # A file that names none is an original LLaVA's: its <image> has no embedding, and needs none.
+        for name in VISION_TOKEN_SETTINGS:
+            if given.get(name) is not None:
+                require_in_vocabulary(name, given[name], self.text_config)
+        if self.image_token_id == self.video_token_id:
+            raise ValueError(f"image and video token have the same id {self.image_token_id}; correct one of them")
+
+    @classmethod
+    def settings(cls) -> dict[str, Kind]:
+        """The kinds of what this family reads from its config.json, besides the decoder's settings."""
         raise NotImplementedError(f"{cls.__name__} is not a family")
 
     @classmethod
-    def own_fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """The fields that this family reads from its config.json."""
+    def own_fields(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of this family, from its checked settings."""
         raise NotImplementedError(f"{cls.__name__} is not a family")
 
-    @classmethod
-    def text_defaults(cls) -> dict[str, Any]:
-        """What its decoder has otherwise than LLaMA where the file says nothing."""
-        return QWEN2_DEFAULTS
 
-    @classmethod
-    def default_eos(cls) -> int | list[int]:
-        return QWEN2_EOS_TOKEN_IDS
+def family_of(raw: Mapping[str, Any]) -> type[VLMConfig]:
+    """The family that the `model_type` of a config.json names; raises ValueError for an unknown one."""
+    families = VLMConfig.families()
+    require("model_type", raw.get("model_type"), OneOf(*families))
+    return families[raw["model_type"]]
+
+
+def require_in_vocabulary(name: str, token: int, text_config: TextConfig) -> None:
+    """Raise ValueError for a token that the decoder has no row for."""
+    if token >= text_config.vocab_size:
+        raise ValueError(f"{name} {token} is outside the vocabulary: vocab_size is {text_config.vocab_size}")

@@ -1,0 +1,79 @@
+"""The settings that a checkpoint folder stores for its pictures and videos: which files hold them, their types and bounds."""
+
+from pathlib import Path
+from typing import Any
+
+from ..models.config.llava_next import PINPOINTS
+from ..models.config.settings import (
+    FLAG,
+    JSON_OBJECT,
+    Either,
+    Kind,
+    ListOf,
+    MapOf,
+    Real,
+    Whole,
+    checked,
+    or_null,
+    prefixed,
+    read_json_object,
+)
+
+PIXELS = Whole(1, 2**31)  # along one side, or in all
+SIZE = or_null(Either(PIXELS, MapOf(or_null(PIXELS))))
+PATCHES = Whole(1, 2**14)
+SETTINGS: dict[str, Kind] = {
+    "size": SIZE,
+    "crop_size": SIZE,
+    "min_pixels": or_null(PIXELS),
+    "max_pixels": or_null(PIXELS),
+    "patch_size": PATCHES,
+    "temporal_patch_size": PATCHES,
+    "merge_size": PATCHES,
+    "image_grid_pinpoints": or_null(PINPOINTS),
+    "image_mean": ListOf(Real(0, 1), 3, 3),
+    "image_std": ListOf(Real(1e-3, 1e3), 3, 3),
+    "resample": Whole(0, 5),
+    "rescale_factor": Real(1e-9, 1),
+    "do_resize": FLAG,
+    "do_rescale": FLAG,
+    "do_normalize": FLAG,
+    "do_center_crop": or_null(FLAG),
+    "do_pad": or_null(FLAG),
+    "do_convert_rgb": or_null(FLAG),
+}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The image settings of a folder: its preprocessor_config.json, or nested as newer versions save them, or none.
+
+    Raises FileNotFoundError for a missing folder, and ValueError, with file and setting, for one of a wrong type or size.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder at {str(folder)!r}")
+    file = folder / "preprocessor_config.json"
+    return read_file(file) if file.is_file() else read_nested(folder, "image_processor")
+
+
+def read_video_settings(folder: Path) -> dict[str, Any]:
+    """The video settings of a folder: nested as newer versions save them, or in a file of their own, or none."""
+    file = folder / "video_preprocessor_config.json"
+    return read_nested(folder, "video_processor") or (read_file(file) if file.is_file() else {})
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """The known settings of one file, checked."""
+    raw = read_json_object(file)
+    with prefixed(f"{file}: "):
+        return checked(raw, SETTINGS)
+
+
+def read_nested(folder: Path, section: str) -> dict[str, Any]:
+    """The known settings of one section of processor_config.json, checked; none without the file or the section."""
+    file = folder / "processor_config.json"
+    if not file.is_file():
+        return {}
+    raw = read_json_object(file)
+    with prefixed(f"{file}: "):
+        nested = checked(raw, {section: or_null(JSON_OBJECT)}).get(section) or {}
+        return checked(nested, SETTINGS, f"{section}.")
