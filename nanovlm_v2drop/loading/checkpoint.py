@@ -49,6 +49,7 @@ RENAMES: tuple[tuple[str, str | None], ...] = (
     (r"model\.", "language_model."),  # original
     (r"lm_head\.", "language_model.lm_head."),  # new, original
 )
+DECODER_LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 VISION_BLOCK = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
 DRAWS = (init.normal_, init.uniform_, init.kaiming_uniform_)
@@ -115,9 +116,11 @@ def load_model(
         ValueError: the decoder cannot be split over so many processes.
         CheckpointError: the weights are not exactly the model's, are not finite, or cannot be read.
     """
+    stored = list_tensors(Path(folder))
+    check_depth(stored, config.text_config.num_hidden_layers, Path(folder))
     with torch.device("meta"), Uninitialised():
         model = MODEL_CLASSES[type(config)](config, attention)
-    sources = match_tensors(list_tensors(Path(folder)), model, Path(folder))
+    sources = match_tensors(stored, model, Path(folder))
     parts = {} if mesh is None else split_parts(model.language_model, mesh)
     prepacks = can_prepack(device, dtype)
     as_stored = {f"{name}.weight" for name in packable(model)} if prepacks else set()
@@ -199,6 +202,17 @@ def open_safetensors(file: Path) -> Any:
             f"{file} ({file.stat().st_size} bytes) is no complete safetensors file: {error}; "
             "download it again (a Git LFS pointer needs git lfs pull)"
         ) from error
+
+
+def check_depth(stored: Sequence[StoredTensor], num_hidden_layers: int, folder: Path) -> None:
+    """Raise CheckpointError where config.json promises far more layers than are stored, before any of them is built."""
+    layers = {match[1] for tensor in stored if (match := DECODER_LAYER.match(our_name(tensor.name) or ""))}
+    # A missing layer or two is an incomplete download, which is named tensor by tensor later.
+    if num_hidden_layers > 2 * len(layers) + 8:
+        raise CheckpointError(
+            f"{folder}: config.json says num_hidden_layers {num_hidden_layers}, but the weights hold {len(layers)} decoder "
+            "layers; is config.json the one of this checkpoint, and is the download complete?"
+        )
 
 
 def our_name(stored_name: str) -> str | None:

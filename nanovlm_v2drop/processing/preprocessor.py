@@ -10,7 +10,6 @@ from ..models.config.settings import (
     Either,
     Kind,
     ListOf,
-    MapOf,
     Real,
     Whole,
     checked,
@@ -19,14 +18,15 @@ from ..models.config.settings import (
     read_json_object,
 )
 
-PIXELS = Whole(1, 2**31)  # along one side, or in all
-SIZE = or_null(Either(PIXELS, MapOf(or_null(PIXELS))))
+MAX_PIXELS = Whole(1, 2**31)
+MIN_PIXELS = Whole(1, 2**24)  # every smaller picture grows to as many
+SIZE = or_null(Either(MIN_PIXELS, JSON_OBJECT))
 PATCHES = Whole(1, 2**14)
 SETTINGS: dict[str, Kind] = {
     "size": SIZE,
     "crop_size": SIZE,
-    "min_pixels": or_null(PIXELS),
-    "max_pixels": or_null(PIXELS),
+    "min_pixels": or_null(MIN_PIXELS),
+    "max_pixels": or_null(MAX_PIXELS),
     "patch_size": PATCHES,
     "temporal_patch_size": PATCHES,
     "merge_size": PATCHES,
@@ -41,6 +41,13 @@ SETTINGS: dict[str, Kind] = {
     "do_center_crop": or_null(FLAG),
     "do_pad": or_null(FLAG),
     "do_convert_rgb": or_null(FLAG),
+}
+# Inside of size and crop_size: pixels along one side; for Qwen2-VL, shortest and longest are pixels in all.
+SIDES: dict[str, Kind] = {
+    "height": or_null(MIN_PIXELS),
+    "width": or_null(MIN_PIXELS),
+    "shortest_edge": or_null(MIN_PIXELS),
+    "longest_edge": or_null(MAX_PIXELS),
 }
 
 
@@ -65,7 +72,7 @@ def read_file(file: Path) -> dict[str, Any]:
     """The known settings of one file, checked."""
     raw = read_json_object(file)
     with prefixed(f"{file}: "):
-        return checked(raw, SETTINGS)
+        return checked_settings(raw)
 
 
 def read_nested(folder: Path, section: str) -> dict[str, Any]:
@@ -76,4 +83,13 @@ def read_nested(folder: Path, section: str) -> dict[str, Any]:
     raw = read_json_object(file)
     with prefixed(f"{file}: "):
         nested = checked(raw, {section: or_null(JSON_OBJECT)}).get(section) or {}
-        return checked(nested, SETTINGS, f"{section}.")
+        return checked_settings(nested, f"{section}.")
+
+
+def checked_settings(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The known settings, checked, also those inside of the sizes."""
+    settings = checked(raw, SETTINGS, prefix)
+    for name in ("size", "crop_size"):
+        if isinstance(settings.get(name), dict):
+            checked(settings[name], SIDES, f"{prefix}{name}.")
+    return settings

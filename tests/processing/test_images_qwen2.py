@@ -293,7 +293,7 @@ def test_another_maximum_replaces_the_folders_for_pictures_and_frames(tmp_path, 
         ({"patch_size": 14}, "patch_size = 14 is not supported, only 4 is"),
         ({"merge_size": 4}, "merge_size = 4 is not supported"),
         ({"temporal_patch_size": 1}, "temporal_patch_size = 1 is not supported"),
-        ({"max_pixels": None, "size": {"longest_edge": "big"}}, r"size = \{'longest_edge': 'big'\} is not supported"),
+        ({"max_pixels": None, "size": {"longest_edge": "big"}}, r"size\.longest_edge = 'big' is not supported"),
     ],
 )
 @pytest.mark.parametrize("name", ["preprocessor_config", "video_preprocessor_config"])

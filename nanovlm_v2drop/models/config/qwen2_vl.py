@@ -24,7 +24,13 @@ from .text import QWEN2
 from .vision import Activation
 from .vlm import VLMConfig
 
-VISION_MODEL_TYPE = OneOf("qwen2_vl", "qwen2_vl_vision")
+# What the tower's section may say besides the fields of Qwen2VLVisionConfig.
+VISION_SETTINGS: dict[str, Kind] = {
+    "model_type": OneOf("qwen2_vl", "qwen2_vl_vision"),
+    "in_chans": OneOf(3),
+    "rope_parameters": or_null(JSON_OBJECT),
+}
+VISION_ROPE_SETTINGS: dict[str, Kind] = {"rope_theta": OneOf(10000.0, 10000)}
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,9 @@ class Qwen2VLConfig(VLMConfig):
     def own_fields(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """The tower, whose in_channels the hub's file spells `in_chans`, and the vision tokens."""
         vision = given.get("vision_config", {})
-        channels = checked(vision, {"model_type": VISION_MODEL_TYPE, "in_chans": OneOf(3)}, "vision_config.")
-        renamed = {"in_channels": channels["in_chans"]} if "in_chans" in channels else {}
+        extra = checked(vision, VISION_SETTINGS, "vision_config.")
+        checked(extra.get("rope_parameters") or {}, VISION_ROPE_SETTINGS, "vision_config.rope_parameters.")
+        renamed = {"in_channels": extra["in_chans"]} if "in_chans" in extra else {}
         return {
             "vision_config": from_fields(Qwen2VLVisionConfig, {**renamed, **vision}, "vision_config."),
             "image_token_id": given.get("image_token_id", cls.image_token_id),

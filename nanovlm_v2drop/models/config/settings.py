@@ -7,6 +7,7 @@ is allowed. Null is a value like any other: a setting that may be null says so w
 
 import dataclasses
 import functools
+import inspect
 import json
 import re
 import reprlib
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any, Protocol, TypeVar
 
 Config = TypeVar("Config")
 MAX_BYTES = 2**26  # the largest official index.json has less than a tenth of this
@@ -112,14 +113,14 @@ class MapOf:
         return f"a JSON object, each value {self.item}"
 
 
-class Anything:
-    """Whatever JSON can hold; the kinds of what is inside are checked later."""
+class JsonObject:
+    """A JSON object; the kinds of what is inside are checked later."""
 
     def accepts(self, value: Any) -> bool:
-        return True
+        return type(value) is dict
 
     def __str__(self) -> str:
-        return "anything"
+        return "a JSON object"
 
 
 class Either:
@@ -141,7 +142,7 @@ def or_null(kind: Kind) -> Kind:
 
 
 FLAG = OneOf(False, True)
-JSON_OBJECT = MapOf(Anything())
+JSON_OBJECT = JsonObject()
 TOKEN_ID = Whole(0, 2**24 - 1)
 TOKEN_IDS = Either(TOKEN_ID, ListOf(TOKEN_ID, 1, 64))
 
@@ -168,9 +169,9 @@ class Checked:
 
 @functools.cache
 def kinds_of(config: type) -> dict[str, Kind]:
-    """The kind of each annotated field of a config."""
-    hints = get_type_hints(config, include_extras=True)
-    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+    """The kind of each field of a config; a field that a subclass gives another default keeps its kind."""
+    hints = [hint for base in reversed(config.__mro__) for hint in inspect.get_annotations(base).items()]
+    return {name: hint.__metadata__[0] for name, hint in hints if hasattr(hint, "__metadata__")}
 
 
 def require(name: str, value: Any, kind: Kind) -> None:
@@ -221,14 +222,14 @@ def prefixed(place: str) -> Iterator[None]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a settings file.
 
-    Raises ValueError where it holds anything else than one JSON object in UTF-8. Two entries of one name are an error, and so
-    are the numbers NaN and Infinity, which JSON does not have.
+    Raises ValueError where it holds anything else than one JSON object in UTF-8, or two entries of one name. NaN and Infinity
+    are numbers here, since Python writes them; no kind accepts them.
     """
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path} has {size} bytes; a settings file has at most {MAX_BYTES}")
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=unique_names, parse_constant=refuse_constant)
+        content = json.loads(text, object_pairs_hook=unique_names)
     except RecursionError:
         raise ValueError(f"{path} is not valid JSON: its lists or objects are nested too deeply") from None
     except ValueError as error:
@@ -245,11 +246,6 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name, count = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"one object has {count} entries named {shown(name)}; keep one of them")
     return content
-
-
-def refuse_constant(constant: str) -> None:
-    """Raise ValueError: Python's json would read NaN and Infinity, which the standard does not have."""
-    raise ValueError(f"{constant} is not a number in JSON")
 
 
 def require_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
