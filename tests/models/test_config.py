@@ -10,7 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovlm_v2drop.models.config import LlavaConfig, TextConfig, VisionConfig, VLMConfig
+from nanovlm_v2drop.models.config import LlavaConfig, SiglipVisionConfig, TextConfig, VisionConfig, VLMConfig, read_json_object
+from nanovlm_v2drop.models.config.settings import (
+    FLAG,
+    Either,
+    ListOf,
+    MapOf,
+    OneOf,
+    Real,
+    Text,
+    Whole,
+    kinds_of,
+    or_null,
+    require,
+)
 
 # llava-hf/llava-1.5-7b-hf, which leaves LLaMA's sizes and CLIP's activation out.
 HUB: dict[str, Any] = {
@@ -223,3 +236,212 @@ def test_an_end_of_sequence_token_of_null_falls_back_to_llamas() -> None:
 def test_less_common_settings_that_would_change_the_numbers_are_refused_too(raw: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VLMConfig.from_official({"model_type": "llava", **raw})
+
+
+# What a file leaves out, or says twice: as transformers reads it, or refused.
+
+TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava": ("LlavaConfig", HUB["vision_config"]),
+    "llava_next": ("LlavaNextConfig", HUB["vision_config"]),
+    "llava_onevision": (
+        "LlavaOnevisionConfig",
+        {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "image_size": 384,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 26,
+            "patch_size": 14,
+        },
+    ),
+}
+OPTIONAL = tuple(TOWERS["llava_onevision"][1])
+TEXTS: dict[str, dict[str, Any]] = {"llama": {"model_type": "llama"}, "qwen2": {"model_type": "qwen2"}, "none": {}}
+
+
+def official_config(raw: dict[str, Any]) -> Any:
+    """transformers' config of the same file; ValueError where it refuses one."""
+    transformers = pytest.importorskip("transformers")
+    from huggingface_hub.errors import StrictDataclassError
+
+    names = {name: kind for name, (kind, _) in TOWERS.items()} | {"qwen2_vl": "Qwen2VLConfig"}
+    try:
+        return getattr(transformers, names[raw["model_type"]])(**copy.deepcopy(raw))
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
+
+
+def read_or_refused(read: Any, raw: dict[str, Any]) -> Any:
+    """What `read` makes of a config, or None where it refuses it."""
+    try:
+        return read(raw)
+    except ValueError:
+        return None
+
+
+def assert_same(ours: object, official: Any, kind: type) -> None:
+    compared = [item.name for item in dataclasses.fields(kind) if getattr(official, item.name, None) is not None]
+    assert len(compared) >= 8
+    for name in compared:
+        assert getattr(ours, name) == getattr(official, name), name
+
+
+@settings(deadline=None, max_examples=60)
+@given(family=st.sampled_from(sorted(TOWERS)), left_out=st.sets(st.sampled_from(OPTIONAL)))
+def test_whatever_a_vision_config_leaves_out_is_what_transformers_takes(family: str, left_out: set[str]) -> None:
+    vision = {name: value for name, value in TOWERS[family][1].items() if name not in left_out}
+    raw = {"model_type": family, "vision_config": vision}
+    config, official = read_or_refused(VLMConfig.from_official, raw), read_or_refused(official_config, raw)
+    if official is None:
+        assert config is None
+    elif config is not None:  # pinpoints that do not fit the tiles, and a layer that is not there, are refused by us alone
+        assert_same(config.vision_config, official.vision_config, VisionConfig)
+    else:
+        assert official.vision_config.image_size % official.vision_config.patch_size or family != "llava"
+
+
+def test_without_a_vision_config_the_tower_is_that_of_the_released_models() -> None:
+    for family, (kind, _) in TOWERS.items():
+        config, official = VLMConfig.from_official({"model_type": family}), official_config({"model_type": family})
+        assert_same(config.vision_config, official.vision_config, VisionConfig)
+        assert isinstance(config.vision_config, SiglipVisionConfig) == (kind == "LlavaOnevisionConfig")
+
+
+@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_text_config_has_the_defaults_of_its_own_model_type(family: str, text: dict[str, Any]) -> None:
+    raw = {"model_type": family, "text_config": text}
+    config, official = VLMConfig.from_official(raw).text_config, official_config(raw).text_config
+    assert_same(config, official, TextConfig)
+    assert config.rope_theta == official.rope_parameters["rope_theta"]
+    assert config.qkv_bias == (official.model_type == "qwen2")
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_vl"])
+@pytest.mark.parametrize("outer", [None, True, False])
+@pytest.mark.parametrize("inner", [None, True, False])
+def test_embeddings_are_tied_where_transformers_ties_them(family: str, outer: bool | None, inner: bool | None) -> None:
+    given = [{} if tied is None else {"tie_word_embeddings": tied} for tied in (outer, inner)]
+    rope = {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "rope_scaling": MROPE}
+    text = {**given[1], **(rope if family == "qwen2_vl" else {})}
+    raw = {"model_type": family, **given[0], "text_config": text, "vision_config": TOWERS.get(family, ("", {}))[1]}
+    assert VLMConfig.from_official(raw).text_config.tie_word_embeddings == official_config(raw).tie_word_embeddings
+
+
+MROPE = {"type": "mrope", "mrope_section": [16, 24, 24]}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    window=st.fixed_dictionaries(
+        {},
+        optional={
+            "use_sliding_window": st.booleans(),
+            "sliding_window": st.sampled_from([None, 64, 4096, 2**17]),
+            "max_window_layers": st.sampled_from([0, 1, 27, 28, 80]),
+            "num_hidden_layers": st.sampled_from([4, 28, 29]),
+            "layer_types": st.sampled_from([None, ["full_attention"] * 4, ["full_attention", "sliding_attention"]]),
+        },
+    )
+)
+def test_a_sliding_window_is_refused_exactly_where_a_layer_would_use_it(window: dict[str, Any]) -> None:
+    if window.get("layer_types"):
+        window = {**window, "num_hidden_layers": len(window["layer_types"])}
+    raw = {"model_type": "llava_onevision", "text_config": {"model_type": "qwen2", **window}}
+    text = official_config(raw).text_config
+    size = window.get("sliding_window", 4096)
+    slides = "sliding_attention" in text.layer_types and (size is None or size < text.max_position_embeddings)
+    assert (read_or_refused(VLMConfig.from_official, raw) is None) == slides
+
+
+@pytest.mark.parametrize("ratio", [4.0, 2.5])
+def test_a_fraction_as_mlp_ratio_is_refused_as_by_transformers(ratio: float) -> None:
+    raw = {"model_type": "qwen2_vl", "rope_scaling": MROPE, "vision_config": {"hidden_size": 8192, "mlp_ratio": ratio}}
+    assert read_or_refused(official_config, raw) is None
+    with pytest.raises(ValueError, match=rf"vision_config\.mlp_ratio = {ratio} is not supported; expected a whole number"):
+        VLMConfig.from_official(raw)
+
+
+# Every value has a kind, however a config is made.
+
+
+def test_a_config_made_in_python_is_checked_like_a_file() -> None:
+    with pytest.raises(ValueError, match="hidden_size = '48' is not supported; expected a whole number from 1"):
+        TextConfig(hidden_size="48")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rms_norm_eps = nan is not supported; expected a number"):
+        TextConfig(rms_norm_eps=float("nan"))
+    with pytest.raises(ValueError, match="image_token_id = True is not supported"):
+        LlavaConfig(image_token_id=True)
+    with pytest.raises(ValueError, match=r"eos_token_ids = \(\) is not supported; expected a list of 1 to 64"):
+        dataclasses.replace(LlavaConfig(), eos_token_ids=())
+
+
+def test_every_field_of_every_config_has_a_kind() -> None:
+    configs = [TextConfig, VisionConfig, SiglipVisionConfig, *set(VLMConfig.families().values())]
+    for config in configs:
+        without = {item.name for item in dataclasses.fields(config)} - set(kinds_of(config))
+        assert without <= {"text_config", "vision_config"}, config
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+KINDS = [
+    (Whole(1, 9), lambda value: type(value) is int and value in range(1, 10)),
+    (Real(0, 1), lambda value: type(value) in (int, float) and 0 <= value <= 1),
+    (OneOf(True, "a"), lambda value: value is True or value == "a"),
+    (Text("a+"), lambda value: isinstance(value, str) and value.strip("a") == "" and value != ""),
+]
+
+
+@pytest.mark.parametrize(("kind", "holds"), KINDS, ids=[str(kind) for kind, _ in KINDS])
+@given(value=json_values | st.integers(0, 10) | st.sampled_from(["a", "aa", 0.5, 1.0, 2.0]))
+def test_a_kind_accepts_its_own_values_and_no_others(kind: Any, holds: Any, value: Any) -> None:
+    assert kind.accepts(value) == holds(value)
+    if not kind.accepts(value):
+        with pytest.raises(ValueError, match=r"(?s)^name = .* is not supported; expected ") as caught:
+            require("name", value, kind)
+        assert str(caught.value).endswith(f"expected {kind}")
+        assert len(str(caught.value)) < 400
+
+
+def test_lists_and_objects_are_checked_inside() -> None:
+    pair = ListOf(Whole(1, 9), 2, 2)
+    assert pair.accepts([1, 9])
+    assert pair.accepts((1, 9))
+    for value in ([1], [1, 2, 3], [1, 10], [1, True], [1, None], "12", 12, None, {"0": 1, "1": 2}):
+        assert not pair.accepts(value)
+    flags = MapOf(FLAG)
+    assert flags.accepts({})
+    assert flags.accepts({"a": True})
+    for value in ({"a": 1}, {"a": None}, [True], True):
+        assert not flags.accepts(value)
+    assert or_null(pair).accepts(None)
+    assert Either(pair, FLAG).accepts(False)
+    assert str(Either(pair, FLAG)) == "a list of 2, each a whole number from 1 to 9, or one of False, True"
+
+
+@given(content=st.dictionaries(st.text(), json_values, max_size=4))
+def test_a_settings_file_is_read_as_json_reads_it(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> None:
+    file = tmp_path_factory.getbasetemp() / "settings.json"
+    text = json.dumps(content)
+    file.write_text(text)
+    assert repr(read_json_object(file)) == repr(json.loads(text))  # repr, because NaN is not equal to itself
+
+
+def test_a_huge_settings_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    with file.open("wb") as opened:
+        opened.truncate(2**26 + 1)  # a hole: it takes no room on the disk
+    with pytest.raises(ValueError, match=r"config\.json has 67108865 bytes; a settings file has at most 67108864"):
+        read_json_object(file)
+
+
+def test_the_end_tokens_of_a_folder_are_checked_against_its_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(changed("text_config.eos_token_id", 32064)))
+    with pytest.raises(ValueError, match=r"config\.json: eos_token_id 32064 is outside the vocabulary: vocab_size is 32064"):
+        VLMConfig.from_folder(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    assert VLMConfig.from_folder(tmp_path).eos_token_ids == (2,)  # the generation config goes first
