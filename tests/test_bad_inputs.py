@@ -229,7 +229,20 @@ SETTINGS = [
         )
     ],
 ]  # fmt: skip
-BAD_INPUTS = [*SETTINGS]
+
+
+def config_of_more_layers(folder: Path) -> object:
+    """The most layers that config.json may say, where the weights hold twelve."""
+    write_model(folder, "demo")
+    content = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(changed(content, "text_config.num_hidden_layers", 1024)))
+    return load(folder)
+
+
+WEIGHTS_ROWS = [
+    BadInput("layers not stored", config_of_more_layers, r"config\.json says num_hidden_layers 1024, .* 12 decoder layers"),
+]
+BAD_INPUTS = [*SETTINGS, *WEIGHTS_ROWS]
 
 
 @pytest.mark.parametrize("bad", BAD_INPUTS, ids=[bad.name for bad in BAD_INPUTS])

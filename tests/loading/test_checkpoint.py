@@ -284,6 +284,19 @@ EDITS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
 }
 
 
+def test_layers_that_are_not_stored_are_refused_before_any_is_built(
+    copy_without_weights: CopyWithoutWeights, tiny_hub_tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_without_weights()
+    save_file(tiny_hub_tensors, folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"]["num_hidden_layers"] = 1000
+    (folder / "config.json").write_text(json.dumps(raw))
+    monkeypatch.setattr(checkpoint, "MODEL_CLASSES", {})  # building any model would now be a KeyError
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers 1000, but the weights hold 6 decoder layers"):
+        load_folder(folder)
+
+
 @pytest.mark.parametrize("edit", EDITS)
 def test_weights_that_are_not_exactly_the_models_are_refused_by_name(
     edit: str, copy_without_weights: CopyWithoutWeights, tiny_hub_tensors: Tensors
