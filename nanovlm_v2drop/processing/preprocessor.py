@@ -11,6 +11,7 @@ from ..models.config.settings import (
     Kind,
     ListOf,
     Real,
+    Text,
     Whole,
     checked,
     or_null,
@@ -20,13 +21,20 @@ from ..models.config.settings import (
 
 MAX_PIXELS = Whole(1, 2**31)
 MIN_PIXELS = Whole(1, 2**24)  # every smaller picture grows to as many
-SIZE = or_null(Either(MIN_PIXELS, JSON_OBJECT))
+SIZE = or_null(Either(MIN_PIXELS, ListOf(MIN_PIXELS, 2, 2), JSON_OBJECT))
 PATCHES = Whole(1, 2**14)
 SETTINGS: dict[str, Kind] = {
+    "image_processor_type": or_null(Text()),
+    "feature_extractor_type": or_null(Text()),
+    "video_processor_type": or_null(Text()),
     "size": SIZE,
     "crop_size": SIZE,
+    "pad_size": SIZE,
+    "default_to_square": or_null(FLAG),
     "min_pixels": or_null(MIN_PIXELS),
     "max_pixels": or_null(MAX_PIXELS),
+    "max_video_tokens": or_null(MAX_PIXELS),
+    "cap_pixels_per_frame": or_null(FLAG),
     "patch_size": PATCHES,
     "temporal_patch_size": PATCHES,
     "merge_size": PATCHES,
@@ -42,7 +50,7 @@ SETTINGS: dict[str, Kind] = {
     "do_pad": or_null(FLAG),
     "do_convert_rgb": or_null(FLAG),
 }
-# Inside of size and crop_size: pixels along one side; for Qwen2-VL, shortest and longest are pixels in all.
+# Inside of a size: pixels along one side; for Qwen2-VL, shortest and longest are pixels in all.
 SIDES: dict[str, Kind] = {
     "height": or_null(MIN_PIXELS),
     "width": or_null(MIN_PIXELS),
@@ -89,7 +97,7 @@ def read_nested(folder: Path, section: str) -> dict[str, Any]:
 def checked_settings(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The known settings, checked, also those inside of the sizes."""
     settings = checked(raw, SETTINGS, prefix)
-    for name in ("size", "crop_size"):
+    for name in ("size", "crop_size", "pad_size"):
         if isinstance(settings.get(name), dict):
             checked(settings[name], SIDES, f"{prefix}{name}.")
     return settings
