@@ -239,7 +239,26 @@ def config_of_more_layers(folder: Path) -> object:
     return load(folder)
 
 
+def index_of(content: object) -> Callable[[Path], object]:
+    """A checkpoint in shards, whose index holds this."""
+
+    def attempt(folder: Path) -> object:
+        write_model(folder, "demo")
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+        return load(folder)
+
+    return attempt
+
+
+NO_MAP = r"index\.json has no weight_map \(tensor name -> file name\)"
 WEIGHTS_ROWS = [
+    BadInput("an index without a map", index_of({"metadata": {}}), NO_MAP),
+    BadInput("an index with a list", index_of({"weight_map": ["model-00001-of-00001.safetensors"]}), NO_MAP),
+    BadInput("an index with a number", index_of({"weight_map": {"lm_head.weight": 1}}), NO_MAP),
+    BadInput("an index with null", index_of({"weight_map": {"lm_head.weight": None}}), NO_MAP),
+    BadInput("an index with an endless name", index_of({"weight_map": {"lm_head.weight": "x" * 5000}}), NO_MAP),
+    BadInput("an index that is a list", index_of([]), r"index\.json must hold a JSON object, got list; download it again"),
     BadInput("layers not stored", config_of_more_layers, r"config\.json says num_hidden_layers 1024, .* 12 decoder layers"),
 ]
 BAD_INPUTS = [*SETTINGS, *WEIGHTS_ROWS]

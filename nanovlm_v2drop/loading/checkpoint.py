@@ -17,6 +17,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from ..models.config import LlavaConfig, VLMConfig, read_json_object
+from ..models.config.settings import MapOf, Text
 from ..models.decoder import Decoder
 from ..models.linear import as_bfloat16, can_prepack, packable, prepack
 from ..models.vlm import MODEL_CLASSES, VLM
@@ -52,6 +53,7 @@ RENAMES: tuple[tuple[str, str | None], ...] = (
 DECODER_LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 VISION_BLOCK = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
+WEIGHT_MAP = MapOf(Text(r"[^\0]{1,255}"))  # tensor name -> file name
 DRAWS = (init.normal_, init.uniform_, init.kaiming_uniform_)
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
@@ -170,7 +172,7 @@ def indexed_files(index: Path) -> dict[Path, set[str]]:
         weight_map = read_json_object(index).get("weight_map")
     except ValueError as error:
         raise CheckpointError(f"{error}; download it again") from error
-    if not isinstance(weight_map, dict) or {type(name) for name in weight_map.values()} != {str}:
+    if not weight_map or not WEIGHT_MAP.accepts(weight_map):
         raise CheckpointError(f"{index} has no weight_map (tensor name -> file name); download it again")
     shards: dict[Path, set[str]] = {index.parent / name: set() for name in sorted(set(weight_map.values()))}
     if absent := [shard.name for shard in shards if not shard.is_file()]:
