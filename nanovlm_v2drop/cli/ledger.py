@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +12,8 @@ from ..loading.specs import MODELS
 from ..models.parallel import ALONE
 from ..report.tables import console_for
 from ..research.ablations import ABLATIONS
-from ..research.claims import Finding, find_claims, ledger_plans, not_the_demo
+from ..research.claims import find_claims, ledger_plans, not_the_demo
+from ..research.findings import Finding, write_ledger
 from ..tasks import load_task
 from .planning import load_model, output_folder
 from .results import Answered, provenance, write_results
@@ -32,7 +33,7 @@ def run_claims(arguments: argparse.Namespace) -> dict[str, Any]:
     about = provenance(vlm, arguments, ALONE)
     run = {**run_summary(vlm, [asdict(finding) for finding in findings]), **about}
     (output / "claims.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    (output / "claims.md").write_text(as_markdown(findings), encoding="utf-8")
+    write_ledger(output, findings, about["command"])
     samples = list(task.samples(task.default_samples if arguments.limit is None else arguments.limit))
     answered = Answered(task, ledger_plans(shape), samples[:PICTURES], [sample.sample_id for sample in samples])
     panels = {name: [plan.label for plan in ABLATIONS[name](shape)] for name in PANELS}
@@ -50,11 +51,3 @@ def print_each(findings: Iterable[Finding]) -> list[Finding]:
         decided.append(finding)
     return decided
 
-
-def as_markdown(findings: Sequence[Finding]) -> str:
-    """claims.md: the ledger as one table."""
-    lines = ["| claim | paper | measured here | verdict | decided by |", "|---|---|---|---|---|"]
-    for finding in findings:
-        cells = [finding.claim, finding.paper, finding.measured, finding.verdict, f"`{finding.decides}`"]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"

@@ -86,13 +86,11 @@ def answered_before(records: Iterable[tuple[str, str, str]], plans: Mapping[str,
 
 
 def plan_line(task: str, questions: int, plans: Sequence[Plan], seeds: int) -> str:
-    """What one task will cost: questions x runs, and how often methods that draw at random are repeated."""
+    """What one task will cost: questions x runs, and how often methods that draw at random do so."""
     line = f"{task}: {questions:,} questions x {len(plans)} runs = {questions * len(plans):,} answers"
     if not any(plan.dropper is not None and plan.dropper.seeded for plan in plans):
         return line
-    if seeds == 1:
-        return f"{line}; random draws once (--seeds 3 repeats them)"
-    return f"{line}; random draws with {seeds} seeds"
+    return f"{line}; 1 seed (see --seeds)" if seeds == 1 else f"{line}; {seeds} seeds"
 
 
 def duration(seconds: float) -> str:

@@ -59,7 +59,7 @@ def announce(
     processes: Processes,
 ) -> RunProgress:
     """Print where results go, what runs and how much; returns the counter of this run."""
-    questions = {task.name: number_of_questions(task, arguments.limit) for task in tasks}
+    questions = {task.name: task.num_samples(arguments.limit) for task in tasks}
     if processes.is_first:
         print(f"output: {output}")
         about = run_summary(vlm, [])
@@ -69,12 +69,6 @@ def announce(
     before = ((record.task, record.plan, record.sample_id) for record in read_records(output))
     runs = {name: len(own) for name, own in plans.items()}
     return RunProgress(questions, runs, answered_before(before, plans), shown=processes.is_first)
-
-
-def number_of_questions(task: Task, limit: int | None) -> int:
-    """How many questions a run asks, without reading a picture."""
-    wanted = task.default_samples if limit is None else limit
-    return task.num_samples() if wanted is None else min(wanted, task.num_samples())
 
 
 @dataclass(frozen=True)

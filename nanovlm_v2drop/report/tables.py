@@ -84,15 +84,15 @@ def plus_minus(value: float | None, bounds: Sequence[float] | None) -> str:
 
 
 def print_key_metrics(task: str, rows: Sequence[Row], console: Console) -> None:
-    """The numbers that papers report of this task, and under them those of the dense model in the paper."""
+    """The numbers that papers report of this task, and under them those of dense models in the papers."""
     kind = TASKS.get(task)
     if kind is None or not kind.key_metrics:
         return
-    paper = {
-        "label": "LLaVA-1.5-7B in papers", "method": DENSE, "asked_tokens": None, "metrics": kind.dense_in_papers,
-    }  # fmt: skip
+    papers = [
+        {"label": f"{model} in papers", "asked_tokens": None, "metrics": numbers} for model, numbers in kind.reported.items()
+    ]
     columns = {textwrap.fill(name.replace("_", " "), 10): metric(name) for name in kind.key_metrics}
-    print_table(f"{task}: as papers report it", [*rows, paper], columns, console)
+    print_table(f"{task}: as papers report it", [*rows, *papers], columns, console)
 
 
 def print_details(rows: Sequence[Row], bias: Sequence[Row], console: Console) -> None:
