@@ -32,12 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def carry_out(argv: Sequence[str]) -> int:
     """One of: `compare RUN RUN2`, `--list-models`, and everything that needs a model."""
+    from .arguments import parse_arguments, parse_comparison
+
     if argv[:1] == ["compare"]:
-        from .compare import main as compare
+        given = parse_comparison(argv[1:])
+        from .compare import print_comparison  # imports torch
 
-        return compare(argv[1:])
-    from .arguments import parse_arguments
-
+        return print_comparison(given.runs, given.format)
     arguments = parse_arguments(argv)
     if arguments.list_models:
         from .models import print_models

@@ -32,6 +32,7 @@ The output folder gets samples.jsonl (one JSON line an answer), summary.json, re
 a terminal, or with --json, the last line of stdout is one JSON object with all numbers.
 """
 ACCOUNTINGS = ("equal", "official")
+FORMATS = ("table", "markdown", "latex", "csv")  # of a comparison
 DEMOS = ("demo", "demo-video")
 SEEDS_OF_DEMOS, SEEDS = 3, 1  # a real model takes hours, so it draws once
 IGNORED = {  # option -> options that would have no effect beside it
@@ -71,6 +72,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.methods = arguments.methods or default_methods(arguments)
     arguments.tasks = arguments.tasks or ([Path(arguments.model).name] if demo else ["pope", "mme"])
     arguments.seeds = arguments.seeds or (SEEDS_OF_DEMOS if demo else SEEDS)
+    return arguments
+
+
+def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of `compare`; exits as `parse_arguments`."""
+    about = "Scores of finished runs side by side, with differences that are paired by question."
+    parser = OneLineParser(prog="nanovlm-v2drop compare", description=about)
+    runs = "output folders of finished runs; the others are compared with the first"
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help=runs)
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    arguments = parser.parse_args(argv)
+    if len(arguments.runs) < 2:
+        parser.error("give two runs or more")
     return arguments
 
 

@@ -18,7 +18,6 @@ from ..evaluation.bootstrap import Resampled, difference, interval, resample
 from ..evaluation.records import Record, read_records
 from ..report.tables import console_for, plus_minus, printable
 from ..tasks import Task, load_task
-from .arguments import OneLineParser, path
 
 Key = tuple[str, str, float | None]  # task, label of the row, mean tokens that were asked for
 Answers = list[list[dict[str, Any]]]  # the answers of every seed
@@ -55,17 +54,10 @@ class Comparison:
     differences: Sequence[tuple[float, list[float]] | None]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the comparison; returns the exit status."""
-    parser = OneLineParser(prog="nanovlm-v2drop compare", description=__doc__)
-    about = "output folders of finished runs; the others are compared with the first"
-    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help=about)
-    parser.add_argument("--format", choices=WRITERS, default="table")
-    arguments = parser.parse_args(argv)
-    if len(arguments.runs) < 2:
-        parser.error("give two runs or more")
+def print_comparison(folders: Sequence[Path], form: str) -> int:
+    """Print finished runs beside the first of them, in one of WRITERS; returns the exit status."""
     try:
-        print(WRITERS[arguments.format](arguments.runs, compare([read_run(folder) for folder in arguments.runs])))
+        print(WRITERS[form](folders, compare([read_run(folder) for folder in folders])))
     except (ValueError, OSError) as error:
         print(f"nanovlm-v2drop: {error}", file=sys.stderr)
         return 2

@@ -136,7 +136,6 @@ def render_page(run: Row, galleries: Sequence[Row], script: str | None = None) -
         columns=COLUMNS,
         plotly=Markup("") if script else Markup(get_plotlyjs()),
         script=script,
-        panels=run.get("panels", {}),
         claims=run.get("claims", []),
     )
 
@@ -147,7 +146,9 @@ def task_report(
     """Everything that the template shows of one task."""
     rows, bias = (in_order(run[part], name, styles) for part in ("results", "position_bias"))
     own_galleries = [gallery for gallery in galleries if gallery["task"] == name]
-    comparisons = [compare(rows, budget) for budget in budgets_of(rows) if budget != PUBLISHED]
+    panels = run.get("panels", {})
+    ranked = [row for row in rows if not any(row["label"] in labels for labels in panels.values())]
+    comparisons = [compare(ranked, budget) for budget in budgets_of(ranked) if budget != PUBLISHED]
     return {
         "name": name,
         "number": task_number,
@@ -156,9 +157,9 @@ def task_report(
         "comparisons": comparisons,
         "headline": headline(comparisons),
         "accuracy": accuracy_figure(rows, styles),
-        "rankings": {budget: ranking_figure(rows, budget, styles) for budget in budgets_of(rows)},
+        "rankings": {budget: ranking_figure(ranked, budget, styles) for budget in budgets_of(ranked)},
         "costs": [cost_figures(rows, costs, styles) for costs in (TIMES, MEMORIES)],
-        "ablations": ablation_reports(rows, run.get("panels", {}), styles),
+        "ablations": ablation_reports(rows, panels, styles),
         "paper": any(row["paper"] for row in rows),
         "notes": list(dict.fromkeys(row["note"] for row in rows if row["note"])),
         "kinds": list(dict.fromkeys(kind for row in rows for kind in row["metrics"] if kind != "score")),

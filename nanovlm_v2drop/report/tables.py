@@ -89,9 +89,9 @@ def print_key_metrics(task: str, rows: Sequence[Row], console: Console) -> None:
     if kind is None or not kind.key_metrics:
         return
     papers = [
-        {"label": f"{model} in papers", "asked_tokens": None, "metrics": numbers} for model, numbers in kind.reported.items()
+        {"label": f"{model}, papers", "asked_tokens": None, "metrics": numbers} for model, numbers in kind.reported.items()
     ]
-    columns = {textwrap.fill(name.replace("_", " "), 10): metric(name) for name in kind.key_metrics}
+    columns = {textwrap.fill(name.replace("_", " "), 8, break_long_words=False): metric(name) for name in kind.key_metrics}
     print_table(f"{task}: as papers report it", [*rows, *papers], columns, console)
 
 
