@@ -87,7 +87,8 @@ def answered_before(records: Iterable[tuple[str, str, str]], plans: Mapping[str,
 
 def plan_line(task: str, questions: int, plans: Sequence[Plan], seeds: int) -> str:
     """What one task will cost: questions x runs, and how often methods that draw at random do so."""
-    line = f"{task}: {questions:,} questions x {len(plans)} runs = {questions * len(plans):,} answers"
+    runs = "1 run" if len(plans) == 1 else f"{len(plans)} runs"
+    line = f"{task}: {questions:,} questions x {runs} = {questions * len(plans):,} answers"
     if not any(plan.dropper is not None and plan.dropper.seeded for plan in plans):
         return line
     return f"{line}; 1 seed (see --seeds)" if seeds == 1 else f"{line}; {seeds} seeds"
