@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from tiny_tasks import OWN_METHOD, mme_rows, pope_rows, write_shards
 
 from nanovlm_v2drop import cli
@@ -23,7 +22,11 @@ ROW_KEYS = {
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    code = cli.main([str(argument) for argument in arguments])
+    """Exit status, stdout and stderr; wrong options end in SystemExit, as argparse does it."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -38,7 +41,11 @@ def test_the_script_ends_with_one_json_line_and_leaves_answers_summary_and_repor
     for row in result["results"]:
         assert set(row) >= ROW_KEYS
         assert row["asked_tokens"] is None or abs(row["mean_vision_tokens"] - row["asked_tokens"]) <= 0.5
-    assert "mean tokens" in done.stdout
+    first, *_, report, _ = done.stdout.splitlines()
+    assert first == f"output: {tmp_path / 'run'}"
+    assert report == f"report: {tmp_path / 'run' / 'report.html'}"
+    assert "demo: 6 questions x 13 runs = 78 answers; 3 seeds" in done.stdout
+    assert "prefill  speed-" in done.stdout
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 6 * (1 + 3 + 3 * 3)  # three seeds of Random
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == result
     assert [(entry["method"], entry["asked_tokens"]) for entry in result["position_bias"]] == budgets
@@ -181,7 +188,11 @@ def test_an_ablation_stands_beside_the_papers_numbers(tmp_path, capsys):
     rows = json.loads(out.splitlines()[-1])["results"]
     assert [row["label"].removeprefix("v2drop ") for row in rows] == ["dense", "l2", "l1", "cosine", "progressive", "one-shot"]
     assert rows[3]["paper"] == {"MME": 1718, "GQA": 55.2, "MMB": 61.8, "SQA": 69.2}
-    assert "│ v2drop cosine      │    32 │ 1718 │ 55.2 │" in out
+    assert json.loads((tmp_path / "summary.json").read_text())["panels"] == {
+        "metric": ["v2drop l2", "v2drop l1", "v2drop cosine"],
+        "steps": ["v2drop progressive", "v2drop one-shot"],
+    }
+    assert "the paper's numbers" not in out
 
 
 def test_a_method_of_ones_own_runs_from_its_file(tmp_path, capsys):
@@ -201,22 +212,10 @@ def test_a_method_that_scores_nan_ends_in_one_line_and_exit_code_2(tmp_path, cap
     assert "Traceback" not in error
 
 
-def test_one_question_about_one_picture_is_answered_with_and_without_dropping(tmp_path, capsys):
-    Image.new("RGB", (300, 200), (90, 120, 100)).save(tmp_path / "grey.png")
-    code, out, _ = run(
-        capsys, "--image", tmp_path / "grey.png", "--prompt", "How many objects are in the image?", "--output", tmp_path
-    )
-    assert code == 0
-    result = json.loads(out.splitlines()[-1])
-    assert [row["method"] for row in result["results"]] == ["dense"] + ["v2drop", "random"] * 3
-    assert all(row["text"] for row in result["results"])
-    assert Image.open(tmp_path / "kept.png").size[0] > 700
-
-
 def test_missing_weights_end_in_two_lines_and_exit_code_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    code, out, error = run(capsys, "--model", "llava-1.5-7b", "--output", tmp_path / "run")
+    code, out, error = run(capsys, "--model", "llava-1.5-7b", "--tasks", "demo", "--output", tmp_path / "run")
     assert code == 2
     assert out == ""
     assert len(error.strip().splitlines()) == 2
@@ -228,33 +227,22 @@ def test_missing_weights_end_in_two_lines_and_exit_code_2(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "dense,fastest"], "unknown method 'fastest'; choose from: dense, "),
         (["--tokens", "5"], "a mean of 5 vision tokens is out of reach"),
         (["--tokens", "145"], "lies between 12.9 and 144"),
-        (["--ablation", "size"], "unknown ablation 'size'"),
-        (["--methods", "nowhere.py:Own"], "there is no file nowhere.py"),
-        (["--tasks", "chess"], "unknown task 'chess'; choose one of: demo, demo-video, mme, pope"),
-        (["--model", "gpt"], "gpt"),
         (["--attention", "varlen"], "needs a CUDA device"),
-        (["--image", "nowhere.png", "--prompt", "What?"], "nowhere.png"),
+        (["--max-pixels", "100"], "max_pixels 100 has no meaning for demo"),
+        (["--frames", "3"], "demo takes pictures only"),
+        (["--image", str(ROOT / "weights/demo/report.png"), "--prompt", " "], "--prompt ' ' is blank"),
+        (["--image", str(ROOT / "weights/demo/config.json"), "--prompt", "What?"], "cannot read"),
     ],
 )
-def test_a_wrong_option_is_one_clear_error_with_exit_code_2(arguments, message, tmp_path, capsys):
-    code, _, error = run(capsys, *arguments, "--output", tmp_path / "run")
+def test_what_a_model_cannot_use_is_one_line_with_exit_code_2(arguments, message, tmp_path, capsys):
+    limit = [] if "--image" in arguments else ["--limit", 1]
+    code, _, error = run(capsys, *arguments, *limit, "--output", tmp_path / "run")
     assert code == 2
-    assert message in error
-    assert "Traceback" not in error
-
-
-WRONG = [["--image", "a.png"], ["--resume"], ["--limit", "0"], ["--seeds", "0"], ["--tokens", "many"]]
-
-
-@pytest.mark.parametrize("arguments", WRONG)
-def test_options_that_do_not_fit_are_refused_by_the_parser(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 2
-    assert "error: " in capsys.readouterr().err
+    (line,) = error.splitlines()
+    assert line.startswith("nanovlm-v2drop: ")
+    assert message in line
 
 
 @pytest.mark.slow
@@ -265,38 +253,3 @@ def test_the_demo_reaches_its_accuracies_and_is_sensitive_to_random_dropping(tmp
     assert dense["existence"] >= 95
     assert dense["score"] >= 90
     assert rows["random", 16.0]["relative_interval"][1] < 90
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--accounting", "official", "--tokens", "32"], "beside --accounting --tokens would be ignored; leave one"),
-        (["--ablation", "metric", "--methods", "fastv", "--seeds", "2"], "beside --ablation --methods, --seeds would be"),
-        (["--claims", "--image", "a.png", "--prompt", "b"], "beside --claims --prompt, --image would be ignored"),
-        (["--image", "a.png", "--prompt", "b", "--limit", "3", "--tasks", "pope"], "beside --prompt --tasks, --limit"),
-        (["--methods", ""], "argument --methods: nothing is named"),
-        (["--retain", " , "], "argument --retain: nothing is named"),
-        (["--device", "foo"], "unknown device 'foo'; cpu, cuda or cuda:N"),
-    ],
-)
-def test_an_option_that_would_be_ignored_or_means_nothing_is_refused(options, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(options)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--max-pixels", "100"], "max_pixels 100 has no meaning for demo"),
-        (["--frames", "3"], "demo takes pictures only"),
-        (["--image", str(ROOT / "weights/demo/report.png"), "--prompt", ""], "the request is blank"),
-        (["--output", "/dev/null"], "File exists"),
-    ],
-)
-def test_what_a_model_cannot_use_is_told_in_one_line(options, message, capsys):
-    assert cli.main([*options, "--methods", "dense", *([] if "--prompt" in options else ["--limit", "1"])]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("nanovlm-v2drop: ")
-    assert message in told

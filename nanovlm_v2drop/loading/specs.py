@@ -66,6 +66,7 @@ MODELS: dict[str, ModelSpec] = {
             parameters=0.0065,
             licence=APACHE,
             takes=ALL_MEDIA,
+            frames=8,
         ),
         ModelSpec(
             "llava-1.5-7b",

@@ -87,6 +87,13 @@ def met_budget(row: Row) -> bool:
     return row["asked_tokens"] is None or row["mean_vision_tokens"] <= row["asked_tokens"] * BUDGET_MARGIN
 
 
+def standing(row: Row) -> tuple[float, Sequence[float]]:
+    """What methods are ranked by: the share of dense's score, or the score where dense did not answer."""
+    if row["relative_score"] is None:
+        return row["score"], row["score_interval"]
+    return row["relative_score"], row["relative_interval"]
+
+
 def number(value: float | None, digits: str = ".1f") -> str:
     return "–" if value is None else f"{value:{digits}}"
 
@@ -225,13 +232,26 @@ def accuracy_trace(line: Sequence[Row], styles: Mapping[str, Style], shift: floa
 
 def ranking_figure(rows: Sequence[Row], budget: str, styles: Mapping[str, Style]) -> Figure:
     """The methods at one budget under each other, the best on top; with their tokens where these are not the budget's."""
-    own = sorted(at_budget(rows, budget), key=lambda row: row["score"])
-    traces = []
-    for row in own:
+    shown = {}
+    for row in sorted(at_budget(rows, budget), key=lambda row: row["score"]):
         tokens = "" if budget != PUBLISHED and met_budget(row) else f" ({number(row['mean_vision_tokens'])})"
-        trace = method_trace([row], styles, [row["score"]], [escape(label_of(row)) + tokens])
+        shown[label_of(row) + tokens] = row
+    return bar_figure(shown, rows, styles)
+
+
+def panel_figure(rows: Sequence[Row], styles: Mapping[str, Style]) -> Figure:
+    """The rows of one ablation under each other, the best on top; `rows` holds dense too."""
+    own = sorted((row for row in rows if row["method"] != DENSE), key=lambda row: row["score"])
+    return bar_figure({label_of(row): row for row in own}, rows, styles)
+
+
+def bar_figure(shown: Mapping[str, Row], rows: Sequence[Row], styles: Mapping[str, Style]) -> Figure:
+    """A mark and an interval for each of `shown`, by its name from bottom to top, beside dense's score from `rows`."""
+    traces = []
+    for name, row in shown.items():
+        trace = method_trace([row], styles, [row["score"]], [escape(name)])
         traces.append({**trace, "error_x": error_bars([row], styles[row["method"]])})
-    layout = {**base_layout("score", ""), "shapes": dense_shapes(rows, "x"), "height": 70 + 25 * len(own)}
+    layout = {**base_layout("score", ""), "shapes": dense_shapes(rows, "x"), "height": 70 + 25 * len(shown)}
     layout["yaxis"] |= {"type": "category", "showgrid": False}
     return {"data": traces, "layout": layout}
 

@@ -23,7 +23,23 @@ function draw(plot) {
   Plotly.react(plot, traces, layout, { responsive: true, displayModeBar: false });
 }
 
+// A table that goes on to the right fades out there and has a hint above it, until it is scrolled to its end.
+function showScrolling() {
+  for (const box of document.querySelectorAll(".scroll")) {
+    box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 2);
+    box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth + 2;
+  }
+}
+for (const box of document.querySelectorAll(".scroll")) box.addEventListener("scroll", showScrolling);
+for (const details of document.querySelectorAll("details")) details.addEventListener("toggle", showScrolling);
+addEventListener("resize", showScrolling);
+
 function drawVisible() {
+  showScrolling();
+  if (typeof Plotly === "undefined") {
+    document.querySelector(".missing").hidden = false;
+    return;
+  }
   [...document.querySelectorAll(".plot")].filter((plot) => plot.offsetParent).forEach(draw);
 }
 
@@ -46,6 +62,7 @@ function setHidden(methods) {
 }
 
 function emphasise(method) {
+  if (typeof Plotly === "undefined") return;
   for (const plot of document.querySelectorAll(".plot.many")) {
     if (plot.offsetParent) Plotly.restyle(plot, { opacity: plot.data.map((trace) => (!method || trace.meta === method ? 1 : 0.15)) });
   }

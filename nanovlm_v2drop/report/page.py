@@ -1,6 +1,10 @@
-"""The report page of a run: one file with figures, table, position bias and galleries that needs no network.
+"""The report page of a run: figures, table, position bias and pictures of what was kept. It needs no network.
 
-    python -m nanovlm_v2drop.report.page results/RUN      write results/RUN/report.html again
+    python -m nanovlm_v2drop.report.page results/RUN                 write results/RUN/report.html again
+    python -m nanovlm_v2drop.report.page results/RUN --standalone    as one file that can be sent to somebody
+
+Plotly's script is 4.7 MB. The runs in a folder called `results` share one copy of it, results/plotly-VERSION.min.js, and their
+pages refer to it. The page of a run elsewhere holds the script itself, because nothing is written outside the run's folder.
 """
 
 import argparse
@@ -12,7 +16,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from ..evaluation.plans import DENSE
 from ..models.config import read_json_object
@@ -30,11 +34,14 @@ from .figures import (
     met_budget,
     method_styles,
     number,
+    panel_figure,
     ranking_figure,
+    standing,
     title_of,
     with_interval,
 )
 
+RESULTS = Path("results")  # where runs go by default
 TIMES = {"prefill_ms": "prefill of a prompt, ms", "total_ms": "whole answer, ms"}
 MEMORIES = {
     "kv_cache_mb": "key/value cache of a prompt, MB",
@@ -71,15 +78,30 @@ COLUMNS = (
 )
 
 
-def write_page(output: Path) -> Path:
-    """Write `output`/report.html from the summary.json and galleries.json that lie there; returns its path."""
+def write_page(output: Path, standalone: bool = False) -> Path:
+    """Write `output`/report.html from the summary.json and galleries.json that lie there; returns its path.
+
+    `standalone`: the page holds Plotly's script even where the runs beside it share one.
+    """
     run = read_json_object(output / "summary.json")
     galleries = json.loads((output / "galleries.json").read_text(encoding="utf-8"))
     if one_method(run["results"]):
         name_by_setting([*run["results"], *run["position_bias"], *(row for gallery in galleries for row in gallery["rows"])])
     path = output / "report.html"
-    path.write_text(render_page(run, galleries), encoding="utf-8")
+    shares = output.absolute().parent.name == RESULTS.name and not standalone
+    script = shared_script(output.absolute().parent) if shares else None
+    path.write_text(render_page(run, galleries, script), encoding="utf-8")
     return path
+
+
+def shared_script(folder: Path) -> str:
+    """The name of Plotly's script in a folder of runs; it is written where it is not there yet."""
+    path = folder / f"plotly-{get_plotlyjs_version()}.min.js"
+    if not path.is_file():
+        whole = path.with_suffix(".whole")
+        whole.write_text(get_plotlyjs(), encoding="utf-8")
+        whole.replace(path)  # at once, since several runs may end at the same time
+    return path.name
 
 
 def one_method(rows: Sequence[Row]) -> bool:
@@ -93,7 +115,8 @@ def name_by_setting(rows: Sequence[dict[str, Any]]) -> None:
         row["method"] = row["label"]
 
 
-def render_page(run: Row, galleries: Sequence[Row]) -> str:
+def render_page(run: Row, galleries: Sequence[Row], script: str | None = None) -> str:
+    """The page; `script` is the name of the file in the folder above that holds Plotly, None puts it into the page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -111,7 +134,9 @@ def render_page(run: Row, galleries: Sequence[Row]) -> str:
         styles=styles,
         tasks=[task_report(name, index, run, galleries, styles) for index, name in enumerate(tasks, 1)],
         columns=COLUMNS,
-        plotly=Markup(get_plotlyjs()),
+        plotly=Markup("") if script else Markup(get_plotlyjs()),
+        script=script,
+        claims=run.get("claims", []),
     )
 
 
@@ -121,7 +146,9 @@ def task_report(
     """Everything that the template shows of one task."""
     rows, bias = (in_order(run[part], name, styles) for part in ("results", "position_bias"))
     own_galleries = [gallery for gallery in galleries if gallery["task"] == name]
-    comparisons = [compare(rows, budget) for budget in budgets_of(rows) if budget != PUBLISHED]
+    panels = run.get("panels", {})
+    ranked = [row for row in rows if not any(row["label"] in labels for labels in panels.values())]
+    comparisons = [compare(ranked, budget) for budget in budgets_of(ranked) if budget != PUBLISHED]
     return {
         "name": name,
         "number": task_number,
@@ -130,8 +157,9 @@ def task_report(
         "comparisons": comparisons,
         "headline": headline(comparisons),
         "accuracy": accuracy_figure(rows, styles),
-        "rankings": {budget: ranking_figure(rows, budget, styles) for budget in budgets_of(rows)},
+        "rankings": {budget: ranking_figure(ranked, budget, styles) for budget in budgets_of(ranked)},
         "costs": [cost_figures(rows, costs, styles) for costs in (TIMES, MEMORIES)],
+        "ablations": ablation_reports(rows, panels, styles),
         "paper": any(row["paper"] for row in rows),
         "notes": list(dict.fromkeys(row["note"] for row in rows if row["note"])),
         "kinds": list(dict.fromkeys(kind for row in rows for kind in row["metrics"] if kind != "score")),
@@ -139,6 +167,20 @@ def task_report(
         "galleries": [gallery_report(gallery, styles) for gallery in own_galleries],
         "gallery_budgets": budgets_of([row for gallery in own_galleries for row in gallery["rows"]]),
     }
+
+
+def ablation_reports(
+    rows: Sequence[Row], panels: Mapping[str, Sequence[str]], styles: Mapping[str, Style]
+) -> dict[str, dict[str, Any]]:
+    """For each ablation its rows, best first, a figure of their scores, and the benchmarks that the paper reports."""
+    reports = {}
+    for name, labels in panels.items():
+        own = sorted((row for row in rows if row["label"] in labels), key=lambda row: -row["score"])
+        if own:
+            benchmarks = list(dict.fromkeys(benchmark for row in own for benchmark in row["paper"]))
+            dense = [row for row in rows if row["method"] == DENSE]
+            reports[name] = {"rows": own, "figure": panel_figure([*dense, *own], styles), "benchmarks": benchmarks}
+    return reports
 
 
 def in_order(rows: Sequence[Row], task: str, styles: Mapping[str, Style]) -> list[Row]:
@@ -199,13 +241,6 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def standing(row: Row) -> tuple[float, Sequence[float]]:
-    """What methods are ranked by: the share of dense's score, or the score where dense did not answer."""
-    if row["relative_score"] is None:
-        return row["score"], row["score_interval"]
-    return row["relative_score"], row["relative_interval"]
-
-
 def standing_text(row: Row) -> str:
     return with_interval(*standing(row), "" if row["relative_score"] is None else " %")
 
@@ -247,7 +282,9 @@ def dropped_path(kept: Sequence[int], grid: Sequence[int]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the report page of a run again.")
     parser.add_argument("output", type=Path, help="the run's folder, with summary.json and galleries.json")
-    print(write_page(parser.parse_args(argv).output))
+    parser.add_argument("--standalone", action="store_true", help="one file that can be sent to somebody, 4.7 MB larger")
+    arguments = parser.parse_args(argv)
+    print(write_page(arguments.output, arguments.standalone))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,108 @@
-"""The tables of a run on screen."""
+"""The tables of a run on screen. Every text is printed as it is: names from users are never read as markup."""
 
+import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from ..evaluation.plans import DENSE
 from ..evaluation.position_bias import BINS
-from ..research.findings import Finding
+from ..tasks import TASKS
+from .figures import at_budget, budget_of, met_budget, standing
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 Cell = Callable[[Row], str]
 Columns = Mapping[str, Cell]
 
+WIDTH = 78  # of the first screen: fits a terminal of 80 columns
+NAME_ROOM = 29  # for method and budget; a longer name is cut on screen, the report and results.csv have it whole
+GAP = 2  # between two columns
+PIPED_WIDTH = 140  # of the other tables where stdout is no terminal
 
-def print_run(rows: Sequence[Row], bias: Sequence[Row], console: Console) -> None:
-    """Every table of a run, task by task; intervals are 95 %."""
+
+def console_for(wide: bool) -> Console:
+    """stdout without markup; `wide`: as wide as the terminal, else WIDTH."""
+    width = (None if sys.stdout.isatty() else PIPED_WIDTH) if wide else WIDTH
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which could move the cursor or change colours."""
+    return "".join(one if one.isprintable() or one == "\n" else "\N{REPLACEMENT CHARACTER}" for one in text)
+
+
+def print_scores(rows: Sequence[Row], console: Console) -> None:
+    """The first screen: for every task the scores, the numbers that its papers report, and notes on single rows."""
     for task in dict.fromkeys(row["task"] for row in rows):
-        own = [row for row in rows if row["task"] == task]
-        print_scores(own, console)
+        own = by_budget([row for row in rows if row["task"] == task])
+        title = f"{task}: {own[0]['samples']:,} questions, {own[0]['vision_tokens']:g} vision tokens a prompt"
+        print_table(title, own, score_columns(own), console, bold=best_rows(own))
+        print_key_metrics(task, own, console)
+        for note in dict.fromkeys(row["note"] for row in own if row["note"]):
+            noted = [f"{label(row)} {asked(row)}".removesuffix(" -") for row in own if row["note"] == note]
+            console.print(f"{', '.join(noted)}: {note}")
+
+
+def by_budget(rows: Sequence[Row]) -> list[Row]:
+    """Dense, then published settings, then the budgets from large to small; rows of one budget stay in their order."""
+    return sorted(rows, key=lambda row: (row["method"] != DENSE, -(row["asked_tokens"] or float("inf"))))
+
+
+def best_rows(rows: Sequence[Row]) -> list[Row]:
+    """At every budget the best of the rows that met it; none where only one did, or where it is level with all."""
+    best: list[Row] = []
+    for budget in dict.fromkeys(budget_of(row) for row in rows if row["asked_tokens"] is not None):
+        ranked = [row for row in at_budget(rows, budget) if met_budget(row)]
+        highest = [row for row in ranked if standing(row)[0] == max(standing(other)[0] for other in ranked)]
+        best += highest if len(highest) < len(ranked) else []
+    return best
+
+
+def score_columns(rows: Sequence[Row]) -> Columns:
+    dense = next((row for row in rows if row["method"] == DENSE), None)
+    return {
+        "mean\ntokens": number("mean_vision_tokens", ".1f"),
+        "score": lambda row: plus_minus(row["score"], row["score_interval"]),
+        "% of\ndense": lambda row: plus_minus(row["relative_score"], row["relative_interval"]),
+        "prefill\nms": number("prefill_ms", ".1f"),
+        "speed-\nup": lambda row: "-" if dense is None else f"{dense['prefill_ms'] / row['prefill_ms']:.2f}x",
+    }
+
+
+def plus_minus(value: float | None, bounds: Sequence[float] | None) -> str:
+    """A value and half the width of its 95 % interval."""
+    if value is None or bounds is None:
+        return "-"
+    digits = ".0f" if abs(value) >= 1000 else ".1f"
+    return f"{value:{digits}} ± {(bounds[1] - bounds[0]) / 2:{digits}}"
+
+
+def print_key_metrics(task: str, rows: Sequence[Row], console: Console) -> None:
+    """The numbers that papers report of this task, and under them those of dense models in the papers."""
+    kind = TASKS.get(task)
+    if kind is None or not kind.key_metrics:
+        return
+    papers = [
+        {"label": f"{model}, papers", "asked_tokens": None, "metrics": numbers} for model, numbers in kind.reported.items()
+    ]
+    columns = {textwrap.fill(name.replace("_", " "), 8, break_long_words=False): metric(name) for name in kind.key_metrics}
+    print_table(f"{task}: as papers report it", [*rows, *papers], columns, console)
+
+
+def print_details(rows: Sequence[Row], bias: Sequence[Row], console: Console) -> None:
+    """Every other table of a run, task by task; intervals are 95 %."""
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = by_budget([row for row in rows if row["task"] == task])
+        print_table(f"{task}: intervals and costs", own, INTERVALS, console)
+        published = [row for row in own if row["paper"]]
+        benchmarks = {name: paper(name) for row in published for name in row["paper"]}
+        print_table("the paper's numbers for these rows, LLaVA-1.5-7B", published, benchmarks, console)
         print_table(f"{task}: by kind", own, kind_columns(own), console)
         print_table(f"{task}: time and memory", own, efficiency_columns(own), console)
         biased = [entry for entry in bias if entry["task"] == task]
@@ -27,36 +111,43 @@ def print_run(rows: Sequence[Row], bias: Sequence[Row], console: Console) -> Non
         print_table(f"{task}: kept at the first drop point, by frame, %", videos, frame_columns(videos), console)
 
 
-def print_scores(rows: Sequence[Row], console: Console) -> None:
-    """The headline table, and under it what must be known of some rows."""
-    title = f"{rows[0]['task']}: {rows[0]['samples']} samples, {rows[0]['vision_tokens']:g} vision tokens a prompt"
-    print_table(title, rows, SCORES, console)
-    for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
-        noted = [f"{row['label']} {asked(row)}".removesuffix(" -") for row in rows if row["note"] == note]
-        console.print(f"{', '.join(noted)}: {note}")
-    published = [row for row in rows if row["paper"]]
-    names = dict.fromkeys(name for row in published for name in row["paper"])
-    print_table("the paper's numbers for these rows, LLaVA-1.5-7B", published, {name: paper(name) for name in names}, console)
-
-
-def print_table(title: str, rows: Sequence[Row], columns: Columns, console: Console) -> None:
-    """One line a row behind its method and budget; nothing where there are no rows."""
-    if not rows:
+def print_table(title: str, rows: Sequence[Row], columns: Columns, console: Console, bold: Sequence[Row] = ()) -> None:
+    """One line a row behind its method and budget; columns that do not fit go into a second table. Nothing without rows."""
+    if not rows or not columns:
         return
-    table = Table(title=title)
-    for name in (shown := {"method": label, "asked": asked, **columns}):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
-        table.add_row(*(cell(row) for cell in shown.values()))
-    console.print(table)
+    console.print(title, style="italic")
+    budgets: Columns = {"asked": asked} if any(row["asked_tokens"] is not None for row in rows) else {}
+    longest = NAME_ROOM - sum(GAP + width_of(name, cell, rows) for name, cell in budgets.items())
+    named = {"method": label, **budgets}
+    room = console.width - min(NAME_ROOM, sum(GAP + width_of(name, cell, rows) for name, cell in named.items()) - GAP)
+    for part in fitting_parts(rows, columns, room):
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        for name in (shown := {**named, **part}):
+            side: Any = "left" if name == "method" else "right"
+            table.add_column(name, justify=side, no_wrap=True, max_width=longest if name == "method" else None)
+        for row in rows:
+            cells = [Text(printable(cell(row))) for cell in shown.values()]
+            table.add_row(*cells, style="bold" if row in bold else None)
+        console.print(table)
+        console.print()
 
 
-def print_findings(findings: Sequence[Finding], console: Console) -> None:
-    """The ledger of claims."""
-    table = Table("claim", "paper", "measured here", "verdict", "decided by", title="The paper's claims", show_lines=True)
-    for finding in findings:
-        table.add_row(finding.claim, finding.paper, finding.measured, finding.verdict, finding.decides)
-    console.print(table)
+def fitting_parts(rows: Sequence[Row], columns: Columns, room: int) -> list[Columns]:
+    """The columns in their order, cut into parts of at most `room` characters with one column at least."""
+    parts: list[dict[str, Cell]] = [{}]
+    left = room
+    for name, cell in columns.items():
+        width = GAP + width_of(name, cell, rows)
+        if width > left and parts[-1]:
+            parts.append({})
+            left = room
+        parts[-1][name] = cell
+        left -= width
+    return list(parts)
+
+
+def width_of(name: str, cell: Cell, rows: Sequence[Row]) -> int:
+    return max(cell_len(text) for text in [*name.split("\n"), *map(cell, rows)])
 
 
 def label(row: Row) -> str:
@@ -78,19 +169,18 @@ def with_interval(value: float | None, bounds: Sequence[float] | None) -> str:
 
 
 def percent(name: str, index: int) -> Cell:
-    """Probability of being kept in one tenth of the sequence, or one frame; prompts of few vision tokens leave some empty."""
+    """Probability of being kept in one tenth of the sequence, or in one frame; "-" where no token stands."""
     return lambda entry: "-" if entry[name][index] is None else f"{100 * entry[name][index]:.0f}"
 
 
 def frame_columns(entries: Sequence[Row]) -> Columns:
-    """One a frame, or one of every few where there are many: a table has room for sixteen."""
+    """One column a frame; of long videos every second, third, ... frame, so that there are at most sixteen columns."""
     frames = min((len(entry["frames"]) for entry in entries), default=0)
     shown = range(0, frames, -(-frames // 16) or 1)
     return {"layer": number("layer", "d"), **{str(frame + 1): percent("frames", frame) for frame in shown}}
 
 
-SCORES: Columns = {
-    "mean tokens": number("mean_vision_tokens", ".1f"),
+INTERVALS: Columns = {
     "final": number("final_vision_tokens", "g"),
     "score": lambda row: with_interval(row["score"], row["score_interval"]),
     "% of dense": lambda row: with_interval(row["relative_score"], row["relative_interval"]),
@@ -121,7 +211,13 @@ def kind_columns(rows: Sequence[Row]) -> Columns:
 
 
 def metric(name: str) -> Cell:
-    return lambda row: f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "-"
+    """Shares (0 to 1) with three digits, points with one."""
+
+    def shown(row: Row) -> str:
+        value = row["metrics"].get(name)
+        return "-" if value is None else f"{value:.3f}" if abs(value) <= 1 else f"{value:.1f}"
+
+    return shown
 
 
 def paper(name: str) -> Cell:
@@ -130,7 +226,7 @@ def paper(name: str) -> Cell:
 
 def efficiency_columns(rows: Sequence[Row]) -> Columns:
     """As the paper's efficiency table: times a sample, throughput, and memory; beside dense where it ran."""
-    dense = next((row for row in rows if row["method"] == "dense"), None)
+    dense = next((row for row in rows if row["method"] == DENSE), None)
     if dense is None:
         return TIMES
     return {**TIMES, "items/s beside dense": lambda row: f"{row['items_per_s'] / dense['items_per_s']:.2f}x"}

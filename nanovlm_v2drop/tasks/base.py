@@ -42,6 +42,7 @@ class Task(ABC):
     name: str
     max_new_tokens: int
     default_samples: int | None = None  # what a run without a limit takes; None is everything
+    key_metrics: ClassVar[Sequence[str]] = ()  # keys of `summary` that papers report, shown beside the score
     # By model: what its paper reports for the dense model, under the names of `summary`.
     reported: ClassVar[Mapping[str, Mapping[str, float]]] = {}
 

@@ -28,6 +28,7 @@ class Mme(ParquetTask):
     max_new_tokens = 16
     repo_id = REPO_ID
     id_columns = ("category", "question_id")
+    key_metrics = ("score", "perception", "cognition", "accuracy", "accuracy_plus")
     reported: ClassVar[Mapping[str, Mapping[str, float]]] = {"llava-1.5-7b": {"perception": 1510.7, "score": 1862.0}}
 
     def sample_ids(self) -> list[str]:

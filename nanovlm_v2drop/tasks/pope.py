@@ -30,6 +30,7 @@ class Pope(ParquetTask):
     max_new_tokens = 128
     repo_id = REPO_ID
     id_columns = ("category", "question_id")
+    key_metrics = ("f1_random", "f1_popular", "f1_adversarial", "f1_mean_of_categories", "yes_ratio")
     reported: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "llava-1.5-7b": {"f1_random": 0.873, "f1_popular": 0.861, "f1_adversarial": 0.842, "f1_mean_of_categories": 0.859},
     }

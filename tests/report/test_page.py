@@ -294,6 +294,57 @@ def test_runs_with_less_in_them_have_a_page_too(case, tmp_path):
     assert len(found.figures()) > 3
 
 
+def test_runs_in_a_folder_called_results_share_plotlys_script(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    pages = [write_run(folder / name, make_run(["demo"]), []) for name in ("a", "b")]
+    (script,) = folder.glob("plotly-*.min.js")
+    assert script.read_text(encoding="utf-8") == page.get_plotlyjs()
+    for path in pages:
+        assert f'<script src="../{script.name}"></script>' in path.read_text(encoding="utf-8")
+        assert path.stat().st_size < 500_000
+    page.main([str(folder / "a"), "--standalone"])
+    assert page.get_plotlyjs() in pages[0].read_text(encoding="utf-8")
+    assert list((tmp_path).glob("plotly*")) == []
+
+
+def test_a_run_elsewhere_writes_nothing_outside_its_folder(tmp_path):
+    write_run(tmp_path / "run", make_run(["demo"]), [])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def ablation_run() -> dict[str, Any]:
+    scores = {"l1": 90.0, "l2": 91.0, "progressive": 94.0, "one-shot": 89.0}
+    rows = [
+        make_row("demo", "v2drop", 32.0, score, label=f"v2drop {name}", paper={"MME": 1700 + score})
+        for name, score in scores.items()
+    ]
+    panels = {"metric": ["v2drop l1", "v2drop l2"], "steps": ["v2drop progressive", "v2drop one-shot"]}
+    results = [make_row("demo", "dense", None, 97.0), *rows]
+    return {**make_run(["demo"]), "results": results, "position_bias": [], "panels": panels}
+
+
+def test_ablation_questions_are_separate_panels_and_not_ranked_with_each_other():
+    run = ablation_run()
+    reported = page.task_report("demo", 1, run, [], figures.method_styles([row["method"] for row in run["results"]]))
+    assert {name: [row["label"] for row in report["rows"]] for name, report in reported["ablations"].items()} == {
+        "metric": ["v2drop l2", "v2drop l1"],
+        "steps": ["v2drop progressive", "v2drop one-shot"],
+    }
+    assert [len(report["figure"]["data"]) for report in reported["ablations"].values()] == [2, 2]
+    assert reported["comparisons"] == []
+    assert reported["rankings"] == {}
+    assert reported["headline"] == ""
+
+
+def test_claims_stand_in_a_section_of_their_own(tmp_path):
+    finding = {"claim": "it <b>works</b>", "paper": "yes", "measured": "+1.0", "verdict": "holds here", "decides": "by formula"}
+    found = Parsed(write_run(tmp_path, {**ablation_run(), "claims": [finding]}, []))
+    assert "The paper's claims" in found.words
+    assert "it <b>works</b>" in found.words
+    assert "The paper's claims" not in Parsed(write_run(tmp_path, ablation_run(), [])).words
+
+
 # -- figures
 
 
@@ -513,6 +564,35 @@ def test_every_figure_is_drawn_within_the_page_without_errors_or_requests(browse
     assert not browser.named("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
     requests = [event["params"]["request"]["url"] for event in browser.named("Network.requestWillBeSent")]
     assert {request.partition(":")[0] for request in requests if request != report.as_uri()} <= {"data", "blob"}
+
+
+def test_figures_are_drawn_with_the_shared_script_and_a_page_without_it_says_what_to_do(browser, tmp_path):
+    (tmp_path / "results").mkdir()
+    path = write_run(tmp_path / "results" / "run", ablation_run(), [])
+    browser.open(path, 1400, False)
+    assert all(layers > 0 for layers, _, _ in browser.run(DRAWN))
+    assert browser.run("document.querySelectorAll('.ablations .trace.scatter').length") == 4
+    assert browser.run("document.querySelector('.missing').hidden") is True
+    assert not browser.named("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+    next((tmp_path / "results").glob("plotly*")).unlink()
+    browser.open(path, 1400, False)
+    assert "--standalone" in browser.run("document.querySelector('.missing').innerText")
+    assert not browser.named("Runtime.exceptionThrown")
+
+
+TABLE = """(box => [box.previousElementSibling.hidden, box.classList.contains('more'), box.scrollWidth > box.clientWidth])(
+    [...document.querySelectorAll('.scroll')].find(box => box.offsetParent))"""
+
+
+def test_a_table_that_is_wider_than_the_page_shows_that_it_scrolls(browser, report):
+    browser.open(report, 3000, False)
+    browser.run("document.querySelector('main').style.maxWidth = 'none'; dispatchEvent(new Event('resize'))")
+    assert browser.run(TABLE) == [True, False, False]
+    browser.open(report, 600, False)
+    assert browser.run(TABLE) == [False, True, True]
+    browser.run("[...document.querySelectorAll('.scroll')].find(box => box.offsetParent).scrollTo(9999, 0)")
+    browser.run("dispatchEvent(new Event('resize'))")
+    assert browser.run(TABLE) == [False, False, True]
 
 
 def test_figures_change_their_colours_with_the_theme(browser, report):

@@ -1,6 +1,7 @@
 """Pictures of kept tokens, and the tables."""
 
 import base64
+import csv
 import io
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
 from nanovlm_v2drop.evaluation.plans import Plan
 from nanovlm_v2drop.models.vlm import VisionInput
 from nanovlm_v2drop.report.gallery import CELL, Board, GalleryRow, board_cells, describe_gallery, draw_gallery, fade_dropped
-from nanovlm_v2drop.report.tables import print_run
+from nanovlm_v2drop.report.results_csv import write_csv
+from nanovlm_v2drop.report.tables import WIDTH, best_rows, by_budget, print_details, print_scores, printable
 from nanovlm_v2drop.tasks import Sample
 
 
@@ -42,7 +44,8 @@ ROW = {
     "mean_vision_tokens": 48.25, "final_vision_tokens": 1.0, "score": 80.0, "score_interval": [70.0, 90.0],
     "relative_score": 97.5, "relative_interval": [95.0, 99.0], "metrics": {"score": 80.0, "digit": 75.0}, "samples": 60,
     "seeds": [0], "vision_ms": 3.21, "prefill_ms": 12.34, "decode_ms": 4.56, "total_ms": 20.11, "items_per_s": 50.0,
-    "peak_memory_mb": 321.0, "prefill_tflops": 0.000917, "kv_cache_mb": 1.52, "note": "", "paper": {},
+    "peak_memory_mb": 321.0, "decode_ms_per_token": None, "prefill_tflops": 0.000917, "kv_cache_mb": 1.52, "note": "",
+    "paper": {},
 }  # fmt: skip
 DENSE = {**ROW, "method": "dense", "label": "dense", "asked_tokens": None, "items_per_s": 25.0}
 BIAS = {
@@ -51,42 +54,124 @@ BIAS = {
 }  # fmt: skip
 
 
-def printed(rows, bias=()) -> str:
-    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_run(rows, bias, console)
+def printed(rows, bias=(), width=200) -> str:
+    """All tables of a run, the first screen among them."""
+    console = Console(record=True, width=width, file=io.StringIO(), markup=False, highlight=False)
+    print_scores(rows, console)
+    print_details(rows, bias, console)
     return console.export_text()
 
 
-@pytest.mark.parametrize(("relative", "shown"), [(None, "│          - │"), (97.5, "97.5 [95.0, 99.0]")])
-def test_the_table_shows_scores_with_their_intervals_and_costs(relative, shown):
-    text = printed([{**ROW, "relative_score": relative}])
-    for cell in ("v2drop l1", "48.2", "80.0 [70.0, 90.0]", "0.917", "1.52", "75", "12.3", "20.1", "50.0", "321", shown):
+def first_screen(rows, styled=False) -> str:
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), markup=False, highlight=False, force_terminal=styled)
+    print_scores(rows, console)
+    return console.export_text(styles=styled)
+
+
+def line_of(text, name) -> list[str]:
+    return next(line.split() for line in text.splitlines() if line.startswith(name))
+
+
+@pytest.mark.parametrize(("relative", "shown"), [(None, ["-"]), (97.5, ["97.5", "±", "2.0"])])
+def test_the_first_screen_has_scores_with_half_widths_tokens_and_times(relative, shown):
+    cells = line_of(first_screen([DENSE, {**ROW, "relative_score": relative, "prefill_ms": 6.17}]), "v2drop l1")
+    assert cells == ["v2drop", "l1", "48", "48.2", "80.0", "±", "10.0", *shown, "6.2", "2.00x"]
+
+
+def test_without_dense_there_is_no_speed_up():
+    assert line_of(first_screen([ROW]), "v2drop l1")[-1] == "-"
+
+
+def test_the_first_screen_is_at_most_78_columns_wide_and_one_table_whatever_the_names_and_scores():
+    wide = {"score": 1826.3, "score_interval": [1790.0, 1860.0], "relative_interval": [80.0, 100.0], "prefill_ms": 12345.6}
+    name = "a method with a name that is far too long for a screen"
+    text = first_screen([{**DENSE, **wide}, *({**ROW, **wide, "label": label} for label in (name, "short"))])
+    assert max(map(len, text.splitlines())) <= 78
+    assert sum(line.startswith("a method with") for line in text.splitlines()) == 1
+    assert "1826 ± 35" in text
+    published = {**wide, "asked_tokens": None, "label": "v2drop released-qwen2-vl"}
+    assert "v2drop released-qwen2-vl  " in first_screen([{**DENSE, **wide}, {**ROW, **published}])
+
+
+def test_the_best_of_those_that_met_a_budget_is_bold():
+    rows = [
+        {**ROW, "label": label, "relative_score": score, "mean_vision_tokens": tokens, "asked_tokens": 48.0}
+        for label, score, tokens in (("second", 90.0, 48.0), ("best", 95.0, 48.3), ("over the budget", 99.0, 144.0))
+    ]
+    lines = first_screen(rows, styled=True).splitlines()
+    bold = [line for line in lines if line.startswith("\x1b[1m") and "48" in line]
+    assert ["best" in line for line in bold] == [True]
+    assert best_rows(rows[:1]) == []
+
+
+def test_names_with_square_brackets_are_printed_as_they_are():
+    for name in ("mine[l2]", "a[/x]", "[bold]b[/bold]"):
+        assert name in first_screen([{**ROW, "label": name, "note": f"a note on {name}"}])
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal():
+    assert printable("red\x1b[2J\r\nblue") == "red\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}\nblue"
+
+
+def test_pope_and_mme_show_what_papers_report_and_the_papers_own_numbers():
+    pope = {"f1_random": 0.91, "f1_popular": 0.89, "f1_adversarial": 0.88, "f1_mean_of_categories": 0.893, "yes_ratio": 0.5}
+    text = first_screen([{**ROW, "task": "pope", "metrics": {"score": 90.0, **pope}}])
+    assert line_of(text.partition("papers report")[2], "v2drop l1")[2:] == ["48", "0.910", "0.890", "0.880", "0.893", "0.500"]
+    assert line_of(text, "llava-1.5-7b, papers")[2:] == ["-", "0.873", "0.861", "0.842", "0.859", "-"]
+    mme = {"score": 1700.4, "perception": 1400.0, "cognition": 300.4, "accuracy": 0.8, "accuracy_plus": 0.6}
+    text = first_screen([{**ROW, "task": "mme", "metrics": mme}])
+    assert line_of(text.partition("papers report")[2], "v2drop l1")[2:] == ["48", "1700.4", "1400.0", "300.4", "0.800", "0.600"]
+    assert line_of(text, "llava-1.5-7b, papers")[2:] == ["-", "1862.0", "1510.7", "-", "-", "-"]
+    assert "papers" not in first_screen([ROW])
+
+
+def test_rows_stand_by_budget_from_large_to_small_below_dense():
+    rows = [{**ROW, "label": f"at {budget}", "asked_tokens": budget} for budget in (16.0, 48.0, None, 32.0)]
+    order = [row["label"] for row in by_budget([*rows, DENSE])]
+    assert order == ["dense", "at None", "at 48.0", "at 32.0", "at 16.0"]
+
+
+def test_the_other_tables_have_intervals_costs_and_throughput():
+    text = printed([DENSE, ROW])
+    for cell in ("80.0 [70.0, 90.0]", "97.5 [95.0, 99.0]", "0.917", "1.52", "75.0", "12.3", "20.1", "50.0", "321", "2.00x"):
         assert cell in text
-
-
-def test_throughput_stands_beside_dense_where_dense_ran():
-    assert "2.00x" in printed([DENSE, ROW])
     assert "2.00x" not in printed([ROW])
+
+
+def test_a_table_that_is_too_wide_goes_on_below_with_the_names_again():
+    text = printed([DENSE, ROW], width=60)
+    assert max(map(len, text.splitlines())) <= 60
+    parts = text.partition("time and memory")[2]
+    assert parts.count("v2drop l1") == 2
+    assert {"peak MB", "beside dense"} <= {name for name in ("peak MB", "beside dense") if name in parts}
 
 
 def test_notes_seeds_and_the_papers_numbers_are_printed_where_there_are_any():
     text = printed([{**ROW, "note": "cannot go lower", "seeds": [0, 1, 2], "paper": {"MME": 1712, "GQA": 56.3}}])
-    for words in ("v2drop l1 48: cannot go lower", "the paper's numbers", "MME", "1712", "56.3"):
+    for words in ("v2drop l1 x3 48: cannot go lower", "the paper's numbers", "MME", "1712", "56.3"):
         assert words in text
     assert "paper" not in printed([ROW])
 
 
 def test_position_bias_is_a_table_of_tenths_and_an_empty_tenth_is_a_dash():
-    text = printed([ROW], [BIAS])
-    cells = [cell.strip() for cell in text.splitlines()[-2].strip("│").split("│")]
-    assert cells == ["v2drop l1", "48", "1", "33", "25", "-", *["40"] * 8, "0.1234", "57"]
+    cells = line_of(printed([ROW], [BIAS]).partition("by tenth")[2], "v2drop l1")
+    assert cells == ["v2drop", "l1", "48", "1", "33", "25", "-", *["40"] * 8, "0.1234", "57"]
 
 
 def test_what_is_kept_of_each_frame_is_a_table_for_videos_only():
     assert "by frame" not in printed([ROW], [BIAS])
     text = printed([ROW], [{**BIAS, "frames": [0.5, 0.25, *[0.1] * 30]}])
-    cells = [cell.strip() for cell in text.splitlines()[-2].strip("│").split("│")]
-    assert cells == ["v2drop l1", "48", "1", "50", *["10"] * 15]  # every second of 32
+    cells = line_of(text.partition("by frame")[2], "v2drop l1")
+    assert cells == ["v2drop", "l1", "48", "1", "50", *["10"] * 15]  # every second of 32
+
+
+def test_a_spreadsheet_gets_one_line_a_row_with_bounds_and_the_tasks_own_numbers(tmp_path):
+    alone = {**DENSE, "relative_score": None, "relative_interval": None}
+    write_csv([alone, {**ROW, "seeds": [0, 1], "note": "a, b"}], tmp_path / "r.csv")
+    dense, own = csv.DictReader((tmp_path / "r.csv").open())
+    assert (own["score"], own["score_low"], own["score_high"], own["relative_high"]) == ("80.0", "70.0", "90.0", "99.0")
+    assert (own["metric.digit"], own["seeds"], own["note"]) == ("75.0", "0 1", "a, b")
+    assert (dense["asked_tokens"], dense["relative_score"], dense["relative_low"]) == ("", "", "")
 
 
 def test_frames_of_a_video_lie_side_by_side_on_a_board_and_newlines_nowhere():

@@ -1,0 +1,74 @@
+"""The command line: `nanovlm-v2drop`, `python -m nanovlm_v2drop` and `python train_free_eval.py`.
+
+    arguments   the options, their types and limits       choices   the names that options take
+    checks      files, folders and packages               models    --list-models
+    start       processes, errors, the JSON object        runs      tasks, method beside method
+    ask, chat   one question, and a conversation          ledger    --claims
+    compare     two finished runs                         progress  the plan, the bar, the remaining time
+
+Everything above `start` works without torch, so `--help` and wrong options are answered in a fraction of a second.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPED = 130  # exit status of a program that Ctrl-C ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out a command line; returns its exit status: 0, 2 for an error told on stderr, or 130 where it was stopped."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    try:
+        with sigterm_as_interrupt():
+            return carry_out(given)
+    except KeyboardInterrupt as stop:
+        print(f"\nnanovlm-v2drop: {str(stop) or 'stopped before the first answer'}", file=sys.stderr)
+        return STOPPED
+
+
+def carry_out(argv: Sequence[str]) -> int:
+    """One of: `compare RUN RUN2`, `--list-models`, and everything that needs a model."""
+    from .arguments import parse_arguments, parse_comparison
+
+    if argv[:1] == ["compare"]:
+        given = parse_comparison(argv[1:])
+        from .compare import print_comparison  # imports torch
+
+        return print_comparison(given.runs, given.format)
+    arguments = parse_arguments(argv)
+    if arguments.list_models:
+        from .models import print_models
+
+        print_models()
+        return 0
+    from .checks import check_files_and_packages
+
+    try:
+        check_files_and_packages(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"nanovlm-v2drop: {error}", file=sys.stderr)
+        return 2
+    from .start import start  # imports torch
+
+    return start(arguments, argv)
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a batch system's end of time, `kill`) stops the program as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,50 @@
+"""From options to a model, and to the plans that answer every question."""
+
+import argparse
+import time
+from pathlib import Path
+
+from ..evaluation.plans import Plan, Shape, equal_budget_plans, official_plans
+from ..loading.zoo import VisionLanguageModel, load
+from ..processing.images import DEFAULT_ASPECT_RATIO
+from ..processing.video import UniformSampling
+from ..report.page import RESULTS
+from ..research.ablations import ablation_plans
+
+RETAIN = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of 576 tokens, the paper's three budgets
+RETAIN_OF_VIDEO = (0.25, 0.15)  # the largest and the smallest of the paper's for LLaVA-OneVision on video
+
+
+def load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
+    vlm = load(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16"),
+        image_aspect_ratio=arguments.image_aspect_ratio or DEFAULT_ASPECT_RATIO,
+        template=arguments.template,
+        attention=arguments.attention,
+        weights=arguments.weights,
+        max_pixels=arguments.max_pixels,
+        sampling=UniformSampling(arguments.frames) if arguments.frames else None,
+        tensor_parallel=arguments.tensor_parallel,
+    )
+    if arguments.compile:
+        vlm.model.language_model.compile_layers()
+    return vlm
+
+
+def plans_for(shape: Shape, arguments: argparse.Namespace) -> list[Plan]:
+    """What answers every question: methods at budgets, at published settings, or the rows of ablations."""
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    if arguments.ablation:
+        return ablation_plans(arguments.ablation, shape)
+    if arguments.accounting == "official":
+        return official_plans(arguments.methods, shape, seeds)
+    shares = arguments.retain or (RETAIN_OF_VIDEO if shape.frames > 1 else RETAIN)
+    budgets = arguments.tokens or [round(share * shape.num_vision_tokens, 2) for share in shares]
+    return equal_budget_plans(arguments.methods, budgets, shape, seeds)
+
+
+def output_folder(arguments: argparse.Namespace) -> Path:
+    name = Path(arguments.model).name
+    return arguments.output or RESULTS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,0 +1,106 @@
+"""Methods side by side over benchmarks."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.evaluate import check_resumable, evaluate, run_summary
+from ..evaluation.plans import Plan, Shape, find_methods, prompt_shape
+from ..evaluation.records import read_records
+from ..loading.zoo import VisionLanguageModel
+from ..models.parallel import Processes
+from ..processing.prompts import Request
+from ..research.ablations import ABLATIONS
+from ..tasks import Sample, Task, load_task
+from .earlier import earlier_plans, note_plans
+from .planning import load_model, output_folder, plans_for
+from .progress import RunProgress, answered_before, plan_line, resume_command
+from .results import Answered, print_results, provenance, write_results
+
+PICTURES = 4  # samples whose kept tokens are drawn
+
+
+def evaluate_tasks(arguments: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    """Run every task; the first process prints the tables, writes the results, and returns the object that ends the run."""
+    tasks = [load_task(name, arguments.data) for name in arguments.tasks]
+    output = processes.agreed(output_folder(arguments))  # its default name holds the time
+    requests = check_before_loading(tasks, output, arguments)
+    vlm = load_model(arguments)
+    shapes = {task.name: prompt_shape(vlm, requests[task.name]) for task in tasks}
+    plans = {name: plans_for(shape, arguments) for name, shape in shapes.items()}
+    progress = announce(vlm, tasks, plans, output, arguments, processes)
+    with progress.continued_with(resume_command(arguments.typed, output, processes.world_size)):
+        run = BenchmarkRun(vlm, output, arguments, processes, progress)
+        answered = [run.answer(task, shapes[task.name], plans[task.name]) for task in tasks]
+    if not processes.is_first:
+        return run_summary(vlm, [])
+    about = {**provenance(vlm, arguments, processes), "panels": ablation_panels(arguments, shapes)}
+    summary = write_results(vlm, answered, output, about)
+    print_results(summary, arguments.verbose)
+    return summary
+
+
+def check_before_loading(tasks: Sequence[Task], output: Path, arguments: argparse.Namespace) -> dict[str, Request]:
+    """The first request of every task; raises for methods, data and answers with which the run would fail later."""
+    find_methods(arguments.methods)
+    for task in tasks:
+        check_resumable(task, output, arguments.resume)
+    return {task.name: task.first_sample().request for task in tasks}
+
+
+def announce(
+    vlm: VisionLanguageModel,
+    tasks: Sequence[Task],
+    plans: dict[str, list[Plan]],
+    output: Path,
+    arguments: argparse.Namespace,
+    processes: Processes,
+) -> RunProgress:
+    """Print where results go, what runs and how much; returns the counter of this run."""
+    questions = {task.name: task.num_samples(arguments.limit) for task in tasks}
+    if processes.is_first:
+        print(f"output: {output}")
+        about = run_summary(vlm, [])
+        print(", ".join(f"{name} {about[name]}" for name in ("model", "device", "dtype", "attention", "decode_attention")))
+        for name, own in plans.items():
+            print(plan_line(name, questions[name], own, arguments.seeds), flush=True)
+    before = ((record.task, record.plan, record.sample_id) for record in read_records(output))
+    runs = {name: len(own) for name, own in plans.items()}
+    return RunProgress(questions, runs, answered_before(before, plans), shown=processes.is_first)
+
+
+@dataclass(frozen=True)
+class BenchmarkRun:
+    """What stays the same from task to task."""
+
+    vlm: VisionLanguageModel
+    output: Path
+    arguments: argparse.Namespace
+    processes: Processes
+    progress: RunProgress
+
+    def answer(self, task: Task, shape: Shape, plans: list[Plan]) -> Answered:
+        """Answer one task with `plans`; those of earlier starts that answered the same samples are shown too."""
+        given = self.arguments
+        options = {"limit": given.limit, "batch_size": given.batch_size, "resume": given.resume}
+        samples = evaluate(self.vlm, task, plans, self.output, **options, processes=self.processes)
+        shown, sample_ids = list[Sample](), list[str]()
+        for sample in self.progress.follow(samples, task.name, f"{self.vlm.name} on {task.name}"):
+            if not sample_ids and self.processes.is_first:
+                note_plans(given, self.output)
+            shown += [sample] if len(shown) < PICTURES else []
+            sample_ids.append(sample.sample_id)
+        if not self.processes.is_first:
+            return Answered(task, plans, shown, sample_ids)
+        earlier = earlier_plans(task.name, shape, plans, sample_ids, given, self.output)
+        return Answered(task, [*plans, *earlier], shown, sample_ids)
+
+
+def ablation_panels(arguments: argparse.Namespace, shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
+    """For each ablation the labels of its rows, so that the report gives each question a panel of its own."""
+    return {
+        name: list(dict.fromkeys(plan.label for shape in shapes.values() for plan in ABLATIONS[name](shape)))
+        for name in arguments.ablation or ()
+    }

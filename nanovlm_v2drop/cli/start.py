@@ -1,0 +1,62 @@
+"""Where torch is imported: joins the processes that torchrun started, runs what was asked for, tells errors in one line."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..dropping import NotANumber
+from ..loading.checkpoint import CheckpointError
+from ..loading.zoo import WeightsUnavailable
+from ..models.parallel import ALONE, Processes, join_processes, leave_processes
+from ..tasks import DatasetUnavailable
+from .ask import answer_one
+from .chat import chat
+from .ledger import run_claims
+from .runs import evaluate_tasks
+
+REPORTED = (WeightsUnavailable, DatasetUnavailable, CheckpointError, NotANumber, ValueError, OSError, ImportError)
+
+
+def start(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Carry out parsed options; `argv` is what was typed. Returns the exit status, 2 after an error told on stderr."""
+    processes, arguments.typed = ALONE, list(argv)
+    try:
+        arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        processes = join_processes(torch.device(arguments.device).type, arguments.tensor_parallel)
+        arguments.device = processes.device(arguments.device)
+        run = run_mode(arguments, processes)
+    except REPORTED as error:
+        print(f"nanovlm-v2drop: {rank_of(processes)}{error}", file=sys.stderr)
+        return 2
+    if processes.is_first and run is not None and (arguments.json or not sys.stdout.isatty()):
+        print(json.dumps(run))
+    leave_processes()
+    return 0
+
+
+def rank_of(processes: Processes) -> str:
+    return "" if processes.world_size == 1 else f"process {processes.rank}: "
+
+
+def run_mode(arguments: argparse.Namespace, processes: Processes) -> dict[str, Any] | None:
+    """The object that ends a run, of which the first process alone knows the results; None after a conversation."""
+    if arguments.prompt is None and not arguments.chat and not arguments.claims:
+        return evaluate_tasks(arguments, processes)
+    if processes.world_size > 1 and (arguments.claims or arguments.chat):
+        option = "--claims" if arguments.claims else "--chat"
+        raise ValueError(f"{option} is for one process; start train_free_eval.py without torchrun")
+    if processes.replicas > 1:
+        raise ValueError(
+            f"one question keeps one decoder busy, not {processes.replicas}: start train_free_eval.py without torchrun, "
+            f"or share the decoder with --tensor-parallel {processes.world_size}"
+        )
+    if arguments.claims:
+        return run_claims(arguments)
+    if arguments.chat:
+        chat(arguments)
+        return None
+    return answer_one(arguments, processes)
