@@ -90,8 +90,9 @@ def test_a_resumed_run_shows_every_plan_that_the_folder_holds(tmp_path, capsys):
     assert [(row["method"], row["asked_tokens"]) for row in rows] == [("v2drop", 60.0), ("dense", None), ("random", 48.0)]
     assert len(rows[2]["seeds"]) == 2
     # Of four questions the other plans have answered two: these are not shown.
-    _, out, _ = run(capsys, "--tokens", "60", "--limit", 4, "--methods", "v2drop", "--output", tmp_path, "--resume")
+    _, out, told = run(capsys, "--tokens", "60", "--limit", 4, "--methods", "v2drop", "--output", tmp_path, "--resume")
     assert [row["method"] for row in json.loads(out.splitlines()[-1])["results"]] == ["v2drop"]
+    assert "not shown: dense has answered 2 of 4 questions of demo" in told
 
 
 def test_a_damaged_list_of_plans_is_one_line(tmp_path, capsys):
@@ -132,7 +133,7 @@ def test_a_stop_before_the_first_answer_is_one_line_too(monkeypatch, capsys):
 
     monkeypatch.setattr("nanovlm_v2drop.cli.carry_out", stopped)
     assert cli.main([]) == 130
-    assert capsys.readouterr().err.strip() == "nanovlm-v2drop: stopped before the first answer"
+    assert capsys.readouterr().err.strip() == "nanovlm-v2drop: stopped"
 
 
 def test_sigterm_is_handled_as_before_when_the_program_is_over():

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_as_interrupt():
             return carry_out(given)
     except KeyboardInterrupt as stop:
-        print(f"\nnanovlm-v2drop: {str(stop) or 'stopped before the first answer'}", file=sys.stderr)
+        print(f"\nnanovlm-v2drop: {str(stop) or 'stopped'}", file=sys.stderr)
         return STOPPED
 
 

@@ -5,6 +5,7 @@ With `--resume` the tables show every plan that the folder has answers of, not o
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Collection, Sequence
 from copy import copy
 from pathlib import Path
@@ -52,15 +53,20 @@ def noted_plans(output: Path) -> list[dict[str, Any]]:
 
 def earlier_plans(
     task: str, shape: Shape, plans: Sequence[Plan], sample_ids: Collection[str], arguments: argparse.Namespace, output: Path
-) -> list[Plan]:
-    """The plans of earlier starts that are not in `plans` and have answered every sample of this run."""
-    answered = {(record.plan, record.sample_id) for record in read_records(output, {task: sample_ids})}
-    own, found = {plan.key for plan in plans}, dict[str, Plan]()
-    for options in noted_plans(output):
-        for plan in plans_of(shape, arguments, options):
-            if plan.key not in own and all((plan.key, sample_id) in answered for sample_id in sample_ids):
-                found.setdefault(plan.key, plan)
-    return list(found.values())
+) -> tuple[list[Plan], list[str]]:
+    """The plans of earlier starts that are not in `plans` and have answered every sample of this run.
+
+    The second list has a line for each plan that has answered only some of them, which cannot be compared.
+    """
+    counts = Counter(record.plan for record in read_records(output, {task: sample_ids}))
+    earlier = {plan.key: plan for options in noted_plans(output) for plan in plans_of(shape, arguments, options)}
+    others = [plan for key, plan in earlier.items() if key not in {plan.key for plan in plans}]
+    left_out = [
+        f"not shown: {plan.key} has answered {counts[plan.key]} of {len(sample_ids)} questions of {task}"
+        for plan in others
+        if 0 < counts[plan.key] < len(sample_ids)
+    ]
+    return [plan for plan in others if counts[plan.key] == len(sample_ids)], left_out
 
 
 def plans_of(shape: Shape, arguments: argparse.Namespace, options: dict[str, Any]) -> list[Plan]:

@@ -94,7 +94,9 @@ class BenchmarkRun:
             sample_ids.append(sample.sample_id)
         if not self.processes.is_first:
             return Answered(task, plans, shown, sample_ids)
-        earlier = earlier_plans(task.name, shape, plans, sample_ids, given, self.output)
+        earlier, left_out = earlier_plans(task.name, shape, plans, sample_ids, given, self.output)
+        for line in left_out:
+            self.progress.console.print(line)
         return Answered(task, [*plans, *earlier], shown, sample_ids)
 
 

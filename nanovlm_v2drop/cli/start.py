@@ -1,6 +1,7 @@
 """Where torch is imported: joins the processes that torchrun started, runs what was asked for, tells errors in one line."""
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .chat import chat
 from .ledger import run_claims
 from .runs import evaluate_tasks
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used-up quota, a limit on files
 REPORTED = (WeightsUnavailable, DatasetUnavailable, CheckpointError, NotANumber, ValueError, OSError, ImportError)
 
 
@@ -30,12 +32,19 @@ def start(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         arguments.device = processes.device(arguments.device)
         run = run_mode(arguments, processes)
     except REPORTED as error:
-        print(f"nanovlm-v2drop: {rank_of(processes)}{error}", file=sys.stderr)
+        print(f"nanovlm-v2drop: {rank_of(processes)}{described(error)}", file=sys.stderr)
         return 2
     if processes.is_first and run is not None and (arguments.json or not sys.stdout.isatty()):
         print(json.dumps(run))
     leave_processes()
     return 0
+
+
+def described(error: BaseException) -> str:
+    """The message of an error; one about a full disk names no file, so it says here what to do."""
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+        return f"the output folder cannot be written to ({error.strerror}); make room, then continue with --resume"
+    return str(error)
 
 
 def rank_of(processes: Processes) -> str:
