@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "evaluation": ("records", "plans", "position_bias", "bootstrap", "evaluate"),
     "benchmark": ("workload", "contenders", "measure", "loading", "run", "__main__"),
     "research": ("ablations", "theory", "findings", "costs", "claims"),
-    "report": ("figures", "gallery", "watch", "tables", "results_csv", "page"),
+    "report": ("rows", "figures", "gallery", "watch", "tables", "results_csv", "page"),
     "cli": (
         "choices", "arguments", "checks", "models", "planning", "progress", "earlier", "results", "runs", "ask", "chat",
         "ledger", "compare", "start",

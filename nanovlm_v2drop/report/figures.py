@@ -1,4 +1,4 @@
-"""The figures of the report page: Plotly's, as plain dictionaries.
+"""The figures of the report page, as the dictionaries that Plotly draws.
 
 Colours are written in CSS, so that light and dark share one figure: the page's script looks them up when it draws. The legend
 is the page's own and is the same for all figures: it switches traces by their `meta`, the method, and shapes by their `name`.
@@ -11,20 +11,18 @@ from typing import Any, NamedTuple
 
 from markupsafe import escape
 
-from ..dropping import DROPPERS, V2Drop
+from ..dropping import V2Drop
 from ..evaluation.plans import DENSE
+from .rows import PUBLISHED, Row, at_budget, budget_of, label_of, met_budget
 
-Row = Mapping[str, Any]
 Figure = dict[str, Any]
 
-PUBLISHED = "published"  # the budget of rows that follow a released setting instead of a number of tokens
-BUDGET_MARGIN = 1.05  # a method whose mean lies further above the budget did not meet it
-SIDEWAYS = 0.35  # of the distance between two budgets is shared by the lines that stand apart there
-FOLDS = 2  # maps end at a quarter of the average and at four times it: two to the power of FOLDS
+SIDEWAYS = 0.35  # share of the distance between two budgets over which the lines are spread
+FOLDS = 2  # maps show ratios from a quarter of the average to four times the average, which is 2 ** FOLDS
 
 
 class Style(NamedTuple):
-    """How a method looks everywhere: its colours on light and on dark ground, and Plotly's name of its marker."""
+    """How a method looks everywhere: its colours on a light and on a dark ground, and Plotly's name of its marker."""
 
     light: str
     dark: str
@@ -64,34 +62,6 @@ def method_styles(methods: Sequence[str]) -> dict[str, Style]:
     first = [DENSE, V2Drop.name]
     rank = {method: first.index(method) if method in first else 2 + method.startswith("random") for method in styles}
     return {method: styles[method] for method in sorted(styles, key=rank.__getitem__)}
-
-
-def title_of(method: str) -> str:
-    """A method as its class is called: V2Drop for v2drop."""
-    return DROPPERS[method].__name__ if method in DROPPERS else method
-
-
-def label_of(row: Row) -> str:
-    return row["label"].replace(row["method"], title_of(row["method"]), 1)
-
-
-def budget_of(row: Row) -> str:
-    return PUBLISHED if row["asked_tokens"] is None else f"{row['asked_tokens']:g}"
-
-
-def at_budget(rows: Sequence[Row], budget: str) -> list[Row]:
-    return [row for row in rows if row["method"] != DENSE and budget_of(row) == budget]
-
-
-def met_budget(row: Row) -> bool:
-    return row["asked_tokens"] is None or row["mean_vision_tokens"] <= row["asked_tokens"] * BUDGET_MARGIN
-
-
-def standing(row: Row) -> tuple[float, Sequence[float]]:
-    """What methods are ranked by: the share of dense's score, or the score where dense did not answer."""
-    if row["relative_score"] is None:
-        return row["score"], row["score_interval"]
-    return row["relative_score"], row["relative_interval"]
 
 
 def number(value: float | None, digits: str = ".1f") -> str:
@@ -136,7 +106,7 @@ def hover_text(row: Row) -> str:
 
 
 def method_trace(rows: Sequence[Row], styles: Mapping[str, Style], x: Sequence[Any], y: Sequence[Any]) -> Figure:
-    """The marks of rows of one method. Open marks are published settings."""
+    """The marks of one method's rows. Published settings have open marks."""
     method, style = rows[0]["method"], styles[rows[0]["method"]]
     opened = method != DENSE and budget_of(rows[0]) == PUBLISHED
     return {
@@ -171,7 +141,7 @@ def error_bars(rows: Sequence[Row], style: Style) -> Figure:
 
 
 def dense_shapes(rows: Sequence[Row], axis: str) -> list[Figure]:
-    """Dense's score as a line across the figure and its interval as a band; `axis` is the one that scores are on."""
+    """Dense's score as a line across the figure, and its interval as a band; `axis` is the axis of the scores."""
     other = "x" if axis == "y" else "y"
     whole = {"name": DENSE, f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1}
     shapes = []
@@ -197,7 +167,7 @@ def lines_of(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def sideways_step(rows: Sequence[Row], lines: int) -> float:
-    """How far neighbouring lines stand apart, as a logarithm of tokens, so that their intervals can be told apart."""
+    """The distance between neighbouring lines, as a logarithm of tokens, so that their intervals do not cover each other."""
     asked = sorted({row["asked_tokens"] for row in rows})
     gap = min((math.log(high / low) for low, high in pairwise(asked)), default=math.log(2))
     return SIDEWAYS * gap / lines
@@ -210,15 +180,15 @@ def accuracy_figure(rows: Sequence[Row], styles: Mapping[str, Style]) -> Figure:
     traces = [accuracy_trace(line, styles, 0.0) for line in lines_of(published)]
     lines = lines_of(asked)
     for place, line in enumerate(lines):
-        shift = ((len(lines) - 1) / 2 - place) * sideways_step(asked, len(lines))  # V2Drop on the side that looks dearer
+        shift = ((len(lines) - 1) / 2 - place) * sideways_step(asked, len(lines))  # V2Drop is moved to the side of more tokens
         traces.append(accuracy_trace(line, styles, shift))
     layout = {**base_layout("mean vision tokens a layer", "score"), "shapes": dense_shapes(rows, "y")}
     layout["xaxis"] |= {"type": "log", "tickvals": token_ticks(rows)}
-    return {"data": traces[::-1], "layout": layout}  # what is drawn last lies on top
+    return {"data": traces[::-1], "layout": layout}  # Plotly draws the last trace on top
 
 
 def token_ticks(rows: Sequence[Row]) -> list[float]:
-    """The budgets, or halves of halves of the prompt's tokens where none was asked for, and the tokens of a whole prompt."""
+    """The budgets and the tokens of a whole prompt; without budgets the halves, quarters, ... of the whole prompt."""
     whole = max(row["vision_tokens"] for row in rows)
     asked = {row["asked_tokens"] for row in rows if row["asked_tokens"] is not None}
     return sorted({whole, *(asked or (whole / 2**halving for halving in range(1, 6)))})
@@ -231,7 +201,7 @@ def accuracy_trace(line: Sequence[Row], styles: Mapping[str, Style], shift: floa
 
 
 def ranking_figure(rows: Sequence[Row], budget: str, styles: Mapping[str, Style]) -> Figure:
-    """The methods at one budget under each other, the best on top; with their tokens where these are not the budget's."""
+    """The methods at one budget below each other, the best on top. A method that did not meet the budget shows its tokens."""
     shown = {}
     for row in sorted(at_budget(rows, budget), key=lambda row: row["score"]):
         tokens = "" if budget != PUBLISHED and met_budget(row) else f" ({number(row['mean_vision_tokens'])})"
@@ -240,13 +210,13 @@ def ranking_figure(rows: Sequence[Row], budget: str, styles: Mapping[str, Style]
 
 
 def panel_figure(rows: Sequence[Row], styles: Mapping[str, Style]) -> Figure:
-    """The rows of one ablation under each other, the best on top; `rows` holds dense too."""
+    """The rows of one ablation below each other, the best on top; `rows` holds dense too."""
     own = sorted((row for row in rows if row["method"] != DENSE), key=lambda row: row["score"])
     return bar_figure({label_of(row): row for row in own}, rows, styles)
 
 
 def bar_figure(shown: Mapping[str, Row], rows: Sequence[Row], styles: Mapping[str, Style]) -> Figure:
-    """A mark and an interval for each of `shown`, by its name from bottom to top, beside dense's score from `rows`."""
+    """A mark and an interval for each row of `shown`, from bottom to top, and dense's score from `rows`."""
     traces = []
     for name, row in shown.items():
         trace = method_trace([row], styles, [row["score"]], [escape(name)])
@@ -257,13 +227,13 @@ def bar_figure(shown: Mapping[str, Row], rows: Sequence[Row], styles: Mapping[st
 
 
 def cost_figures(rows: Sequence[Row], costs: Mapping[str, str], styles: Mapping[str, Style]) -> dict[str, Figure]:
-    """Score against each cost, by its title; costs that were not measured are left out."""
+    """Score against each cost, by the cost's title; costs that were not measured are left out."""
     measured = {field: [row for row in rows if row[field] is not None] for field in costs}
     return {costs[field]: cost_figure(own, field, costs[field], styles) for field, own in measured.items() if own}
 
 
 def cost_figure(rows: Sequence[Row], field: str, title: str, styles: Mapping[str, Style]) -> Figure:
-    """A mark grows with the vision tokens that are kept."""
+    """Score against one cost. A larger mark keeps more vision tokens."""
     most = max([row["mean_vision_tokens"] for row in rows if row["method"] != DENSE], default=math.inf)
     traces = []
     for line in lines_of(rows):
@@ -275,7 +245,7 @@ def cost_figure(rows: Sequence[Row], field: str, title: str, styles: Mapping[str
 
 
 def bias_figure(entries: Sequence[Row], styles: Mapping[str, Style]) -> Figure:
-    """How often each tenth of the sequence is kept, beside the method's own average."""
+    """How often each tenth of the sequence is kept, divided by the method's own average."""
     dashed = {"width": 1.5, "dash": "dash", "color": colour("ink")}
     even = {"type": "scatter", "mode": "lines", "x": [0, 100], "y": [1, 1], "line": dashed, "hoverinfo": "skip"}
     layout = base_layout("place in the sequence, %", "kept, times the average")
@@ -304,17 +274,17 @@ def bias_trace(entry: Row, style: Style) -> Figure:
 
 
 def times_average(share: float | None, entry: Row) -> float | None:
-    """A probability of being kept, beside the method's average; None where no token stands."""
+    """A probability of being kept, divided by the method's average; None for a place without tokens."""
     return None if share is None else share / entry["kept_share"]
 
 
 def fold(ratio: float | None) -> float | None:
-    """How often a ratio doubles, within the ends of the scale."""
+    """The logarithm of a ratio to base 2, limited to the ends of the scale."""
     return None if ratio is None else math.log2(min(max(ratio, 2**-FOLDS), 2**FOLDS))
 
 
 def map_figure(entry: Row) -> Figure:
-    """How often each place of the picture is kept, beside the method's own average; means of rows and columns at its edges."""
+    """How often each place of the picture is kept, divided by the average; at the edges means of rows and columns."""
     picture = {
         "type": "heatmap",
         "z": [[fold(times_average(share, entry)) for share in row] for row in entry["map"]],

@@ -1,4 +1,4 @@
-"""Pictures of the vision tokens that each method kept, stage by stage: drawn, or described for the page."""
+"""Pictures of the vision tokens that each method kept after each drop point, drawn as an image or described for the page."""
 
 import base64
 import io
@@ -19,16 +19,16 @@ from ..processing.prompts import Request
 from ..processing.video import read_frames
 from ..tasks import Sample
 
-CELL = 240  # pixels from top to bottom of one picture in a gallery
+CELL = 240  # height in pixels of one picture in a gallery
 FRAMES_A_ROW = 4
-PIXELS = 12  # of a board's picture along one side of a place
+PIXELS = 12  # side of one place in a board's picture
 MARGIN, LINE = 12, 20
 INK, PAPER = (30, 30, 30), (250, 250, 250)
 
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """One method's answer to a picture: `stages` are (layer, numbers of the patches that are left from it on)."""
+    """One method's answer to a picture; `stages` are pairs of a layer and the patches that are left from this layer on."""
 
     method: str
     answer: str
@@ -37,7 +37,7 @@ class GalleryRow:
 
 @dataclass(frozen=True)
 class Board:
-    """What a prompt shows, as its towers see it, cut into places: pictures or frames of one size, FRAMES_A_ROW side by side.
+    """The pictures or frames of a prompt, as the vision tower sees them, cut into places; FRAMES_A_ROW of them side by side.
 
     `grid`: rows and columns of places. `cells`: for each vision token of the prompt the number of its place, -1 where it has
     none: newlines, and pictures and tiles that are cut otherwise than the first.
@@ -61,7 +61,7 @@ def board_of(vlm: VisionLanguageModel, request: Request) -> Board:
     columns -= newlines
     width, height, down = columns * PIXELS, rows * PIXELS, -(-len(alike) // across)
     picture = Image.new("RGB", (across * width, down * height), INK)
-    line = int(len(alike) > 1)  # between pictures, so that frames that are alike can be told apart
+    line = int(len(alike) > 1)  # between pictures, so that similar frames can be told apart
     for place, panel in enumerate(alike):
         resized = panel.resize((width - line, height - line), Image.Resampling.BICUBIC)
         picture.paste(resized, (place % across * width, place // across * height))
@@ -69,13 +69,13 @@ def board_of(vlm: VisionLanguageModel, request: Request) -> Board:
 
 
 def newline_columns(vlm: VisionLanguageModel, medium: VisionInput) -> int:
-    """How many columns of a medium's first grid are newlines, which show nothing: one in the frames of LLaVA-Video."""
+    """The number of columns of a medium's first grid that are newlines and show nothing: one in the frames of LLaVA-Video."""
     config = vlm.config
     return int(medium.is_video and isinstance(config, LlavaOnevisionConfig) and config.mm_newline_position == "grid")
 
 
 def seen_pictures(vlm: VisionLanguageModel, request: Request, media: Sequence[VisionInput]) -> list[Image.Image]:
-    """The pictures of a request and the frames of its video that have tokens of their own, in the order of its tokens."""
+    """The pictures of a request, and those frames of its video that have tokens of their own, in the order of the tokens."""
     processor, pictures = vlm.image_processor, iter(request.images)
     seen: list[Image.Image] = []
     for medium in media:
@@ -89,7 +89,7 @@ def seen_pictures(vlm: VisionLanguageModel, request: Request, media: Sequence[Vi
 
 
 def board_cells(media: Sequence[VisionInput], across: int, newlines: int) -> list[int]:
-    """For each vision token the number of its place on a board with `across` pictures side by side, the last columns apart."""
+    """For each vision token the number of its place on a board with `across` pictures side by side; -1 for newlines."""
     _, rows, columns = media[0].grids[0]
     cells: list[int] = []
     place, shown = 0, columns - newlines
@@ -139,7 +139,7 @@ def describe_answer(plan: Plan, record: Record, num_layers: int, board: Board) -
 
 
 def draw_gallery(board: Board, question: str, rows: Sequence[GalleryRow]) -> Image.Image:
-    """For each method, what is left of the picture (as the tower sees it) at each stage, dropped patches faded."""
+    """For each method the picture, as the tower sees it, after each drop point; patches of dropped tokens are faded."""
     columns, width = max(1, *(len(row.stages) for row in rows)), CELL * board.grid[1] // board.grid[0]
     height = MARGIN + 2 * LINE + len(rows) * (CELL + 2 * LINE + MARGIN)
     canvas = Image.new("RGB", (MARGIN + columns * (width + MARGIN), height), PAPER)
@@ -156,7 +156,7 @@ def draw_gallery(board: Board, question: str, rows: Sequence[GalleryRow]) -> Ima
 
 
 def fade_dropped(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
-    """`picture` at CELL pixels from top to bottom, every place of `grid` outside `kept` faded to a pale shadow."""
+    """`picture` with a height of CELL pixels, in which every place of `grid` that is not in `kept` is faded."""
     rows, columns = grid
     visible, size = np.zeros(rows * columns, dtype=np.uint8), (CELL * columns // rows, CELL)
     visible[list(kept)] = 255

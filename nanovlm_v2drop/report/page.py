@@ -21,25 +21,18 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from ..evaluation.plans import DENSE
 from ..models.config import read_json_object
 from .figures import (
-    PUBLISHED,
-    Row,
     Style,
     accuracy_figure,
-    at_budget,
     bias_figure,
-    budget_of,
     cost_figures,
-    label_of,
     map_figure,
-    met_budget,
     method_styles,
     number,
     panel_figure,
     ranking_figure,
-    standing,
-    title_of,
     with_interval,
 )
+from .rows import PUBLISHED, Row, at_budget, budget_of, label_of, met_budget, standing, title_of
 
 RESULTS = Path("results")  # where runs go by default
 TIMES = {"prefill_ms": "prefill of a prompt, ms", "total_ms": "whole answer, ms"}
@@ -79,7 +72,7 @@ COLUMNS = (
 
 
 def write_page(output: Path, standalone: bool = False) -> Path:
-    """Write `output`/report.html from the summary.json and galleries.json that lie there; returns its path.
+    """Write `output`/report.html from the summary.json and galleries.json in the same folder; returns its path.
 
     `standalone`: the page holds Plotly's script even where the runs beside it share one.
     """
@@ -95,7 +88,7 @@ def write_page(output: Path, standalone: bool = False) -> Path:
 
 
 def shared_script(folder: Path) -> str:
-    """The name of Plotly's script in a folder of runs; it is written where it is not there yet."""
+    """The name of Plotly's script in a folder of runs; the script is written if it is missing."""
     path = folder / f"plotly-{get_plotlyjs_version()}.min.js"
     if not path.is_file():
         whole = path.with_suffix(".whole")
@@ -105,18 +98,18 @@ def shared_script(folder: Path) -> str:
 
 
 def one_method(rows: Sequence[Row]) -> bool:
-    """Whether a run compares one method only with itself."""
+    """Whether a run compares several settings of a single method."""
     return len({row["method"] for row in rows} - {DENSE}) == 1
 
 
 def name_by_setting(rows: Sequence[dict[str, Any]]) -> None:
-    """Make every setting a method of its own, so that it has a mark of its own."""
+    """Treat every setting as a method, so that each has a mark of its own."""
     for row in rows:
         row["method"] = row["label"]
 
 
 def render_page(run: Row, galleries: Sequence[Row], script: str | None = None) -> str:
-    """The page; `script` is the name of the file in the folder above that holds Plotly, None puts it into the page."""
+    """The text of the page. `script`: name of Plotly's script in the folder above; None puts the script into the page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -190,7 +183,7 @@ def in_order(rows: Sequence[Row], task: str, styles: Mapping[str, Style]) -> lis
 
 
 def budgets_of(rows: Sequence[Row]) -> list[str]:
-    """The budgets that were asked for, largest first; published settings, which follow none, come last."""
+    """The budgets that were asked for, from large to small, and last the published settings, which follow no budget."""
     dropping = [row for row in rows if row["method"] != DENSE]
     return list(dict.fromkeys(budget_of(row) for row in sorted(dropping, key=lambda row: -(row["asked_tokens"] or 0))))
 
@@ -206,7 +199,7 @@ def budget_title(budget: str) -> str:
 
 
 def compare(rows: Sequence[Row], budget: str) -> dict[str, Any]:
-    """Of the methods that met a budget the best, several where they are level, the next, and whether intervals overlap."""
+    """The best of the methods that met a budget (several if level), the next one, and whether their intervals overlap."""
     own = sorted(at_budget(rows, budget), key=lambda row: -standing(row)[0])
     ranked = [row for row in own if met_budget(row)]
     best = [row for row in ranked if standing(row)[0] == standing(ranked[0])[0]]
@@ -222,7 +215,7 @@ def compare(rows: Sequence[Row], budget: str) -> dict[str, Any]:
 
 
 def headline(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """Which method is best at which budgets, and where its interval reaches into the next one's."""
+    """One sentence: which method is best at which budgets, and where its interval overlaps the next one's."""
     contested = [comparison for comparison in comparisons if comparison["next"]]
     if not contested:
         return ""
@@ -246,13 +239,13 @@ def standing_text(row: Row) -> str:
 
 
 def bias_report(entries: Sequence[Row], budget: str, styles: Mapping[str, Style]) -> dict[str, Any]:
-    """Curves of all methods, and a map of each. A method that kept nothing has no preference to show."""
+    """The curves of all methods, and a map of each. A method that kept nothing is left out."""
     own = [entry for entry in at_budget(entries, budget) if entry["kept_share"] > 0]
     return {"curves": bias_figure(own, styles), "maps": [(entry, map_figure(entry)) for entry in own]}
 
 
 def gallery_report(gallery: Row, styles: Mapping[str, Style]) -> dict[str, Any]:
-    """A picture and its answers: dense's apart, the others by budget."""
+    """A picture and its answers: that of dense, and the others by budget."""
     order = list(styles)
     rows = sorted(gallery["rows"], key=lambda row: order.index(row["method"]))
     return {
@@ -267,7 +260,7 @@ def verdict(correct: float) -> str:
 
 
 def dropped_path(kept: Sequence[int], grid: Sequence[int]) -> str:
-    """An SVG path over the dropped patches of a picture, in units of patches; neighbours in a row are one rectangle."""
+    """An SVG path over the dropped patches of a picture, in units of patches; neighbours in one row form one rectangle."""
     rows, columns = grid
     staying = set(kept)
     path = ""

@@ -14,9 +14,8 @@ from rich.text import Text
 from ..evaluation.plans import DENSE
 from ..evaluation.position_bias import BINS
 from ..tasks import TASKS
-from .figures import at_budget, budget_of, met_budget, standing
+from .rows import Row, at_budget, budget_of, met_budget, standing
 
-Row = Mapping[str, Any]
 Cell = Callable[[Row], str]
 Columns = Mapping[str, Cell]
 

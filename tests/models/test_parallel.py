@@ -193,7 +193,7 @@ def test_two_processes_write_the_answers_of_one_in_its_order(options, plain, tmp
     assert (result["processes"], wanted["processes"]) == (2, 1)
     assert json.loads((tmp_path / "summary.json").read_text()) == result
     assert (tmp_path / "galleries.json").read_text() == (plain / "galleries.json").read_text()
-    assert done.stdout.count("mean tokens") == 1  # one table
+    assert done.stdout.count("vision tokens a prompt") == 1  # one table
     assert done.stdout.count("model demo, device cpu") == 1
 
 
