@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -145,7 +146,7 @@ def add_question_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--image", nargs="+", type=file, metavar="FILE", help="pictures, or a folder of pictures, that --prompt is about")
     add("--video", type=file, metavar="FILE", help="the video that --prompt is about")
-    add("--prompt", help="the question; answered with and without dropping, with a picture of what was kept")
+    add("--prompt", type=readable, help="the question; answered with and without dropping, with a picture of what was kept")
     add("--chat", action="store_true", help="ask one question after the other about --image or --video; answers are streamed")
 
 
@@ -218,7 +219,7 @@ def methods(text: str) -> list[str]:
 
 def model(text: str) -> str:
     """A name of MODELS, a folder, or a repository of the Hub (OWNER/NAME)."""
-    if text in MODELS or Path(text).expanduser().is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text):
+    if text in MODELS or Path(os.path.expanduser(text)).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text):
         return text
     raise argparse.ArgumentTypeError(
         f"unknown model {text!r}; choose one of: {', '.join(MODELS)}; or give the folder of a checkpoint"
@@ -236,7 +237,16 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError("the path is empty; give a folder")
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"the path {text!r} has a null character in it")
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(readable(text)))
+
+
+def readable(text: str) -> str:
+    """Text that can be printed and given to a tokenizer; a shell may pass any bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no valid UTF-8") from None
+    return text
 
 
 def file(text: str) -> Path:
