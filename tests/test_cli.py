@@ -68,9 +68,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, capsys):
     assert "already holds answers to demo; go on with --resume" in error
     assert run(capsys, *options, "--resume")[0] == 0
     again = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(r["plan"], r["sample_id"]) for r in again] == [
-        (r["plan"], r["sample_id"]) for r in map(json.loads, lines)
-    ]
+    assert [(r["plan"], r["sample_id"]) for r in again] == [(r["plan"], r["sample_id"]) for r in map(json.loads, lines)]
     assert [json.loads(line) for line in lines[:5]] == again[:5]
 
 

@@ -113,9 +113,7 @@ def test_a_conversation_streams_its_answers_and_keeps_what_was_said(scene, capsy
     assert re.fullmatch(r"\d", answers[0])
     assert answers[1] in ("yes", "no")
     assert [len(request.images) for request in requests] == [1, 1]
-    assert requests[1].prompt == (
-        f"{requests[0].prompt} {answers[0]}</s>USER: Is there a red circle in the image? ASSISTANT:"
-    )
+    assert requests[1].prompt == f"{requests[0].prompt} {answers[0]}</s>USER: Is there a red circle in the image? ASSISTANT:"
 
 
 def test_an_empty_line_ends_a_conversation(scene, capsys, monkeypatch):

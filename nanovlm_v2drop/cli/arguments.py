@@ -96,9 +96,7 @@ def default_methods(arguments: argparse.Namespace) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="nanovlm-v2drop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="nanovlm-v2drop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser.add_argument_group("model"))
     add_comparison_options(parser.add_argument_group("what is compared"))
     add_question_options(parser.add_argument_group("one question, or a conversation"))

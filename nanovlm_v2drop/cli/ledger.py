@@ -50,4 +50,3 @@ def print_each(findings: Iterable[Finding]) -> list[Finding]:
         console.print(f"  paper: {finding.paper}\n  here: {finding.measured}\n  by: {finding.decides}")
         decided.append(finding)
     return decided
-
