@@ -163,7 +163,7 @@ SETTINGS = [
     # Values that do not fit together.
     setting("demo", CONFIG, "text_config.num_attention_heads", 5, r"text_config\.num_attention_heads 5 must be .*heads 6"),
     setting("demo", CONFIG, "text_config.num_key_value_heads", 4, r"text_config\.num_attention_heads 6 must be .*heads 4"),
-    setting("demo", CONFIG, "text_config.head_dim", 33, r"text_config\.head_dim 33 must be a positive multiple of 2"),
+    setting("demo", CONFIG, "text_config.head_dim", 33, r"text_config\.head_dim 33 must be even"),
     setting("demo", CONFIG, "text_config.vocab_size", 500, r"image_token_index 564 is outside .* vocab_size is 500"),
     setting("demo", CONFIG, "vision_config.num_attention_heads", 3, r"vision_config\.hidden_size 128 must be .*heads 3"),
     setting("demo", CONFIG, "vision_config.patch_size", 7, r"vision_config\.image_size 144 must be .*patch_size 7"),

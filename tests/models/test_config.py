@@ -137,10 +137,13 @@ def test_every_spelling_of_the_rotary_base_is_read(spelling: dict[str, Any]) -> 
 def test_multimodal_rotary_sections_are_read_and_qwen2_has_biases(spelling: tuple[str, str]) -> None:
     field, kind = spelling
     qwen2 = {"model_type": "qwen2_vl_text", field: {kind: "mrope", "mrope_section": [16, 24, 24]}}
-    text = VLMConfig.from_official(changed("text_config", qwen2)).text_config
+    raw = {"model_type": "qwen2_vl", "text_config": qwen2, "vision_config": {"hidden_size": 8192}}
+    text = VLMConfig.from_official(raw).text_config
     assert text.mrope_section == (16, 24, 24)
     assert text.qkv_bias
     assert not VLMConfig.from_official(HUB).text_config.qkv_bias
+    with pytest.raises(ValueError, match=r"text_config\.mrope_section \(16, 24, 24\) is not supported; positions"):
+        VLMConfig.from_official(changed("text_config.rope_scaling", qwen2[field]))
 
 
 UNSUPPORTED: list[tuple[str, object, str]] = [

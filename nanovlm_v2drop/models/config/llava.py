@@ -24,6 +24,9 @@ class LlavaConfig(VLMConfig):
         depth = self.vision_config.num_hidden_layers
         if not -depth - 1 <= self.vision_feature_layer <= depth:
             raise ValueError(f"vision_feature_layer {self.vision_feature_layer} is outside a tower of {depth} layers")
+        if self.text_config.mrope_section is not None:
+            section = self.text_config.mrope_section
+            raise ValueError(f"text_config.mrope_section {section} is not supported; positions have one axis in every LLaVA")
 
     @property
     def vision_layers_run(self) -> int:

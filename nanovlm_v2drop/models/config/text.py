@@ -88,7 +88,6 @@ class TextConfig(Checked):
             require_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         set_once(self, "head_dim", self.hidden_size // self.num_attention_heads)
         require_divisible("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
-        require_divisible("head_dim", self.head_dim, "2 (pairs are rotated)", 2)
         if self.mrope_section is not None and sum(self.mrope_section) * 2 != self.head_dim:
             raise ValueError(f"mrope_section {self.mrope_section} must sum to half of head_dim {self.head_dim}")
 

@@ -43,6 +43,11 @@ class VLMConfig(Checked):
     video_token_id: Annotated[int | None, or_null(TOKEN_ID)] = None
     eos_token_ids: Annotated[tuple[int, ...], ListOf(TOKEN_ID, 1, 64)] = (2,)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text_config.head_dim % 2:
+            raise ValueError(f"text_config.head_dim {self.text_config.head_dim} must be even: its values are rotated in pairs")
+
     @property
     def vision_tokens(self) -> dict[str, int]:
         """Name and id of each token that stands where vision features go."""
