@@ -34,9 +34,27 @@ def check_kept(dropper: TokenDropper, before: PrefillState, after: PrefillState)
     for mask, count in zip(masks, after.vision_counts, strict=True):
         require(mask.sum() == count, f"{dropper.name} keeps other rows than the {count} vision tokens that it should")
     if not dropper.merges:
-        numbers = [after.vision_indices[rows] for rows in after.vision_rows()]
-        rising = torch.cat([(own[1:] > own[:-1]).flatten() for own in numbers])
-        require(rising.all(), f"{dropper.name} keeps a vision row twice, or changes the order of its rows")
+        check_order(dropper, before, after)
+
+
+def check_order(dropper: TokenDropper, before: PrefillState, after: PrefillState) -> None:
+    """Raise ContractBroken unless each vision row is there once at most, and where it was: behind as many text rows."""
+    old, new = (list(map(text_before, *parts_of(state))) for state in (before, after))
+    for (numbers, places), (kept, kept_places), size in zip(old, new, before.prompt_vision_counts, strict=True):
+        known = places.new_full((size,), -1).scatter(0, numbers, places)
+        in_order = (kept[1:] > kept[:-1]).all() & (known[kept.clamp(0, max(size - 1, 0))] == kept_places).all()
+        require(in_order, f"{dropper.name} keeps a vision row twice, or moves rows: they must stay in reading order")
+
+
+def parts_of(state: PrefillState) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The vision rows of each sequence, counted from its first row, its mask, and its `vision_indices`."""
+    rows = [own - start for own, (start, _) in zip(state.vision_rows(), state.spans, strict=True)]
+    return rows, list(state.vision_mask.split(state.seqlens)), list(state.vision_indices.split(state.seqlens))
+
+
+def text_before(rows: Tensor, mask: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of one sequence's vision rows, and how many text rows stand before each."""
+    return indices[rows], (~mask).cumsum(0)[rows]
 
 
 def check_sizes(dropper: TokenDropper, after: PrefillState) -> None:

@@ -30,21 +30,20 @@ def claimed(output: Path, processes: Processes = ALONE) -> Iterator[None]:
         yield
         return
     output.mkdir(parents=True, exist_ok=True)
-    with (output / LOCK).open("a+", encoding="utf-8") as file:
+    with open(output / LOCK, "r+b", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_CREAT)) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise OSError(error.errno, f"{error.strerror}: choose an --output on a disk that has locks", file.name) from error
-            file.seek(0)
+                advice = f"{error.strerror}: choose an --output on a disk that has locks"
+                raise OSError(error.errno, advice, file.name) from error
+            holder = file.read(20).decode(errors="replace").strip() or "unknown"
             raise ValueError(
-                f"another run (process {file.read().strip() or 'unknown'}) is writing to {output}: wait until it ends, "
-                "or choose another --output"
+                f"another run (process {holder}) is writing to {output}: wait until it ends, or choose another --output"
             ) from error
         file.truncate(0)
         with suppress(OSError):  # the number is for the message alone; a full disk shows at the first answer
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+            file.write(f"{os.getpid()}\n".encode())
         yield
 
 
@@ -65,7 +64,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def run_settings(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan]) -> dict[str, str]:
     """What answers depend on, by name."""
-    methods = {plan.method: type(plan.dropper) for plan in plans if plan.dropper is not None}
+    methods = {plan.method: plan.kind for plan in plans if plan.kind is not None}
     return {
         "weights": model_fingerprint(vlm.folder),
         "dtype": str(vlm.dtype),

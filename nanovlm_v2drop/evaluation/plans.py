@@ -33,17 +33,24 @@ class Plan:
     """
 
     label: str
-    make: Callable[[DropSchedule], TokenDropper] | None = None
+    make: type[TokenDropper] | partial[Any] | None = None
     solve: Callable[[Shape], DropSchedule] | None = None
     shape: Shape = NO_SHAPE
     budget: Budget | None = None
     note: str = ""
     paper: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> type[TokenDropper] | None:
+        """The class of the method."""
+        made: Any = self.make.func if isinstance(self.make, partial) else self.make
+        return made
+
     @cached_property
     def dropper(self) -> TokenDropper | None:
         """The dropper of the task's first prompt."""
-        return None if self.make is None else self.make(self.schedule)
+        with naming_errors(self.kind):
+            return None if self.make is None else self.make(self.schedule)
 
     @property
     def schedule(self) -> DropSchedule:
@@ -90,7 +97,7 @@ class Plan:
 
     @property
     def method(self) -> str:
-        return DENSE if self.dropper is None else self.dropper.name
+        return DENSE if self.kind is None else self.kind.name
 
     @property
     def asked_tokens(self) -> float | None:
@@ -109,7 +116,7 @@ class Plan:
     @property
     def key(self) -> str:
         """Names the plan in results files: its row and, where the method draws at random, the seed."""
-        return self.row + (f" seed {self.seed}" if self.dropper is not None and self.dropper.seeded else "")
+        return self.row + (f" seed {self.seed}" if self.kind is not None and self.kind.seeded else "")
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -118,7 +125,7 @@ class Plan:
         Nobody is warned that nothing was dropped where a row of the table says so: at a floor, and in a prompt that is smaller
         than the budget.
         """
-        with warnings.catch_warnings(), naming_errors(None if self.dropper is None else type(self.dropper)):
+        with warnings.catch_warnings(), naming_errors(self.kind):
             if self.note or self.budget is not None:
                 warnings.simplefilter("ignore", NothingDropped)
             yield
@@ -128,12 +135,8 @@ def prompt_shape(vlm: VisionLanguageModel, request: Request) -> Shape:
     """The shape of one prompt."""
     _, media = vlm.tokens_and_media(request)
     frames = max((frames for medium in media for frames, _, _ in medium.grids), default=1)
-    return Shape(sum(medium.num_tokens for medium in media), vlm.config.text_config.num_hidden_layers, frames)
-
-
-def all_alike(vlm: VisionLanguageModel) -> bool:
-    """Whether every picture gives the model as many vision tokens."""
-    return isinstance(vlm.image_processor, ImageProcessor)
+    alike = isinstance(vlm.image_processor, ImageProcessor)
+    return Shape(sum(medium.num_tokens for medium in media), vlm.config.text_config.num_hidden_layers, frames, alike)
 
 
 def first_seeds(plans: Sequence[Plan]) -> list[Plan]:
@@ -142,21 +145,21 @@ def first_seeds(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def equal_budget_plans(
-    names: Sequence[str], budgets: Sequence[Budget], shape: Shape, seeds: Sequence[int], *, all_alike: bool = True
+    names: Sequence[str], budgets: Sequence[Budget], shape: Shape, seeds: Sequence[int]
 ) -> list[Plan]:
     """Dense once, every other method at every budget, for a task whose first prompt has this `shape`.
 
     A method that cannot go down to a budget in the first prompt runs once at its floor, with a note. Raises ValueError for an
-    unknown method, and for a budget that none of the methods reaches in the first prompt; where prompts differ in size (not
-    `all_alike`), another prompt may reach a budget in tokens.
+    unknown method, and for a budget that none of the methods reaches in the first prompt. Where prompts are not
+    `alike`, another prompt may reach a budget in tokens, so that is no error.
     """
     methods, plans, at_floor = find_methods(names), [], set[type[TokenDropper]]()
     droppers = [method for method in methods if method is not None]
     if None in methods:
         plans.append(Plan(DENSE, shape=shape))
     for budget in dict.fromkeys(budgets):
-        unreached = out_of_reach(droppers, budget, shape, all_alike)
-        if droppers and len(unreached) == len(droppers) and (all_alike or budget.tokens is None):
+        unreached = out_of_reach(droppers, budget, shape)
+        if droppers and len(unreached) == len(droppers) and (shape.alike or budget.tokens is None):
             raise next(iter(unreached.values()))
         for method in (method for method in droppers if method not in at_floor):
             solve = partial(budget.schedule, method)
@@ -166,14 +169,14 @@ def equal_budget_plans(
 
 
 def out_of_reach(
-    methods: Sequence[type[TokenDropper]], budget: Budget, shape: Shape, all_alike: bool
+    methods: Sequence[type[TokenDropper]], budget: Budget, shape: Shape
 ) -> dict[type[TokenDropper], OutOfReach]:
     """Why the methods that cannot meet the budget in a prompt of this shape cannot."""
     unreached = {}
     for method in methods:
         try:
             with naming_errors(method):
-                if all_alike and budget.tokens is not None and budget.tokens > shape.num_vision_tokens:
+                if shape.alike and budget.tokens is not None and budget.tokens > shape.num_vision_tokens:
                     method.schedule_for(budget.tokens, shape.num_vision_tokens, shape.num_layers, shape.frames)
                 budget.schedule(method, shape)
         except OutOfReach as error:
@@ -183,7 +186,7 @@ def out_of_reach(
 
 def makers(
     method: type[TokenDropper], seeds: Sequence[int], options: Mapping[str, Any] | None = None
-) -> list[Callable[[DropSchedule], TokenDropper]]:
+) -> list[partial[Any]]:
     """What makes the dropper of a schedule, or for a method that draws at random one for each seed.
 
     Raises ValueError for a method that needs more than a schedule.
