@@ -18,7 +18,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "inference": ("prefill_loop", "decoding", "generation"),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
     "tasks": (),
-    "evaluation": ("records", "plans", "position_bias", "bootstrap", "evaluate"),
+    "evaluation": (
+        "records", "methods", "plans", "fingerprints", "output", "position_bias", "bootstrap", "summary", "evaluate",
+    ),
     "benchmark": ("workload", "contenders", "measure", "loading", "run", "__main__"),
     "research": ("ablations", "theory", "findings", "costs", "claims"),
     "report": ("rows", "figures", "gallery", "watch", "tables", "results_csv", "page"),

@@ -11,11 +11,15 @@ from .schedule import BatchSchedule, DropSchedule
 
 @dataclass(frozen=True)
 class Shape:
-    """What a schedule must know: vision tokens of a prompt, layers of the decoder, and frames of the prompt's video."""
+    """What a schedule must know: vision tokens of a prompt, layers of the decoder, and frames of the prompt's video.
+
+    `alike`: whether every picture gives the model as many vision tokens as these.
+    """
 
     num_vision_tokens: int
     num_layers: int
     frames: int = 1
+    alike: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,31 @@
-"""Run methods side by side over benchmarks: every method answers a sample before the next sample is looked at.
+"""Run methods side by side over benchmarks: every method answers a sample before the next sample is read.
 
-So all methods see the same pictures through one run of the vision tower, and a machine whose speed drifts drifts for all of
-them. Every answer is written as one JSON line as soon as it is there; a run that was interrupted goes on from these lines.
+All methods therefore see the same pictures through one run of the vision tower, and a drift of the machine's speed affects all
+of them alike. Every answer is written as one JSON line at once, and an interrupted run continues from these lines.
 """
 
-import json
 import platform
 import re
 import resource
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
 import torch
 
+from ..dropping import DropSchedule
 from ..inference import decode_tokens, decode_until, prefill
+from ..inference.generation import kept_by
 from ..loading.zoo import VisionLanguageModel
-from ..models.attention import decode_backend
-from ..models.config import read_json_object
 from ..models.parallel import ALONE, Processes
 from ..models.vlm import PackedInputs
 from ..tasks import Sample, Task
-from .bootstrap import resample, score_fields
-from .plans import DENSE, Plan
-from .position_bias import position_bias
+from .output import check_same_settings, run_settings
+from .plans import Plan
 from .records import Record, append_records, merge_records, read_records, records_path
 
 
@@ -44,26 +40,30 @@ def evaluate(
     resume: bool = False,
     processes: Processes = ALONE,
 ) -> Iterator[Sample]:
-    """Answer the task's samples with every plan, appending to `output`/samples.jsonl; yields each sample that is behind it.
+    """Answer the task's samples with every plan, appending to `output`/samples.jsonl; yields each sample that is answered.
 
     With `resume`, answers that are already in the file are not made again. Several `processes` take the batches in turn, one
-    replica each, and write to files of their own (samples-RANK.jsonl), which the first puts together at the end, in the order
-    that one process would have written; every process yields all samples. Parts that a killed run has left are put together
-    at the start, with however many processes that run was. Raises ValueError where the output holds answers to this task and
-    `resume` is not set: nothing is overwritten.
+    replica each, and write to files of their own (samples-RANK.jsonl). The first process joins these files at the end, in the
+    order that one process would have written; every process yields all samples. Parts that a killed run has left are joined
+    at the start, whatever its number of processes. Hold `claimed(output)` around this where another run may start.
+
+    Raises ValueError, and overwrites nothing, where the output holds answers to this task and `resume` is not set, where its
+    answers were made with other settings, and where two plans or two samples share a name.
     """
+    check_names("plans", [plan.key for plan in plans], set())
     if processes.is_first:
         merge_records(output)
         check_resumable(task, output, resume)
-        check_same_settings(vlm, output)
+        check_same_settings(run_settings(vlm, task, plans), output)
     processes.wait()
     done = {(record.plan, record.sample_id) for record in read_records(output) if record.task == task.name}
     samples = task.samples(task.default_samples if limit is None else limit)
-    warm, order = False, list[tuple[str, str]]()
+    warm, order, seen = False, list[tuple[str, str]](), set[str]()
     for number, batch in enumerate(iter(lambda: list(islice(samples, batch_size)), [])):
+        check_names(f"samples of {task.name}", [sample.sample_id for sample in batch], seen)
         order += [(plan.key, sample.sample_id) for plan in plans for sample in batch]
         missing = [] if number % processes.replicas != processes.replica else missing_answers(batch, plans, done)
-        if missing and not warm:  # the first run pays for page faults and kernel selection: not counted
+        if missing and not warm:  # the first run includes page faults and the choice of kernels: not counted
             warm = bool(next(answer_missing(vlm, task, missing)))
         for records in answer_missing(vlm, task, missing):
             if processes.is_first_of_replica:
@@ -78,7 +78,7 @@ def evaluate(
 def missing_answers(
     batch: Sequence[Sample], plans: Sequence[Plan], done: set[tuple[str, str]]
 ) -> list[tuple[Plan, list[Sample]]]:
-    """The plans that have not answered all samples of a batch, each with those that are left."""
+    """The plans that have not answered all samples of a batch, each with the samples that it has not answered."""
     left = [(plan, [sample for sample in batch if (plan.key, sample.sample_id) not in done]) for plan in plans]
     return [(plan, samples) for plan, samples in left if samples]
 
@@ -87,45 +87,31 @@ def answer_missing(
     vlm: VisionLanguageModel, task: Task, missing: Sequence[tuple[Plan, list[Sample]]]
 ) -> Iterator[list[Record]]:
     """The answers of one plan after the other."""
-    prepared: dict[tuple[str, ...], Prepared] = {}  # one for all plans, unless an interruption left them uneven
+    prepared: dict[tuple[str, ...], Prepared] = {}  # one for all plans, unless a run was interrupted between two plans
     for plan, samples in missing:
         ids = tuple(sample.sample_id for sample in samples)
         prepared[ids] = prepared.get(ids) or prepare_batch(vlm, samples)
         yield answer_batch(vlm, task, plan, prepared[ids])
 
 
+def check_names(kind: str, names: Sequence[str], seen: set[str]) -> None:
+    """Add names to those `seen`; raise ValueError for one twice: the answers to one would be taken for the other's."""
+    for name in names:
+        if name in seen:
+            raise ValueError(f"two {kind} are called {name!r}: give each a name of its own")
+        seen.add(name)
+
+
 def check_resumable(task: Task, output: Path, resume: bool) -> None:
-    """Raise ValueError where there are answers to this task that nobody asked to go on with."""
+    """Raise ValueError where the output holds answers to this task and the run is not to continue with them."""
     if not resume and any(record.task == task.name for record in read_records(output)):
         path = output / "samples.jsonl"
         raise ValueError(f"{path} already holds answers to {task.name}; go on with --resume, or choose another --output")
 
 
-def check_same_settings(vlm: VisionLanguageModel, output: Path) -> None:
-    """Note in `output`/settings.json what answers; raises ValueError where answers made otherwise lie there already.
-
-    Settings that an older release did not note count as other ones.
-    """
-    settings = {
-        "model": vlm.name,
-        "weights": str(vlm.folder),
-        "dtype": str(vlm.dtype),
-        "template": vlm.template,
-        "image_processor": repr(vlm.image_processor),
-        "sampling": repr(vlm.sampling),
-    }
-    path = output / "settings.json"
-    before = read_json_object(path) if path.is_file() else settings
-    noted = {name: before.get(name, "not noted") for name in settings}
-    if changed := [f"{name} {noted[name]}, not {value}" for name, value in settings.items() if noted[name] != value]:
-        raise ValueError(f"{output} holds answers made with {'; '.join(changed)}; choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-
-
 @dataclass(frozen=True)
 class Prepared:
-    """Samples whose pictures went through the tower; `vision_ms` is a sample's share of reading, tower and splice."""
+    """Samples whose pictures went through the tower. `vision_ms` is one sample's share of the time for reading and tower."""
 
     samples: Sequence[Sample]
     packed: PackedInputs
@@ -138,37 +124,58 @@ def prepare_batch(vlm: VisionLanguageModel, samples: Sequence[Sample]) -> Prepar
     return Prepared(samples, packed, (timestamp(vlm.device) - started) * 1000 / len(samples))
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What came of a batch: the tokens of each sample, and what it cost."""
+
+    tokens: list[list[int]]
+    kept: list[list[list[int]]]  # of each sample, after each drop point of its own schedule
+    cache_bytes: list[int]  # of each sample, after prefill
+    prefill_ms: float
+    decode_ms: float
+    peak_memory_mb: float
+
+
 def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: Prepared) -> list[Record]:
-    """Prefill and decode the samples as one packed batch, timing each step."""
-    decoder, count = vlm.model.language_model, len(prepared.samples)
-    reset_peak_memory(vlm.device)
-    started = timestamp(vlm.device)
-    with plan.floor_allowed():
-        prefilled = prefill(decoder, prepared.packed, plan.dropper, max_new_tokens=task.max_new_tokens)
-    filled = timestamp(vlm.device)
-    shares = 1 if decoder.tensor_parallel is None else decoder.tensor_parallel.size  # each process holds one of the cache
-    cache_bytes = [shares * prefilled.cache.nbytes_of(index) for index in range(count)]
-    tokens = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, task.max_new_tokens)
-    finished, peak = timestamp(vlm.device), peak_memory_mb(vlm.device)
-    kept = prefilled.kept
+    """The answers to a batch. Times are shared out evenly over its samples."""
+    with plan.answering():
+        answered = run_batch(vlm, task, plan, prepared.packed)
+    count = len(prepared.samples)
     return [
         Record(
             **answer_fields(task, plan, sample, vlm.tokenizer.decode(ids).strip()),
             **prompt_fields(prepared.packed, index),
             vision_ms=prepared.vision_ms,
-            prefill_ms=(filled - started) * 1000 / count,
-            decode_ms=(finished - filled) * 1000 / count,
-            decode_steps=max(map(len, tokens)) - 1,
-            kv_cache_bytes=cache_bytes[index],
-            peak_memory_mb=peak,
-            kept=[stages[index].tolist() for _, stages in kept],
+            prefill_ms=answered.prefill_ms / count,
+            decode_ms=answered.decode_ms / count,
+            decode_steps=max(map(len, answered.tokens)) - 1,
+            kv_cache_bytes=answered.cache_bytes[index],
+            peak_memory_mb=answered.peak_memory_mb,
+            kept=answered.kept[index],
         )
-        for index, (sample, ids) in enumerate(zip(prepared.samples, tokens, strict=True))
+        for index, (sample, ids) in enumerate(zip(prepared.samples, answered.tokens, strict=True))
     ]
 
 
+def run_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, packed: PackedInputs) -> Answered:
+    """Prefill and decode one packed batch, timing each step."""
+    decoder = vlm.model.language_model
+    dropper = plan.dropper_for(packed, decoder.config.num_hidden_layers)
+    reset_peak_memory(vlm.device)
+    started = timestamp(vlm.device)
+    prefilled = prefill(decoder, packed, dropper, max_new_tokens=task.max_new_tokens)
+    filled = timestamp(vlm.device)
+    shares = 1 if decoder.tensor_parallel is None else decoder.tensor_parallel.size  # each process holds one of the cache
+    cache_bytes = [shares * prefilled.cache.nbytes_of(index) for index in range(len(packed.seqlens))]
+    tokens = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, task.max_new_tokens)
+    finished, peak = timestamp(vlm.device), peak_memory_mb(vlm.device)
+    schedule = DropSchedule({}) if dropper is None else dropper.schedule
+    kept = [[rows.tolist() for _, rows in kept_by(prefilled, schedule, index)] for index in range(len(packed.seqlens))]
+    return Answered(tokens, kept, cache_bytes, (filled - started) * 1000, (finished - filled) * 1000, peak)
+
+
 def answer_fields(task: Task, plan: Plan, sample: Sample, text: str) -> dict[str, Any]:
-    """Of a record: who was asked what, and what came back."""
+    """The fields of a record that name the question, and the answer."""
     return {
         "task": task.name,
         "plan": plan.key,
@@ -183,7 +190,7 @@ def answer_fields(task: Task, plan: Plan, sample: Sample, text: str) -> dict[str
 
 
 def prompt_fields(packed: PackedInputs, index: int) -> dict[str, Any]:
-    """Of a record: the sizes of a prompt."""
+    """The fields of a record that hold the sizes of its prompt."""
     vision_tokens = packed.vision_counts[index]
     return {
         "text_tokens": packed.seqlens[index] - vision_tokens,
@@ -193,114 +200,14 @@ def prompt_fields(packed: PackedInputs, index: int) -> dict[str, Any]:
 
 
 def timestamp(device: torch.device) -> float:
-    """Seconds, after the device has finished what it was given."""
+    """Seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def summarise(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One row a method and budget: scores with 95 % bootstrap intervals, cost by the one accounting, and measured times.
-
-    The seeds of a method share a row: its score is their mean. `relative_score` is the share of dense's score in percent;
-    None unless dense answered the same samples.
-    """
-    answers = defaultdict[str, list[dict[str, Any]]](list)
-    for record in records:
-        if record.task == task.name:
-            answers[record.plan].append(vars(record))
-    rows: dict[str, list[Plan]] = {}
-    for plan in plans:
-        if plan.key in answers:
-            rows.setdefault(plan.row, []).append(plan)
-    resampled = {row: resample(task, [answers[plan.key] for plan in own]) for row, own in rows.items()}
-    return [
-        summary_row(vlm, task, own, [answers[plan.key] for plan in own], score_fields(resampled[row], resampled.get(DENSE)))
-        for row, own in rows.items()
-    ]
-
-
-def summary_row(
-    vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], by_seed: list[list[dict[str, Any]]], scores: dict[str, Any]
-) -> dict[str, Any]:
-    plan, records = plans[0], [record for records in by_seed for record in records]
-    metrics = [task.summary(answers) for answers in by_seed]
-    return {
-        "method": plan.method,
-        "label": plan.label,
-        "task": task.name,
-        "schedule": {str(layer): value for layer, value in plan.schedule.items()},
-        "asked_tokens": plan.asked_tokens,
-        "note": plan.note,
-        **scores,
-        "metrics": {name: round(mean(values[name] for values in metrics), 4) for name in metrics[0]},
-        "samples": len(by_seed[0]),
-        "seed": plan.seed,
-        "seeds": [plan.seed for plan in plans],
-        "scores_by_seed": [round(values["score"], 3) for values in metrics],
-        **cost_fields(vlm, plan, records),
-        **time_fields(records),
-        "paper": dict(plan.paper),
-    }
-
-
-def cost_fields(vlm: VisionLanguageModel, plan: Plan, records: list[dict[str, Any]]) -> dict[str, float]:
-    """What the schedule says that a prompt costs, by the one accounting, and the cache that was really filled."""
-    config = vlm.config.text_config
-    flops = [plan.schedule.prefill_flops(config, r["text_tokens"], r["vision_tokens"]) for r in records]
-    entering = [plan.schedule.vision_tokens_per_layer(r["vision_tokens"], config.num_hidden_layers) for r in records]
-    return {
-        "vision_tokens": round(mean(record["vision_tokens"] for record in records), 2),
-        "mean_vision_tokens": round(mean(mean(counts) for counts in entering), 2),
-        "final_vision_tokens": round(mean(counts[-1] for counts in entering), 2),
-        "prefill_tflops": round(mean(flops) / 1e12, 6),
-        "kv_cache_mb": round(mean(record["kv_cache_bytes"] for record in records) / 1e6, 4),
-    }
-
-
-def time_fields(records: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Medians a sample, and sums over all: what a sample takes includes its share of reading and of the vision tower."""
-    steps, decode_ms = (sum(record[name] for record in records) for name in ("decode_steps", "decode_ms"))
-    total_ms = sum(record["vision_ms"] + record["prefill_ms"] + record["decode_ms"] for record in records)
-    return {
-        **{name: round(median(record[name] for record in records), 3) for name in ("vision_ms", "prefill_ms", "decode_ms")},
-        "decode_ms_per_token": round(decode_ms / steps, 3) if steps else None,
-        "total_ms": round(total_ms / len(records), 3),
-        "items_per_s": round(1000 * len(records) / total_ms, 3),
-        "peak_memory_mb": round(max(record["peak_memory_mb"] for record in records), 1),
-    }
-
-
-def summarise_bias(task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """What `position_bias` says of every method that drops, all its seeds together."""
-    row_of, first_stages = {plan.key: plan.row for plan in plans}, defaultdict[str, list[tuple[int, list[int]]]](list)
-    dropped = [record for record in records if record.task == task.name and record.kept and record.plan in row_of]
-    for record in dropped:
-        first_stages[row_of[record.plan]].append((record.vision_tokens, record.kept[0]))
-    grid_size = common_grid_size([grid for record in dropped for grid in record.vision_grids])
-    return [
-        {
-            "task": task.name,
-            "method": plan.method,
-            "label": plan.label,
-            "asked_tokens": plan.asked_tokens,
-            "layer": next(iter(plan.schedule)),
-            **bias,
-        }
-        for plan in {plan.row: plan for plan in plans}.values()
-        if (bias := position_bias(first_stages[plan.row], grid_size))
-    ]
-
-
-def common_grid_size(grids: Sequence[Sequence[int]]) -> int:
-    """Side of the square that all pictures and frames are, newlines aside; 1 where they differ: place is then not looked at."""
-    shapes = {(rows, columns) for _, rows, columns in grids if rows * columns > 1}
-    rows, columns = shapes.pop() if len(shapes) == 1 else (1, 1)
-    return rows if rows == columns else 1
-
-
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new high-water mark of memory; on a CPU only Linux can."""
+    """Start a new high-water mark of memory; on a CPU this works on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
@@ -308,24 +215,10 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory held since `reset_peak_memory`: by torch on a GPU, by the whole process elsewhere."""
+    """The most memory held since `reset_peak_memory`: by torch on a GPU, by the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-
-def run_summary(vlm: VisionLanguageModel, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The object that ends a run: what ran, and the rows."""
-    backend = vlm.model.language_model.attention
-    return {
-        "model": vlm.name,
-        "device": str(vlm.device),
-        "dtype": str(vlm.dtype).removeprefix("torch."),
-        "attention": backend,
-        "decode_attention": decode_backend(backend),
-        "torch": torch.__version__,
-        "results": rows,
-    }
 
 
 def machine_name(device: torch.device) -> str:

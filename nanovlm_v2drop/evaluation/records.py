@@ -1,16 +1,20 @@
-"""Answers on disk: one JSON line each in samples.jsonl, and in a part of its own for each of several processes."""
+"""Answers on disk: one JSON line each in samples.jsonl. Each of several processes writes a file of its own."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from ..models.parallel import Processes
 
+MOST = 2**53  # beyond it JSON's numbers are not exact
+MOST_TOKENS = 10**7
 
 @dataclass
 class Record:
-    """One answer of one plan to one sample: a line of samples.jsonl. Times of a batch are shared out evenly."""
+    """One answer of one plan to one sample: a line of samples.jsonl. The times of a batch are shared evenly."""
 
     task: str
     plan: str
@@ -34,20 +38,23 @@ class Record:
 
 
 def records_path(output: Path, processes: Processes) -> Path:
-    """Where a process writes its answers: the file that is read, where it is alone, else a part of its own."""
+    """Where a process writes its answers: samples.jsonl for a single process, else a file of its own."""
     return output / ("samples.jsonl" if processes.world_size == 1 else f"samples-{processes.rank}.jsonl")
 
 
 def append_records(path: Path, records: Sequence[Record]) -> None:
-    """Write answers behind those that a file has, one JSON line each."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+    """Write answers to the end of a file, one JSON line each. Raises OSError with the file's name, as for a full disk."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_records(output: Path, sample_ids: Mapping[str, Collection[str]] | None = None) -> list[Record]:
-    """The answers written so far; those in parts of several processes only when `merge_records` has put them together.
+    """The answers written so far. `merge_records` must first join the files of several processes.
 
-    `sample_ids`, by task, leaves only the answers to these: what an earlier, larger run answered must not mix in.
+    `sample_ids`, by task, selects the answers to these samples: the answers of an earlier, larger run must not mix in.
     """
     records = records_of(output / "samples.jsonl")
     if sample_ids is None:
@@ -57,30 +64,83 @@ def read_records(output: Path, sample_ids: Mapping[str, Collection[str]] | None 
 
 
 def records_of(path: Path) -> list[Record]:
-    """The answers in one file. A last line that was cut off by an interruption is left out.
+    """The answers in one file, without a last line that an interruption has cut off.
 
-    Raises ValueError for another line that is no record.
+    Raises ValueError for any other line that is no record.
     """
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    lines = enumerate(text[: text.rfind("\n") + 1].splitlines(), 1)
-    return [parse_record(line, f"line {number} of {path}") for number, line in lines]
+    data = path.read_bytes()
+    lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
+    return [parse_record(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
 
 
-def parse_record(line: str, place: str) -> Record:
-    """The record in a line; raises ValueError with its `place` for what is none."""
+def parse_record(line: bytes, place: str) -> Record:
+    """The record in a line; raises ValueError with its `place`, and the field, for what is none."""
+    remedy = "delete the line, or choose another --output"
     try:
-        return Record(**json.loads(line))
-    except (ValueError, TypeError) as error:
-        remedy = "delete the line, or choose another --output"
-        raise ValueError(f"{place} is no answer of this version: {error}; {remedy}") from error
+        found = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{place} is no answer of this version: {reason}; {remedy}") from error
+    if wrong := wrong_field(found):
+        raise ValueError(f"{place} is no answer of this version: {wrong}; {remedy}")
+    return Record(**found)
+
+
+def wrong_field(found: Any) -> str:
+    """What keeps a JSON value from being a record; empty where it is one."""
+    if not isinstance(found, dict):
+        return f"it is a {type(found).__name__}, not an object"
+    known = {each.name: each for each in fields(Record)}
+    if unknown := [name for name in found if name not in known]:
+        return f"unknown field {unknown[0]!r}"
+    for name, each in known.items():
+        if name not in found and each.default is MISSING and each.default_factory is MISSING:
+            return f"field {name!r} is missing"
+        holds, wanted = RULES[str(each.type)] if name != "correct" else (is_share, "a number from 0 to 1")
+        if name in found and not holds(found[name]):
+            value = repr(found[name])
+            return f"field {name!r} is {value if len(value) <= 40 else value[:37] + '...'}, not {wanted}"
+    return wrong_numbers(found)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST
+
+
+def is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and isfinite(value) and value >= 0
+
+
+def is_share(value: Any) -> bool:
+    return is_amount(value) and value <= 1
+
+
+def are_counts(value: Any) -> bool:
+    """Lists of counts, as token numbers and grids are."""
+    return isinstance(value, list) and all(isinstance(own, list) and all(map(is_count, own)) for own in value)
+
+
+def wrong_numbers(found: Mapping[str, Any]) -> str:
+    """What of a record's numbers cannot be; empty where all can."""
+    if any(len(grid) != 3 for grid in found.get("vision_grids", [])):
+        return "field 'vision_grids' holds a grid that is not frames, rows and columns"
+    if found["vision_tokens"] > MOST_TOKENS:
+        return f"field 'vision_tokens' is {found['vision_tokens']}, more than any prompt holds ({MOST_TOKENS})"
+    if any(number >= found["vision_tokens"] for stage in found.get("kept", []) for number in stage):
+        return "field 'kept' holds a token that the prompt does not have"
+    return ""
 
 
 def merge_records(output: Path, task: str | None = None, order: Sequence[tuple[str, str]] = ()) -> None:
-    """Put the parts that processes have written into samples.jsonl, every answer once, and cut what is torn off its end.
+    """Join the files of several processes in samples.jsonl, every answer once, without lines that are cut off.
 
-    The answers to `task` come in `order` (plan and sample), behind those to other tasks.
+    The answers to `task` follow those to other tasks, in `order` (plan and sample).
     """
     path, parts = output / "samples.jsonl", sorted(output.glob("samples-*.jsonl"))
     merged: dict[tuple[str, str, str], Record] = {}
@@ -93,6 +153,14 @@ def merge_records(output: Path, task: str | None = None, order: Sequence[tuple[s
         whole = path.with_suffix(".whole")
         whole.unlink(missing_ok=True)
         append_records(whole, list(merged.values()))
-        whole.replace(path)  # at once: killed at any moment, no answer is lost
+        whole.replace(path)  # atomic: a kill at any moment loses no answer
     for part in parts:
         part.unlink()
+
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # by the type of a field: what it must be
+    str(str): (is_text, "a text"),
+    str(int): (is_count, f"a whole number from 0 to {MOST}"),
+    str(float): (is_amount, "a finite number of 0 or more"),
+    str(list[list[int]]): (are_counts, "a list of lists of whole numbers"),
+}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..dropping.base import NotANumber, PrefillState, TokenDropper
 from ..dropping.budget import asked_budget
+from ..dropping.contract import check_kept, is_own
 from ..models.attention import attention, reads_heads_first, resolve_backend
 from ..models.decoder import Decoder, DecoderLayer, Rotary, rotary_table
 from ..models.kv_cache import KVCache
@@ -95,14 +96,17 @@ def begin(decoder: Decoder, packed: PackedInputs, dropper: TokenDropper | None) 
 def drop(decoder: Decoder, layer: DecoderLayer, dropper: TokenDropper, state: PrefillState, rotary: Rotary) -> PrefillState:
     """The state after one drop point, at the entrance of `layer`, without the fields that only the dropper reads.
 
-    Raises NotFinite where the method ranks by numbers that are NaN.
+    Raises NotFinite where the method ranks by numbers that are NaN, ContractBroken where it keeps wrong rows.
     """
     state.rotary, state.final_norm = rotary, decoder.norm
     state.project_next = partial(decoder.row_queries_and_keys, layer, state.hidden_states, rotary)
     try:
-        return agreed(decoder, dropper(state).without_surroundings())
+        after = dropper(state)
     except NotANumber as error:
         raise NotFinite(f"{error}; {advice(state.hidden_states.dtype)}") from error
+    if not is_own(type(dropper)):
+        check_kept(dropper, state, after)
+    return agreed(decoder, after.without_surroundings())
 
 
 def advice(dtype: torch.dtype) -> str:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..evaluation.plans import Plan
 from ..evaluation.records import Record
+from ..evaluation.summary import prompt_shape_of
 from ..loading.zoo import VisionLanguageModel
 from ..models.config import LlavaOnevisionConfig
 from ..models.vlm import VisionInput
@@ -124,7 +125,8 @@ def describe_gallery(
 
 
 def describe_answer(plan: Plan, record: Record, num_layers: int, board: Board) -> dict[str, Any]:
-    entering = plan.schedule.vision_tokens_per_layer(record.vision_tokens, num_layers)
+    schedule = plan.schedule_for(prompt_shape_of(vars(record), num_layers))
+    entering = schedule.vision_tokens_per_layer(record.vision_tokens, num_layers)
     return {
         "method": plan.method,
         "label": plan.label,
@@ -133,7 +135,7 @@ def describe_answer(plan: Plan, record: Record, num_layers: int, board: Board) -
         "correct": record.correct,
         "stages": [
             {"layer": layer, "tokens": entering[layer], "kept": board.places(kept), "merged": entering[layer] - len(kept)}
-            for layer, kept in zip(plan.schedule, record.kept, strict=True)
+            for layer, kept in zip(schedule, record.kept, strict=True)
         ],
     }
 

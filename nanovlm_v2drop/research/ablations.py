@@ -1,11 +1,14 @@
 """The paper's ablations on this model, beside the paper's own numbers (arXiv 2509.01552, appendix; LLaVA-1.5-7B)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 from ..dropping import PUBLISHED_SCHEDULES, DropSchedule, V2Drop
+from ..dropping.budget import Budget, Shape
 from ..dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS, layers_at_depths
 from ..dropping.v2drop import METRICS
-from ..evaluation.plans import DENSE, Plan, Shape
+from ..evaluation.plans import DENSE, Plan, mapped
 
 METRIC_NUMBERS = {
     "l2": {"MME": 1712, "GQA": 56.3, "MMB": 61.8, "SQA": 68.8},
@@ -31,56 +34,56 @@ SCHEDULE_NUMBERS = {
 }
 
 
-def share_of_paper(tokens: float, shape: Shape) -> float:
-    """The paper's budget as the same share of this model's vision tokens."""
-    return round(tokens / PAPER_VISION_TOKENS * shape.num_vision_tokens, 2)
+def share_of_paper(tokens: float) -> Budget:
+    """The paper's budget as the same share of a prompt's vision tokens."""
+    return Budget(retain=tokens / PAPER_VISION_TOKENS)
 
 
 def metric_plans(shape: Shape) -> list[Plan]:
     """V2Drop by each metric at 128 of 576 tokens."""
-    budget = share_of_paper(128, shape)
-    schedule = V2Drop.schedule_for(budget, shape.num_vision_tokens, shape.num_layers)
+    budget = share_of_paper(128)
+    solve = partial(budget.schedule, V2Drop)
     return [
-        Plan(f"v2drop {metric}", V2Drop(schedule, metric), budget, paper=METRIC_NUMBERS[metric]) for metric in METRICS
+        Plan(f"v2drop {metric}", partial(V2Drop, metric=metric), solve, shape, budget, paper=METRIC_NUMBERS[metric])
+        for metric in METRICS
     ]
 
 
 def layer_plans(shape: Shape) -> list[Plan]:
     """V2Drop with the paper's six choices of layers at 192 of 576 tokens; choices that fall together here are one row."""
-    budget, plans = share_of_paper(192, shape), dict[tuple[int, ...], Plan]()
+    budget, plans = share_of_paper(192), dict[tuple[int, ...], Plan]()
     for layers, paper in LAYER_NUMBERS.items():
         own = layers_at_depths(shape.num_layers, [layer / PAPER_LAYERS for layer in layers])
         name = "/".join(map(str, layers))
         if own in plans:
-            note = f"{plans[own].note}; {name} falls on the same layers here"
-            plans[own] = Plan(plans[own].label, plans[own].dropper, budget, note=note, paper=plans[own].paper)
+            plans[own] = replace(plans[own], note=f"{plans[own].note}; {name} falls on the same layers here")
             continue
-        schedule = DropSchedule.for_mean_tokens(budget, shape.num_vision_tokens, shape.num_layers, layers=own)
         note = f"drops at layers {'/'.join(map(str, own))} here"
-        plans[own] = Plan(f"v2drop {name}", V2Drop(schedule), budget, note=note, paper=paper)
+        solve = partial(solved_at, budget, own, V2Drop.leanest)
+        plans[own] = Plan(f"v2drop {name}", V2Drop, solve, shape, budget, note=note, paper=paper)
     return list(plans.values())
+
+
+def solved_at(budget: Budget, layers: Sequence[int], leanest: Sequence[float], shape: Shape) -> DropSchedule:
+    """The schedule that meets a budget in a prompt with drop points at these layers; raises as for_mean_tokens."""
+    asked = budget.mean_tokens(shape.num_vision_tokens)
+    return DropSchedule.for_mean_tokens(asked, shape.num_vision_tokens, shape.num_layers, layers=layers, leanest=leanest)
 
 
 def step_plans(shape: Shape) -> list[Plan]:
     """V2Drop in three steps, and all at once at the first of them, at the same mean: 192 of 576 tokens."""
-    size = shape.num_vision_tokens, shape.num_layers
-    budget, layers = share_of_paper(192, shape), layers_at_depths(shape.num_layers)
+    budget, layers = share_of_paper(192), layers_at_depths(shape.num_layers)
     choices = {"progressive": (layers, V2Drop.leanest), "one-shot": (layers[:1], (0.0,))}
     return [
-        Plan(
-            f"v2drop {name}",
-            V2Drop(DropSchedule.for_mean_tokens(budget, *size, layers=own, leanest=leanest)),
-            budget,
-            paper=STEPS_NUMBERS[name],
-        )
-        for name, (own, leanest) in choices.items()
+        Plan(f"v2drop {name}", V2Drop, partial(solved_at, budget, *choice), shape, budget, paper=STEPS_NUMBERS[name])
+        for name, choice in choices.items()
     ]
 
 
 def schedule_plans(shape: Shape) -> list[Plan]:
     """V2Drop's three schedules as published."""
     return [
-        Plan(f"v2drop {name}", V2Drop(PUBLISHED_SCHEDULES[name].mapped(shape.num_layers, shape.num_vision_tokens)), paper=paper)
+        Plan(f"v2drop {name}", V2Drop, partial(mapped, PUBLISHED_SCHEDULES[name], PAPER_LAYERS), shape, paper=paper)
         for name, paper in SCHEDULE_NUMBERS.items()
     ]
 

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from ..demo import scenes
 from ..demo.data import VISION, patch_labels
+from ..dropping.budget import Budget, Shape
 from ..dropping.schedule import layers_at_depths
 from ..evaluation.bootstrap import Resampled, difference, resample
-from ..evaluation.evaluate import Record, evaluate, read_records, summarise_bias
-from ..evaluation.plans import Plan, Shape, equal_budget_plans, prompt_shape
+from ..evaluation.evaluate import evaluate
+from ..evaluation.plans import Plan, equal_budget_plans, prompt_shape
+from ..evaluation.records import Record, read_records
+from ..evaluation.summary import summarise_bias
 from ..loading.zoo import VisionLanguageModel, load
 from ..processing.prompts import Request
 from ..tasks import Task
@@ -93,7 +96,7 @@ def scores_by_label(task: Task, plans: Sequence[Plan], records: Sequence[Record]
 
 def ledger_plans(shape: Shape) -> list[Plan]:
     """The ablations, and V2Drop beside two other methods at the paper's share of 128 of 576 tokens."""
-    others = equal_budget_plans(["v2drop", "random", "fastv"], [share_of_paper(128, shape)], shape, seeds=range(3))
+    others = equal_budget_plans(["v2drop", "random", "fastv"], [share_of_paper(128)], shape, seeds=range(3))
     return [*ablation_plans(["metric", "layers", "steps"], shape), *others]
 
 
@@ -134,8 +137,7 @@ def video_findings(vlm: VisionLanguageModel, output: Path, limit: int) -> Iterat
     """V2Drop beside two other methods on clips, with the video demo on the device of `vlm`; answers go to `output`."""
     video, task = load("demo-video", device=vlm.device, dtype=vlm.dtype), DemoVideo()
     shape = prompt_shape(video, task.first_sample().request)
-    budget = SHARE_OF_VIDEO * shape.num_vision_tokens
-    plans = equal_budget_plans(["v2drop", "random", "dycoke"], [budget], shape, seeds=range(3))
+    plans = equal_budget_plans(["v2drop", "random", "dycoke"], [Budget(retain=SHARE_OF_VIDEO)], shape, seeds=range(3))
     yield from video_score_findings(scores_by_label(task, plans, answers(video, task, plans, output, limit)))
 
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nanovlm_v2drop.dropping.budget import Budget, Shape
 from nanovlm_v2drop.evaluation import evaluate as module
-from nanovlm_v2drop.evaluation.evaluate import evaluate, read_records, run_summary, summarise, summarise_bias
-from nanovlm_v2drop.evaluation.plans import Plan, Shape, equal_budget_plans
+from nanovlm_v2drop.evaluation.evaluate import evaluate
+from nanovlm_v2drop.evaluation.plans import Plan, equal_budget_plans, prompt_shape
+from nanovlm_v2drop.evaluation.records import read_records
+from nanovlm_v2drop.evaluation.summary import run_summary, summarise, summarise_bias
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
 from nanovlm_v2drop.tasks import Sample, Task
 
@@ -63,7 +67,7 @@ def vlm(tiny_llava_folder: Path) -> VisionLanguageModel:
 
 @pytest.fixture(scope="module")
 def plans() -> list[Plan]:
-    return equal_budget_plans(METHODS, [18, 10], Shape(NUM_VISION_TOKENS, NUM_LAYERS), SEEDS)
+    return equal_budget_plans(METHODS, [Budget(tokens=18), Budget(tokens=10)], Shape(NUM_VISION_TOKENS, NUM_LAYERS), SEEDS)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,7 @@ def test_resuming_repairs_a_cut_line_and_asks_only_what_is_missing(
     finished: Path, plans: list[Plan], vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = lines_of(finished)
+    (tmp_path / "settings.json").write_bytes((finished / "settings.json").read_bytes())
     (tmp_path / "samples.jsonl").write_text("\n".join([*lines[:7], lines[7][:25]]))  # 7 plans a sample
     asked = []
     answer_batch = module.answer_batch
@@ -139,12 +144,81 @@ def test_resuming_repairs_a_cut_line_and_asks_only_what_is_missing(
 def test_a_finished_file_is_neither_overwritten_nor_added_to(
     finished: Path, plans: list[Plan], vlm: VisionLanguageModel, tmp_path: Path
 ) -> None:
-    (tmp_path / "samples.jsonl").write_bytes((finished / "samples.jsonl").read_bytes())
+    for name in ("samples.jsonl", "settings.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
     with pytest.raises(ValueError, match=r"samples\.jsonl already holds answers to twins; go on with --resume, or choose"):
         next(evaluate(vlm, Twins(), plans, tmp_path, limit=6))
     assert lines_of(tmp_path) == lines_of(finished)
     assert len(list(evaluate(vlm, Loose(), plans[:1], tmp_path))) == Loose.default_samples  # another task's answers may follow
     assert lines_of(tmp_path)[: -Loose.default_samples] == lines_of(finished)
+
+
+def test_two_samples_or_two_plans_of_one_name_are_refused(vlm: VisionLanguageModel, plans: list[Plan], tmp_path: Path) -> None:
+    class Repeated(Loose):
+        def samples(self, limit: int | None = None) -> Iterator[Sample]:
+            return (replace(sample, sample_id="same") for sample in super().samples(limit))
+
+    with pytest.raises(ValueError, match="two samples of loose are called 'same': give each a name of its own"):
+        list(evaluate(vlm, Repeated(), plans[:1], tmp_path, batch_size=2))
+    with pytest.raises(ValueError, match="two plans are called 'dense'"):
+        next(evaluate(vlm, Loose(), [plans[0], plans[0]], tmp_path))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_prompts_of_several_sizes_keep_their_own_share_and_the_row_keeps_the_mean(
+    batch_size: int, vlm: VisionLanguageModel, tmp_path: Path
+) -> None:
+    """One, two and three pictures: 36, 72 and 108 vision tokens."""
+
+    class Growing(Loose):
+        def samples(self, limit: int | None = None) -> Iterator[Sample]:
+            for number, sample in enumerate(super().samples(6)):
+                yield replace(sample, images=sample.images * (number % 3 + 1))
+
+    shape = prompt_shape(vlm, Growing().first_sample().request)
+    own = equal_budget_plans(["dense", "v2drop", "random", "fastv", "visionzip"], [Budget(retain=0.4)], shape, seeds=[0])
+    assert len(list(evaluate(vlm, Growing(), own, tmp_path, limit=6, batch_size=batch_size))) == 6
+    records = read_records(tmp_path)
+    for record in records:
+        plan = next(plan for plan in own if plan.key == record.plan)
+        schedule = plan.schedule_for(Shape(record.vision_tokens, NUM_LAYERS))
+        per_layer = schedule.vision_tokens_per_layer(record.vision_tokens, NUM_LAYERS)
+        assert [len(kept) for kept in record.kept] == [per_layer[layer] for layer in schedule] or plan.method == "visionzip"
+        sizes = record.text_tokens, record.vision_tokens, 4
+        assert record.kv_cache_bytes == schedule.kv_cache_bytes(vlm.config.text_config, *sizes)
+    assert {record.vision_tokens for record in records} == {36, 72, 108}
+    for row in summarise(vlm, Growing(), own, records)[1:]:
+        assert (row["asked_tokens"], row["asked_share"], row["equal_budget"]) == (28.8, 0.4, True)
+        assert row["mean_vision_tokens"] == pytest.approx(28.8, abs=1)
+        assert row["note"] == ""
+
+
+def test_a_row_says_in_how_many_prompts_a_method_is_at_its_floor(vlm: VisionLanguageModel, tmp_path: Path) -> None:
+    class Two(Loose):
+        def samples(self, limit: int | None = None) -> Iterator[Sample]:
+            for number, sample in enumerate(super().samples(4)):
+                yield replace(sample, images=sample.images * (4 if number == 3 else 1))
+
+    own = equal_budget_plans(["v2drop"], [Budget(tokens=12)], Shape(36, NUM_LAYERS), seeds=[0])
+    list(evaluate(vlm, Two(), own, tmp_path, limit=4))
+    (row,) = summarise(vlm, Two(), own, read_records(tmp_path))
+    assert row["note"] == f"at its floor in 1 of 4 prompts, with {row['mean_vision_tokens']:.1f} mean tokens over all"
+    assert row["equal_budget"] is False
+
+
+def test_a_killed_run_resumes_to_the_very_rows(
+    vlm: VisionLanguageModel, plans: list[Plan], finished: Path, tmp_path: Path
+) -> None:
+    """Cut anywhere, also inside a line, the file resumes to the answers of the whole run."""
+    whole = (finished / "samples.jsonl").read_bytes()
+    for number, end in enumerate(np.random.default_rng(0).integers(0, len(whole), 4)):
+        output = tmp_path / str(number)
+        output.mkdir()
+        (output / "settings.json").write_bytes((finished / "settings.json").read_bytes())
+        (output / "samples.jsonl").write_bytes(whole[:end])
+        list(evaluate(vlm, Twins(), plans, output, limit=6, resume=True))
+        assert answers(output) == answers(finished)
+        assert len(lines_of(output)) == len(lines_of(finished))
 
 
 # Rows

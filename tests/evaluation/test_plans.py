@@ -1,22 +1,28 @@
 """Which rows a table has, and that they cost what was asked for."""
 
-from pathlib import Path
+import warnings
 
 import pytest
-from tiny_tasks import OWN_METHOD
+from tiny import one_prompt, pack_together, tiny_decoder, tiny_prompts
 
-from nanovlm_v2drop.dropping import DROPPERS, DropSchedule, TokenDropper
-from nanovlm_v2drop.evaluation.plans import Shape, equal_budget_plans, find_methods, make_droppers, official_plans
+from nanovlm_v2drop.dropping import DROPPERS, TokenDropper
+from nanovlm_v2drop.dropping.budget import Budget, Shape
+from nanovlm_v2drop.evaluation.plans import equal_budget_plans, makers, official_plans
+from nanovlm_v2drop.inference import prefill
 
 DEMO, LLAVA_7B = Shape(144, 12), Shape(576, 32)
 
 
 def mean_tokens(plan, shape):
-    return plan.schedule.mean_tokens(shape.num_vision_tokens, shape.num_layers)
+    return plan.schedule_for(shape).mean_tokens(shape.num_vision_tokens, shape.num_layers)
+
+
+def tokens(*counts):
+    return [Budget(tokens=count) for count in counts]
 
 
 def test_dense_is_planned_once_every_other_method_at_every_budget_and_a_drawing_one_with_every_seed():
-    plans = equal_budget_plans(["dense", "v2drop", "random", "v2drop"], [48, 16, 48], DEMO, seeds=[3, 4])
+    plans = equal_budget_plans(["dense", "v2drop", "random", "v2drop"], tokens(48, 16, 48), DEMO, seeds=[3, 4])
     assert [plan.key for plan in plans] == [
         "dense", "v2drop 48", "random 48 seed 3", "random 48 seed 4", "v2drop 16", "random 16 seed 3", "random 16 seed 4",
     ]  # fmt: skip
@@ -27,16 +33,16 @@ def test_dense_is_planned_once_every_other_method_at_every_budget_and_a_drawing_
 
 @pytest.mark.parametrize(("shape", "budgets"), [(DEMO, [48, 32, 16]), (LLAVA_7B, [192, 128, 64])])
 def test_all_methods_meet_a_budget_within_one_token_or_say_their_floor(shape, budgets):
-    plans = equal_budget_plans(["all"], budgets, shape, seeds=[0])
+    plans = equal_budget_plans(["all"], tokens(*budgets), shape, seeds=[0])
     assert {plan.method for plan in plans} == {"dense", *DROPPERS}
     for plan in plans[1:]:
         plan.schedule.check(shape.num_layers, plan.dropper.earliest_layer, plan.dropper.latest_layer)
-        if plan.note:
-            assert plan.note.startswith(f"cannot go below {mean_tokens(plan, shape):.1f} mean tokens")
+        if note := plan.note_on([shape]):
+            assert note.startswith(f"cannot go below {mean_tokens(plan, shape):.1f} mean tokens")
             assert mean_tokens(plan, shape) > plan.asked_tokens + 0.5
         else:
             assert mean_tokens(plan, shape) == pytest.approx(plan.asked_tokens, abs=1)
-    at_budget = {(plan.method, plan.asked_tokens) for plan in plans if not plan.note}
+    at_budget = {(plan.method, plan.asked_tokens) for plan in plans if not plan.is_at_floor(shape)}
     for method in ("v2drop", "random", "random-grid", "fastv", "sparsevlm", "sparsevlm-plus", "dart", "visionzip", "tome"):
         assert {(method, budget) for budget in budgets} <= at_budget
 
@@ -80,64 +86,20 @@ def test_the_setting_for_qwen2_vl_keeps_its_layers_on_28():
 
 def test_the_papers_video_budgets_are_met_at_28_layers():
     for share in (0.25, 0.2, 0.15):
-        (plan,) = equal_budget_plans(["v2drop"], [share * 6273], Shape(6273, 28, 32), seeds=[0])
+        (plan,) = equal_budget_plans(["v2drop"], [Budget(retain=share)], Shape(6273, 28, 32), seeds=[0])
         assert list(plan.schedule) == [3, 15, 19]
         assert plan.schedule.mean_tokens(6273, 28) == pytest.approx(share * 6273, abs=0.5)
 
 
-def test_a_users_own_file_gives_a_method(tmp_path: Path):
-    file = tmp_path / "my_method.py"
-    file.write_text(OWN_METHOD)
-    (plan,) = equal_budget_plans([f"{file}:Own"], [48], DEMO, seeds=[0])
-    assert (plan.method, plan.key) == ("own", "own 48")
-    with pytest.raises(ValueError, match="own has no published setting; compare it with --accounting equal"):
-        official_plans([f"{file}:Own"], DEMO, seeds=[0])
-    with pytest.raises(ValueError, match="has no class Missing that is a TokenDropper"):
-        find_methods([f"{file}:Missing"])
-    with pytest.raises(ValueError, match=r"Half in .* chooses nothing: it must have a score, a select or a compress method"):
-        find_methods([f"{file}:Half"])
-    with pytest.raises(ValueError, match="there is no file"):
-        find_methods([f"{tmp_path}/nowhere.py:Own"])
-
-
-def test_a_users_method_needs_a_name_that_no_other_has(tmp_path: Path):
-    for number in (1, 2):
-        (tmp_path / f"own_{number}.py").write_text(OWN_METHOD)
-    with pytest.raises(ValueError, match="are both called 'own': give each a name of its own"):
-        find_methods([f"{tmp_path}/own_1.py:Own", f"{tmp_path}/own_2.py:Own"])
-    for taken in ("dense", "v2drop"):
-        (tmp_path / "own_1.py").write_text(OWN_METHOD.replace('"own"', f'"{taken}"'))
-        with pytest.raises(ValueError, match=f"is called '{taken}' as another method is: give it a name of its own"):
-            find_methods([f"{tmp_path}/own_1.py:Own"])
-    (tmp_path / "own_1.py").write_text("from nanovlm_v2drop import V2Drop\n\nclass Own(V2Drop):\n    pass\n")
-    with pytest.raises(ValueError, match="is called 'v2drop'"):
-        find_methods([f"{tmp_path}/own_1.py:Own"])
-
-
-@pytest.mark.parametrize(("text", "message"), [("class Own(:", "invalid syntax"), ("import nowhere", "No module named")])
-def test_a_users_file_that_does_not_run_is_named(text, message, tmp_path: Path):
-    (tmp_path / "own.py").write_text(text)
-    with pytest.raises(ValueError, match=rf"own\.py cannot be read: {message}"):
-        find_methods([f"{tmp_path}/own.py:Own"])
-
-
-def test_a_users_file_may_hold_dataclasses(tmp_path: Path):
-    imports = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
-    settings = "@dataclass\nclass Settings:\n    power: int = 2\n"
-    (tmp_path / "own.py").write_text(imports + settings + OWN_METHOD)
-    (method,) = find_methods([f"{tmp_path}/own.py:Own"])
-    assert method.name == "own"
-
-
 def test_an_unknown_method_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown method 'fastest'; choose from: dense, .*or give your own as FILE\.py:CLASS"):
-        equal_budget_plans(["dense", "fastest"], [48], DEMO, seeds=[0])
+        equal_budget_plans(["dense", "fastest"], tokens(48), DEMO, seeds=[0])
 
 
 @pytest.mark.parametrize("budget", [2, 145])
 def test_a_budget_that_no_method_reaches_is_refused(budget):
     with pytest.raises(ValueError, match=f"a mean of {budget} vision tokens is out of reach"):
-        equal_budget_plans(["v2drop", "random"], [budget], DEMO, seeds=[0])
+        equal_budget_plans(["v2drop", "random"], tokens(budget), DEMO, seeds=[0])
 
 
 def test_a_users_method_that_asks_for_more_than_a_schedule_is_refused():
@@ -148,4 +110,64 @@ def test_a_users_method_that_asks_for_more_than_a_schedule_is_refused():
             super().__init__(schedule)
 
     with pytest.raises(ValueError, match=r"Needs is made with a schedule and nothing more: .*strength"):
-        make_droppers(Needs, DropSchedule({1: 0.5}), [0])
+        makers(Needs, [0])
+
+
+# A schedule for every prompt
+
+
+SIZES = [Shape(count, 28, alike=False) for count in (120, 391, 64, 1000, 777)]
+
+
+@pytest.mark.parametrize("share", [0.5, 1 / 3, 0.2])
+@pytest.mark.parametrize("method", [name for name in DROPPERS if name != "dycoke"])
+def test_a_share_is_kept_of_every_prompt_whatever_its_size(method, share):
+    (plan,) = equal_budget_plans([method], [Budget(retain=share)], SIZES[0], seeds=[0])
+    assert plan.row == f"{method} {100 * share:.4g}%"
+    for shape in SIZES:
+        asked = share * shape.num_vision_tokens
+        if plan.is_at_floor(shape):
+            assert mean_tokens(plan, shape) > asked
+        else:
+            assert mean_tokens(plan, shape) == pytest.approx(asked, abs=max(1, 0.005 * asked))
+    assert bool(plan.note_on(SIZES)) == any(map(plan.is_at_floor, SIZES))
+    if method in ("v2drop", "random", "visionzip", "tome"):
+        assert not plan.note_on(SIZES)
+
+
+def test_a_number_of_tokens_is_kept_of_every_prompt_that_has_as_many():
+    (plan,) = equal_budget_plans(["v2drop"], tokens(100), SIZES[0], seeds=[0])
+    assert [round(mean_tokens(plan, shape)) for shape in SIZES[:3]] == [100, 100, 64]
+    assert [plan.is_at_floor(shape) for shape in SIZES] == [False, False, False, True, False]
+    assert plan.note_on(SIZES).startswith("at its floor in 1 of 5 prompts, with ")
+    assert mean_tokens(plan, Shape(0, 28)) == 0
+
+
+def test_a_first_prompt_that_is_smaller_than_a_budget_is_no_error_where_others_are_larger():
+    with pytest.raises(ValueError, match="a mean of 100 vision tokens is out of reach"):
+        equal_budget_plans(["v2drop"], tokens(100), Shape(64, 28), seeds=[0])
+    (plan,) = equal_budget_plans(["v2drop"], tokens(100), Shape(64, 28, alike=False), seeds=[0])
+    assert mean_tokens(plan, SIZES[1]) == pytest.approx(100, abs=0.5)
+
+
+def test_published_settings_are_mapped_to_every_prompt_by_its_own_size():
+    plans = {plan.label: plan for plan in official_plans(["visionzip"], Shape(576, 32), seeds=[0])}
+    assert [mean_tokens(plans["visionzip 64"], Shape(count, 32)) for count in (576, 1152, 288)] == [64, 128, 32]
+
+
+@pytest.mark.parametrize("name", ["v2drop", "sparsevlm", "visionzip", "dart"])
+def test_the_dropper_of_a_batch_keeps_what_each_prompt_alone_keeps(name):
+    (plan,) = equal_budget_plans([name], [Budget(retain=0.4)], Shape(24, 6), seeds=[0])
+    parts = tiny_prompts(((5, 24, 7), (3, 12, 4), (6, 0, 9)))
+    schedule = plan.dropper_for(pack_together(parts), 6).schedule
+    for index, part in enumerate(parts):
+        assert schedule.of(index) == plan.dropper_for(part, 6).schedule
+    alike = pack_together([parts[0], parts[0]])
+    assert plan.dropper_for(alike, 6).schedule == plan.schedule  # no schedule of a batch where one does
+
+
+def test_nothing_dropped_is_told_only_where_no_row_of_the_table_tells_it():
+    (plan,) = equal_budget_plans(["v2drop"], tokens(12), Shape(12, 6), seeds=[0])
+    with warnings.catch_warnings(record=True) as told, plan.answering():
+        prefill(tiny_decoder(), one_prompt(3, 12, 4), plan.dropper)
+    assert not told

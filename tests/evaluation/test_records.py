@@ -1,6 +1,8 @@
 """Answers on disk: parts of several processes become one file, every answer once and in order."""
 
-from dataclasses import replace
+import json
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -62,9 +64,61 @@ def test_a_process_among_several_writes_a_part_of_its_own(tmp_path: Path) -> Non
     assert records_path(tmp_path, Processes(rank=3, world_size=4)).name == "samples-3.jsonl"
 
 
-@pytest.mark.parametrize("damage", ["garbage", '{"task": "demo"}', "[1, 2]"])
-def test_a_damaged_line_is_named_with_its_file_and_number(tmp_path: Path, damage: str) -> None:
+WHOLE = asdict(replace(EMPTY, vision_tokens=4, kept=[[0, 3], [3]], vision_grids=[[1, 2, 2]]))
+WRONG = [
+    *((name, value) for name in ("task", "plan", "sample_id", "text") for value in (None, 1, True, ["x"], {"x": 1})),
+    *(("correct", value) for value in ("yes", None, True, -0.5, 1.5, math.nan, math.inf, [1])),
+    *((name, value) for name in ("prefill_ms", "peak_memory_mb") for value in (None, "1", -1, math.nan, math.inf, True)),
+    *((name, value) for name in ("text_tokens", "decode_steps") for value in (None, "1", -1, 1.0, True, 10**30)),
+    ("vision_tokens", 10**11),
+    ("vision_tokens", 3),
+    ("kept", None),
+    ("kept", [1]),
+    ("kept", [[0.5]]),
+    ("kept", [[-1]]),
+    ("kept", [[4]]),
+    ("kept", {"0": [1]}),
+    ("vision_grids", [[1, 2]]),
+    ("vision_grids", [["1", 2, 2]]),
+    ("more", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_field_of_another_kind_is_named_with_file_and_line(name: str, value: object, tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
-    path.write_text(f"{damage}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"line 1 of {path} is no answer of this version.*delete the line"):
+    lines = json.dumps(WHOLE), json.dumps({**WHOLE, name: value})
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    field = "kept" if (name, value) == ("vision_tokens", 3) else name
+    with pytest.raises(ValueError, match=rf"^line 2 of {path} is no answer of this version: .*field '{field}'.*delete the"):
         read_records(tmp_path)
+
+
+def test_a_whole_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    append_records(tmp_path / "samples.jsonl", [Record(**WHOLE)])
+    assert [asdict(found) for found in read_records(tmp_path)] == [WHOLE]
+
+
+@pytest.mark.parametrize("name", ["task", "correct", "peak_memory_mb"])
+def test_a_missing_field_is_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text(json.dumps({key: value for key, value in WHOLE.items() if key != name}) + "\n")
+    with pytest.raises(ValueError, match=rf"line 1 of {path} .*field '{name}' is missing"):
+        read_records(tmp_path)
+
+
+DAMAGED = [b"garbage", b'{"task": "demo"}', b"[1, 2]", b"\xff\xfe{}", b"null", b"[" * 200_000, b"1" * 9999, b""]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_line_is_named_with_its_file_and_number(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(damage + b"\n")
+    with pytest.raises(ValueError, match=rf"^line 1 of {path} is no answer of this version.*delete the line") as failed:
+        read_records(tmp_path)
+    assert "\n" not in str(failed.value)
+
+
+def test_a_text_may_hold_what_unicode_calls_a_line_break(tmp_path: Path) -> None:
+    append_records(tmp_path / "samples.jsonl", [record("0", text="one\u2028two\x85three")])
+    assert [found.text for found in read_records(tmp_path)] == ["one\u2028two\x85three"]

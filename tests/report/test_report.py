@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
+from nanovlm_v2drop.dropping.budget import Budget, Shape
 from nanovlm_v2drop.evaluation.plans import Plan
 from nanovlm_v2drop.models.vlm import VisionInput
 from nanovlm_v2drop.report.gallery import CELL, Board, GalleryRow, board_cells, describe_gallery, draw_gallery, fade_dropped
@@ -185,8 +186,8 @@ def test_frames_of_a_video_lie_side_by_side_on_a_board_and_newlines_nowhere():
 
 def test_a_gallery_entry_counts_merged_tokens_and_lists_the_original_ones():
     schedule = DropSchedule({1: 0.5})
-    plan = Plan("v2drop", DROPPERS["v2drop"](schedule), 2.0)
-    answers = {"text": "yes", "correct": 1.0, "vision_tokens": 4, "kept": [[3]]}
+    plan = Plan("v2drop", DROPPERS["v2drop"], lambda shape: schedule, Shape(4, 2), Budget(tokens=2))
+    answers = {"text": "yes", "correct": 1.0, "vision_tokens": 4, "vision_grids": [[1, 2, 2]], "kept": [[3]]}
     record = SimpleNamespace(**answers)
     sample = Sample("digit-1", " What? ", (), "no", "digit")
     board = Board(Image.new("RGB", (12, 12)), (2, 2), range(4))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanovlm_v2drop.evaluation.plans import Shape
+from nanovlm_v2drop.dropping.budget import Shape
 from nanovlm_v2drop.research.ablations import ABLATIONS, ablation_plans
 
 DEMO, LLAVA_7B = Shape(144, 12), Shape(576, 32)

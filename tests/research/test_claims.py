@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovlm_v2drop import cli
+from nanovlm_v2drop.dropping.budget import Shape
 from nanovlm_v2drop.evaluation.bootstrap import Resampled, difference
-from nanovlm_v2drop.evaluation.evaluate import read_records
-from nanovlm_v2drop.evaluation.plans import Shape, prompt_shape
+from nanovlm_v2drop.evaluation.plans import prompt_shape
+from nanovlm_v2drop.evaluation.records import read_records
 from nanovlm_v2drop.loading.zoo import load
 from nanovlm_v2drop.research import costs
 from nanovlm_v2drop.research.claims import (
