@@ -13,7 +13,9 @@ PACKAGE = Path(nanovlm_v2drop.__file__).parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "models": ("config", "attention", "linear", "kv_cache", "arrange", "parallel", "decoder", "vision", "vision_qwen2", "vlm"),
     "dropping": (),
-    "processing": ("preprocessor", "images", "images_onevision", "images_qwen2", "video", "prompts"),
+    "processing": (
+        "opening", "video_file", "video", "preprocessor", "image_settings", "images", "images_onevision", "images_qwen2", "prompts"
+    ),
     "loading": ("specs", "tensor_parallel", "checkpoint", "zoo"),
     "inference": ("prefill_loop", "decoding", "generation"),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),

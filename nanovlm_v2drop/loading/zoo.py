@@ -12,17 +12,17 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..models.attention import resolve_backend
 from ..models.config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, VLMConfig
 from ..models.parallel import join_processes, tensor_mesh
 from ..models.vlm import VLM, PackedInputs, VisionInput
-from ..processing.images import DEFAULT_ASPECT_RATIO, ImageProcessor, ImageSource
+from ..processing.images import DEFAULT_ASPECT_RATIO, ImageProcessor, PlannedMedium
 from ..processing.images_onevision import NextImageProcessor, OnevisionImageProcessor
 from ..processing.images_qwen2 import Qwen2VLImageProcessor
+from ..processing.opening import ImageSource
 from ..processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
-from ..processing.video import FpsSampling, FrameSampling, UniformSampling, read_frames
+from ..processing.video import FpsSampling, FrameSampling, SampledVideo, UniformSampling, sample_video
 from .checkpoint import load_model
 from .specs import DTYPE_NAMES, MODELS, ModelSpec
 
@@ -38,10 +38,10 @@ class WeightsUnavailable(RuntimeError):
 class MediaProcessor(Protocol):
     """Turns pictures and frames into what a model's tower reads."""
 
-    def image(self, picture: ImageSource, alone: bool = True) -> VisionInput:
+    def plan_image(self, picture: ImageSource, alone: bool = True) -> PlannedMedium:
         """One picture; `alone`: it is the only one of its request, where a video may be too."""
 
-    def video(self, frames: Sequence[Image.Image]) -> VisionInput:
+    def plan_video(self, video: SampledVideo) -> PlannedMedium:
         """The sampled frames of one video; raises ValueError where the model takes none."""
 
 
@@ -122,16 +122,24 @@ class VisionLanguageModel:
 
     def tokens_and_media(self, request: Request) -> tuple[list[int], list[VisionInput]]:
         """A request's token ids, and its pictures and video in the order of their tokens; raises as `prepare`."""
+        # Tokens are counted before pixels are decoded: a prompt that does not fit costs nothing.
+        planned = self.planned_media(request)
+        prompt = build_prompt(request, self.template)
+        token_ids, ordered = encode_prompt(self.tokenizer, prompt, planned)
+        self.check_prompt(token_ids, sum(medium.num_tokens for medium in ordered))
+        media = {token_id: [medium.read() for medium in given] for token_id, given in planned.items()}
+        # Counted again: a damaged video may hold fewer frames than it announces.
+        return encode_prompt(self.tokenizer, prompt, media)
+
+    def planned_media(self, request: Request) -> dict[int, list[PlannedMedium]]:
+        """A request's pictures and videos by the id of the token that stands for them, not decoded yet; raises as `prepare`."""
         alone = len(request.images) == 1
-        media = {self.config.image_token_id: [self.image_processor.image(image, alone) for image in request.images]}
+        media = {self.config.image_token_id: [self.image_processor.plan_image(image, alone) for image in request.images]}
         if request.video is not None:
             if self.config.video_token_id is None:
                 raise ValueError(f"{self.name} takes pictures only, not a video; give its frames as images")
-            frames = read_frames(request.video, self.sampling)
-            media[self.config.video_token_id] = [self.image_processor.video(frames)]
-        token_ids, ordered = encode_prompt(self.tokenizer, build_prompt(request, self.template), media)
-        self.check_prompt(token_ids, sum(medium.num_tokens for medium in ordered))
-        return token_ids, ordered
+            media[self.config.video_token_id] = [self.image_processor.plan_video(sample_video(request.video, self.sampling))]
+        return media
 
     def check_prompt(self, token_ids: Sequence[int], num_vision_tokens: int) -> None:
         """Raise ValueError for a prompt that is too long, that ends with a picture, or that has an unknown token."""
@@ -139,7 +147,8 @@ class VisionLanguageModel:
         if length > text.max_position_embeddings:
             raise ValueError(
                 f"the prompt has {length} tokens ({num_vision_tokens} of them from pictures and frames), but the context of "
-                f"{self.name} holds {text.max_position_embeddings}; shorten the text or give fewer of them"
+                f"{self.name} holds {text.max_position_embeddings}; shorten the text, give fewer of them, or lower --frames or "
+                "--max-pixels"
             )
         if token_ids[-1] in vision_tokens:
             raise ValueError("the prompt ends with a picture, whose last token could be dropped; end it with text")

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -22,24 +22,23 @@ from torch import Tensor
 from ..models.arrange import select_best_resolution, unpadded_grid, video_grids
 from ..models.config import LlavaNextConfig, LlavaOnevisionConfig
 from ..models.vlm import VisionInput
-from .images import (
+from .image_settings import (
     CLIP_IMAGE_MEAN,
     CLIP_IMAGE_STD,
     FIXED_SETTINGS,
-    ImageProcessor,
-    ImageSource,
+    Channels,
     check_settings,
-    check_size,
-    normalise,
-    open_image,
-    pad_to_square,
-    resize_bicubic,
+    read_image_settings,
+    read_statistics,
+    squeezes,
 )
-from .preprocessor import read_settings
+from .images import ImageProcessor, PlannedMedium, normalise, pad_to_square, resize_bicubic
+from .opening import ImageSource, check_pixel_count, image_size, open_image
+from .video import SampledVideo, take_all
 
-# SigLIP's, where a folder stores none, as the original LLaVA-OneVision's does not.
-SIGLIP_IMAGE_MEAN = (0.5, 0.5, 0.5)
-SIGLIP_IMAGE_STD = (0.5, 0.5, 0.5)
+# SigLIP's. They hold where a folder stores no image settings, as the original LLaVA-OneVision's.
+SIGLIP_IMAGE_MEAN: Channels = (0.5, 0.5, 0.5)
+SIGLIP_IMAGE_STD: Channels = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,11 @@ class OnevisionImageProcessor:
     image_grid_pinpoints: tuple[tuple[int, int], ...]
     patch_size: int
     max_tiles: int
-    image_mean: tuple[float, float, float] = SIGLIP_IMAGE_MEAN
-    image_std: tuple[float, float, float] = SIGLIP_IMAGE_STD
+    image_mean: Channels = SIGLIP_IMAGE_MEAN
+    image_std: Channels = SIGLIP_IMAGE_STD
     mm_spatial_pool_mode: str = LlavaOnevisionConfig.mm_spatial_pool_mode
     mm_newline_position: str = LlavaOnevisionConfig.mm_newline_position
+    settings_class: ClassVar[str] = "LlavaOnevisionImageProcessor"  # of transformers
 
     def __post_init__(self) -> None:
         ImageProcessor(self.image_size, self.image_mean, self.image_std)  # refuses impossible values
@@ -81,14 +81,13 @@ class OnevisionImageProcessor:
         Raises ValueError where the folder's settings disagree with it, or ask for something else than a bicubic resize
         and a normalisation, and FileNotFoundError for a missing folder.
         """
-        settings = read_settings(Path(folder))
+        settings = read_image_settings(folder, cls.settings_class)
         vision, pinpoints = config.vision_config, config.image_grid_pinpoints
-        check_size("size", settings.get("size"), vision.image_size)
-        if _pinpoints(settings.get("image_grid_pinpoints", pinpoints)) != pinpoints:
-            raise ValueError(f"{folder}: the image settings' image_grid_pinpoints are not those of the model's config.json")
         check_settings(folder, settings, FIXED_SETTINGS)
-        mean = tuple(settings.get("image_mean", cls.image_mean))
-        std = tuple(settings.get("image_std", cls.image_std))
+        squeezes(folder, settings, vision.image_size)  # refuses other sizes; a tile is square, so both forms mean the same
+        if _as_tuples(settings.get("image_grid_pinpoints", pinpoints)) != pinpoints:
+            raise ValueError(f"{folder}: the image settings' image_grid_pinpoints are not those of the model's config.json")
+        mean, std = read_statistics(folder, settings, cls.image_mean, cls.image_std)
         video_layout = config.video_layout if isinstance(config, LlavaOnevisionConfig) else ()
         return cls(vision.image_size, pinpoints, vision.patch_size, config.max_tiles, mean, std, *video_layout)
 
@@ -97,34 +96,56 @@ class OnevisionImageProcessor:
         """Patches along one side of a tile."""
         return self.image_size // self.patch_size
 
-    def image(self, picture: ImageSource, alone: bool = True) -> VisionInput:
-        """One picture: (1 + tiles, 3, S, S) where it is the only one of its request, base tile first; else (1, 3, S, S).
+    def plan_image(self, picture: ImageSource, alone: bool = True) -> PlannedMedium:
+        """The cost of one picture: (1 + tiles, 3, S, S) where it is alone in its request, base tile first; else (1, 3, S, S).
 
-        Raises what `open_image` raises, and ValueError for a picture too thin to fit.
+        Raises what `open_image` raises for the header, and ValueError for a picture too thin to fit.
         """
-        opened = open_image(picture)
-        size = (opened.height, opened.width)
-        side = self.patch_grid
+        size, side = image_size(picture), self.patch_grid
         if not alone:
-            return VisionInput(self._normalise([self.padded_square(opened)]), ((1, side, side), (1, 1, 1)), size)
-        high, wide = (pixels // self.image_size for pixels in select_best_resolution(size, self.image_grid_pinpoints))
+            grids: tuple[tuple[int, int, int], ...] = ((1, side, side), (1, 1, 1))
+            return PlannedMedium(grids, lambda: VisionInput(self._one_tile(picture), grids, size))
+        height, width = select_best_resolution(size, self.image_grid_pinpoints)
+        check_pixel_count("the picture would become", 1, width, height, "use a model with smaller image_grid_pinpoints")
+        high, wide = height // self.image_size, width // self.image_size
         rows, columns = unpadded_grid(size, high, wide, side, self.max_tiles)
-        tiles = [self._squeeze(opened), *self.tiles(opened)]
-        return VisionInput(self._normalise(tiles), ((1, side, side), (1, rows, columns + 1)), size)
+        grids = ((1, side, side), (1, rows, columns + 1))
+        return PlannedMedium(grids, lambda: VisionInput(self._all_tiles(picture), grids, size))
 
-    def video(self, frames: Sequence[Image.Image]) -> VisionInput:
+    def image(self, picture: ImageSource, alone: bool = True) -> VisionInput:
+        """One picture, as `plan_image` says; raises what `open_image` raises, and ValueError for a picture too thin to fit."""
+        return self.plan_image(picture, alone).read()
+
+    def plan_video(self, video: SampledVideo) -> PlannedMedium:
+        """The cost of a video, each frame squeezed into the square: (F, 3, S, S).
+
+        Raises ValueError for frames that would have more than `pixel_limit` pixels in all.
+        """
+        side = self.image_size
+        check_pixel_count("the video would become", video.num_frames, side, side, "take fewer frames (--frames)")
+        return PlannedMedium(self._video_grids(video.num_frames), lambda: self._read_video(video))
+
+    def video(self, frames: Sequence[ImageSource]) -> VisionInput:
         """The frames of one video, each squeezed into the square: (F, 3, S, S).
 
         Raises what `open_image` raises, and ValueError for no frame and for frames of different sizes.
         """
-        pictures = [open_image(frame) for frame in frames]
-        sizes = {(picture.height, picture.width) for picture in pictures}
-        if len(sizes) != 1:
-            found = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)) or "no frame"
-            raise ValueError(f"a video must have at least one frame, and all of one size; got {found}")
-        grids = video_grids(len(pictures), self.patch_grid, self.mm_spatial_pool_mode, self.mm_newline_position)
-        pixel_values = self._normalise([self._squeeze(picture) for picture in pictures])
-        return VisionInput(pixel_values, grids, sizes.pop(), is_video=True)
+        return self.plan_video(take_all(frames)).read()
+
+    def _video_grids(self, num_frames: int) -> tuple[tuple[int, int, int], ...]:
+        return video_grids(num_frames, self.patch_grid, self.mm_spatial_pool_mode, self.mm_newline_position)
+
+    def _read_video(self, video: SampledVideo) -> VisionInput:
+        frames = video.read(self._squeeze)
+        grids = self._video_grids(len(frames))
+        return VisionInput(self._normalise(frames), grids, (video.height, video.width), is_video=True)
+
+    def _one_tile(self, picture: ImageSource) -> Tensor:
+        return self._normalise([self.padded_square(open_image(picture))])
+
+    def _all_tiles(self, picture: ImageSource) -> Tensor:
+        opened = open_image(picture)
+        return self._normalise([self._squeeze(opened), *self.tiles(opened)])
 
     def tiles(self, picture: Image.Image) -> list[Image.Image]:
         """The picture fitted into its pinpoint and cut into tiles of S x S pixels, row by row."""
@@ -142,7 +163,10 @@ class OnevisionImageProcessor:
         return resize_bicubic(picture, self.image_size, self.image_size)
 
     def _normalise(self, pictures: Sequence[Image.Image]) -> Tensor:
-        return torch.stack([normalise(picture, self.image_mean, self.image_std) for picture in pictures])
+        pixel_values = torch.empty(len(pictures), 3, self.image_size, self.image_size)
+        for row, picture in zip(pixel_values, pictures, strict=True):
+            row.copy_(normalise(picture, self.image_mean, self.image_std))
+        return pixel_values
 
 
 @dataclass(frozen=True)
@@ -152,14 +176,15 @@ class NextImageProcessor(OnevisionImageProcessor):
     Source: transformers models/llava_next/image_processing_pil_llava_next.py.
     """
 
-    image_mean: tuple[float, float, float] = CLIP_IMAGE_MEAN
-    image_std: tuple[float, float, float] = CLIP_IMAGE_STD
+    image_mean: Channels = CLIP_IMAGE_MEAN
+    image_std: Channels = CLIP_IMAGE_STD
+    settings_class: ClassVar[str] = "LlavaNextImageProcessor"
 
-    def image(self, picture: ImageSource, alone: bool = True) -> VisionInput:
+    def plan_image(self, picture: ImageSource, alone: bool = True) -> PlannedMedium:
         """One picture: (1 + tiles, 3, S, S), base tile first; whether it is alone in its request changes nothing here."""
-        return super().image(picture, alone=True)
+        return super().plan_image(picture, alone=True)
 
-    def video(self, frames: Sequence[Image.Image]) -> VisionInput:
+    def plan_video(self, video: SampledVideo) -> PlannedMedium:
         """Raises ValueError: LLaVA-1.6 was trained on pictures alone."""
         raise ValueError("LLaVA-1.6 takes pictures only, not a video; give its frames as images")
 
@@ -181,5 +206,6 @@ def _fitted_size(width: int, height: int, max_width: int, max_height: int) -> tu
     return min(math.ceil(width * scale_height), max_width), max_height
 
 
-def _pinpoints(sizes: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    return tuple(cast(tuple[int, int], tuple(size)) for size in sizes)  # the constructor refuses other lengths
+def _as_tuples(sizes: Any) -> Any:
+    """Lists of a JSON file as tuples, at any depth."""
+    return tuple(map(_as_tuples, sizes)) if isinstance(sizes, list | tuple) else sizes

@@ -10,33 +10,45 @@ Source: transformers models/qwen2_vl/image_processing_pil_qwen2_vl.py, video_pro
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ..models.config import Qwen2VLVisionConfig
 from ..models.vlm import VisionInput
-from .images import (
+from .image_settings import (
+    CLASS_DEFAULTS,
     CLIP_IMAGE_MEAN,
     CLIP_IMAGE_STD,
     FIXED_SETTINGS,
-    ImageSource,
+    Channels,
+    Settings,
     check_settings,
-    open_image,
-    resize_bicubic,
+    check_statistics,
+    read_image_settings,
+    read_statistics,
+    read_video_settings,
 )
-from .preprocessor import read_settings, read_video_settings
+from .images import PlannedMedium, resize_bicubic
+from .opening import ImageSource, check_pixel_count, image_size, open_image
+from .video import SampledVideo, take_all
 
-Channels = tuple[float, float, float]
-
-# What every official checkpoint stores: 4 to 16384 vision tokens a picture. The class default in transformers is lower.
 FACTOR = Qwen2VLVisionConfig.patch_size * Qwen2VLVisionConfig.spatial_merge_size
-MIN_PIXELS = 4 * FACTOR**2
-MAX_PIXELS = 16384 * FACTOR**2
+# The defaults of transformers' classes: 4 to 1280 vision tokens a picture, 128 to 768 of its pixels' worth a frame of a video.
+# Every official checkpoint stores its own: 4 to 16384.
+MIN_PIXELS, MAX_PIXELS = CLASS_DEFAULTS["Qwen2VLImageProcessor"]["size"].values()
+VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS = CLASS_DEFAULTS["Qwen2VLVideoProcessor"]["size"].values()
+# The share of the context that the frames of one video may fill, and the context that the official code reckons with.
+MAX_VIDEO_TOKENS = 128_000
+VIDEO_SHARE = 0.9
+FRAME_FLOOR = 1.05  # times the smallest number of pixels: a frame of a long video never falls below it
 MAX_ASPECT_RATIO = 200
 
 
@@ -56,11 +68,11 @@ def smart_resize(
         )
     # Python's round: a half goes to the even multiple. A side under half a factor becomes 0, and the product too small.
     rounded = round(height / factor) * factor, round(width / factor) * factor
-    if math.prod(rounded) > max_pixels:
+    if prod(rounded) > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         height, width = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
         return height, width
-    if math.prod(rounded) < min_pixels:
+    if prod(rounded) < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         height, width = (math.ceil(side * grow / factor) * factor for side in (height, width))
         return height, width
@@ -73,7 +85,9 @@ class Qwen2VLImageProcessor:
 
     Sides in pixels, of a patch and counted in patches: `patch_size`, `merge_size` (patches that become one vision token),
     `temporal_patch_size` (frames). `min_pixels` and `max_pixels` bound a picture after resizing, `video_min_pixels` and
-    `video_max_pixels` one frame of a video. `image_mean` and `image_std` are per RGB channel, on the 0..1 scale.
+    `video_max_pixels` one frame of a video. `max_video_tokens` bounds a whole video as in qwen_vl_utils (`total_pixels`): its
+    frames share the pixels of 90 % of these tokens; None lifts the bound. `image_mean` and `image_std` are per RGB channel, on
+    the 0..1 scale.
     Raises ValueError for values that no picture could be processed with.
     """
 
@@ -82,10 +96,11 @@ class Qwen2VLImageProcessor:
     merge_size: int = Qwen2VLVisionConfig.spatial_merge_size
     min_pixels: int = MIN_PIXELS
     max_pixels: int = MAX_PIXELS
-    video_min_pixels: int = MIN_PIXELS
-    video_max_pixels: int = MAX_PIXELS
+    video_min_pixels: int = VIDEO_MIN_PIXELS
+    video_max_pixels: int = VIDEO_MAX_PIXELS
     image_mean: Channels = CLIP_IMAGE_MEAN
     image_std: Channels = CLIP_IMAGE_STD
+    max_video_tokens: int | None = MAX_VIDEO_TOKENS
 
     def __post_init__(self) -> None:
         for prefix in ("", "video_"):
@@ -95,37 +110,37 @@ class Qwen2VLImageProcessor:
                     f"{prefix}min_pixels {low!r} and {prefix}max_pixels {high!r} must be whole numbers, positive and in this "
                     f"order, and leave room for one vision token of {self.factor}x{self.factor} = {self.factor**2} pixels"
                 )
-        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
-            raise ValueError(
-                "image_mean and image_std must be three values each, one per RGB channel, and image_std positive; "
-                f"got {self.image_mean!r} and {self.image_std!r}"
-            )
+        if self.max_video_tokens is not None and (type(self.max_video_tokens) is not int or self.max_video_tokens < 1):
+            raise ValueError(f"max_video_tokens must be a positive whole number or None, got {self.max_video_tokens!r}")
+        check_statistics(self.image_mean, self.image_std)
 
     @classmethod
     def from_folder(
         cls, folder: str | Path, config: Qwen2VLVisionConfig, max_pixels: int | None = None
     ) -> "Qwen2VLImageProcessor":
-        """Read the settings of a checkpoint folder; what it does not store is as in the official checkpoints.
+        """Read the settings of a checkpoint folder; what it does not store is as in transformers' classes.
 
         `max_pixels` replaces the folder's bound for a picture and for a frame, and lowers the minimum to itself where that is
-        higher. Frames go by the folder's own video settings, or by those of its pictures where it has none, as in
-        transformers 4.57. Raises FileNotFoundError for a missing folder, and ValueError where the settings disagree with the
-        tower's `config`, or ask for something else than a bicubic resize and a normalisation.
+        higher. Frames go by the folder's own video settings, or by those of its pictures where it has none. Raises
+        FileNotFoundError for a missing folder, and ValueError where the settings disagree with the tower's `config`, or ask
+        for something else than a bicubic resize and a normalisation.
         """
-        settings = read_settings(Path(folder))
-        video_settings = read_video_settings(Path(folder)) or settings
-        statistics = _read_statistics(settings)
-        for each in (settings, video_settings):
-            _check_settings(folder, each, config)
-            if _read_statistics(each) != statistics:
-                raise ValueError(f"{folder}: videos have another image_mean or image_std than pictures; give both the same")
+        settings = read_image_settings(folder, "Qwen2VLImageProcessor")
+        video_settings = read_video_settings(folder)
+        statistics = read_statistics(folder, settings, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
+        _check_settings(folder, settings, config)
+        _check_settings(folder, video_settings, config)
+        if read_statistics(folder, video_settings, *statistics) != statistics:
+            raise ValueError(f"{folder}: videos have another image_mean or image_std than pictures; give both the same")
+        capped = video_settings.get("cap_pixels_per_frame", True)
         return cls(
             config.patch_size,
             config.temporal_patch_size,
             config.spatial_merge_size,
-            *_read_bounds(folder, settings, max_pixels),
-            *_read_bounds(folder, video_settings, max_pixels),
+            *_read_bounds(folder, settings, max_pixels, (MIN_PIXELS, MAX_PIXELS)),
+            *_read_bounds(folder, video_settings, max_pixels, (VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)),
             *statistics,
+            video_settings.get("max_video_tokens", MAX_VIDEO_TOKENS) if capped else None,
         )
 
     @property
@@ -133,9 +148,34 @@ class Qwen2VLImageProcessor:
         """Pixels along one side of a vision token."""
         return self.patch_size * self.merge_size
 
+    def plan_image(self, picture: ImageSource, alone: bool = True) -> PlannedMedium:
+        """The cost of one picture; `alone` changes nothing here.
+
+        Raises what `open_image` raises for the header, what `smart_resize` raises, and ValueError for a picture that would
+        have more than `pixel_limit` pixels.
+        """
+        size = image_size(picture)
+        height, width = smart_resize(*size, self.factor, self.min_pixels, self.max_pixels)
+        check_pixel_count("the picture would become", 1, width, height, "lower max_pixels (--max-pixels)")
+        resize = partial(resize_bicubic, width=width, height=height)
+        return PlannedMedium(
+            self._grids(1, height, width), lambda: self._medium([resize(open_image(picture))], size, is_video=False)
+        )
+
     def image(self, picture: ImageSource, alone: bool = True) -> VisionInput:
         """One picture; `alone` changes nothing here. Raises what `open_image` and `smart_resize` raise."""
-        return self._medium([picture], self.min_pixels, self.max_pixels, is_video=False)
+        return self.plan_image(picture, alone).read()
+
+    def plan_video(self, video: SampledVideo) -> PlannedMedium:
+        """The cost of a video; raises what `smart_resize` raises, and ValueError for more than `pixel_limit` pixels in all."""
+        size = video.height, video.width
+        max_pixels = self._frame_max_pixels(video.num_frames)
+        height, width = smart_resize(*size, self.factor, self.video_min_pixels, max_pixels)
+        advice = "take fewer frames (--frames), or lower max_pixels (--max-pixels)"
+        check_pixel_count("the video would become", video.num_frames, width, height, advice)
+        resize = partial(resize_bicubic, width=width, height=height)
+        grids = self._grids(video.num_frames, height, width)
+        return PlannedMedium(grids, lambda: self._medium(video.read(resize), size, is_video=True))
 
     def video(self, frames: Sequence[ImageSource]) -> VisionInput:
         """The frames of one video, all of one size; the last is repeated until they fill whole patches.
@@ -143,26 +183,41 @@ class Qwen2VLImageProcessor:
         The official processor resizes frames with torchvision, this one with Pillow: values differ by 2 levels of 255 at most.
         Raises ValueError for no frames or frames of several sizes, and what `open_image` and `smart_resize` raise.
         """
-        return self._medium(frames, self.video_min_pixels, self.video_max_pixels, is_video=True)
+        return self.plan_video(take_all(frames)).read()
 
-    def _medium(self, sources: Sequence[ImageSource], min_pixels: int, max_pixels: int, is_video: bool) -> VisionInput:
-        frames = [open_image(source) for source in sources]
-        if len({frame.size for frame in frames}) != 1:
-            sizes = sorted({f"{frame.width}x{frame.height}" for frame in frames})
-            raise ValueError(f"a video needs one frame or more, all of one size; got {len(frames)} frames of sizes {sizes}")
-        width, height = frames[0].size
-        new_height, new_width = smart_resize(height, width, self.factor, min_pixels, max_pixels)
-        pixels = np.stack([np.asarray(resize_bicubic(frame, new_width, new_height)) for frame in frames])
-        grid = -(-len(frames) // self.temporal_patch_size), new_height // self.factor, new_width // self.factor
-        return VisionInput(self._patches(pixels), (grid,), (height, width), is_video)
+    def _frame_max_pixels(self, num_frames: int) -> int:
+        """The most pixels of one frame: its bound, or its share of the whole video's where that is smaller.
 
-    def _patches(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """(F, H, W, 3) -> (t * h * w, 3 * temporal_patch_size * patch_size ** 2), patches in merge order."""
-        channels = self._normalise(np.concatenate([pixels, *[pixels[-1:]] * (-len(pixels) % self.temporal_patch_size)]))
+        As `fetch_video` of qwen_vl_utils 0.0.14, and `cap_pixels_per_frame` of transformers.
+        """
+        if self.max_video_tokens is None:
+            return self.video_max_pixels
+        total_pixels = int(self.max_video_tokens * self.factor**2 * VIDEO_SHARE)
+        share = min(self.video_max_pixels, total_pixels * self.temporal_patch_size // num_frames)
+        return max(share, int(self.video_min_pixels * FRAME_FLOOR))
+
+    def _grids(self, num_frames: int, height: int, width: int) -> tuple[tuple[int, int, int]]:
+        """Vision tokens in time, height and width of frames of a resized picture or video."""
+        return ((-(-num_frames // self.temporal_patch_size), height // self.factor, width // self.factor),)
+
+    def _medium(self, frames: Sequence[Image.Image], size: tuple[int, int], is_video: bool) -> VisionInput:
+        """Resized frames to their patches; `size` is height and width before resizing."""
+        group = self.temporal_patch_size
+        grids = self._grids(len(frames), frames[0].height, frames[0].width)
+        columns = len(frames[0].getbands()) * group * self.patch_size**2
+        pixel_values = torch.empty(grids[0][0], prod(grids[0][1:]) * self.merge_size**2, columns)
+        for number, patches in enumerate(pixel_values):
+            patches.copy_(self._patches(frames[number * group : (number + 1) * group]))
+        return VisionInput(pixel_values.flatten(0, 1), grids, size, is_video)
+
+    def _patches(self, frames: Sequence[Image.Image]) -> Tensor:
+        """Frames of one patch in time to (h * w, 3 * temporal_patch_size * patch_size ** 2), patches in merge order."""
+        repeated = [*frames, *[frames[-1]] * (self.temporal_patch_size - len(frames))]
+        channels = self._normalise(np.stack([np.asarray(frame) for frame in repeated]))  # (C, F, H, W)
         square = (-1, self.merge_size, self.patch_size)  # along one side of the picture
-        cut = channels.unflatten(3, square).unflatten(2, square).unflatten(1, (-1, self.temporal_patch_size))
-        # (C, t, frame, h / merge, row, y, w / merge, column, x): the squares of patches that merge become neighbours.
-        return cut.permute(1, 3, 6, 4, 7, 0, 2, 5, 8).flatten(5).flatten(0, 4)
+        cut = channels.unflatten(3, square).unflatten(2, square)
+        # (C, frame, h / merge, row, y, w / merge, column, x): the squares of patches that merge become neighbours.
+        return cut.permute(2, 5, 3, 6, 0, 1, 4, 7).flatten(4).flatten(0, 3)
 
     def _normalise(self, pixels: NDArray[np.uint8]) -> Tensor:
         """(F, H, W, 3) -> (3, F, H, W) float32, equal to the official values to the last bit."""
@@ -173,27 +228,21 @@ class Qwen2VLImageProcessor:
         return torch.from_numpy(np.stack([table[pixels[..., channel]] for channel, table in enumerate(tables)]))
 
 
-def _read_statistics(settings: dict[str, Any]) -> tuple[Channels, Channels]:
-    """Mean and standard deviation per channel."""
-    mean, std = settings.get("image_mean", CLIP_IMAGE_MEAN), settings.get("image_std", CLIP_IMAGE_STD)
-    return cast(Channels, tuple(mean)), cast(Channels, tuple(std))
-
-
-def _read_bounds(folder: str | Path, settings: dict[str, Any], max_pixels: int | None) -> tuple[int, int]:
+def _read_bounds(folder: str | Path, settings: Settings, max_pixels: int | None, defaults: tuple[int, int]) -> tuple[int, int]:
     """The smallest and largest number of pixels, in either spelling: min_pixels and max_pixels, or inside `size`."""
-    size = settings.get("size") or {}
+    size = settings.get("size", {})
     spellings = ("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")
     if not isinstance(size, dict) or not {*spellings[0], *spellings[1]}.issuperset(size):
         raise ValueError(f"{folder}: size {size!r} is not supported; expected shortest_edge and longest_edge, in pixels in all")
-    given = {**size, **{name: settings[name] for name in ("min_pixels", "max_pixels") if settings.get(name) is not None}}
+    given: dict[str, Any] = {**size, **{name: settings[name] for name in ("min_pixels", "max_pixels") if name in settings}}
     low, high = (
         next((given[name] for name in names if name in given), default)
-        for names, default in zip(spellings, (MIN_PIXELS, MAX_PIXELS), strict=True)
+        for names, default in zip(spellings, defaults, strict=True)
     )
     return (low, high) if max_pixels is None else (min(low, max_pixels), max_pixels)
 
 
-def _check_settings(folder: str | Path, settings: dict[str, Any], config: Qwen2VLVisionConfig) -> None:
+def _check_settings(folder: str | Path, settings: Settings, config: Qwen2VLVisionConfig) -> None:
     """Refuse settings that would give the tower other patches than it was trained on."""
     sizes = {
         "patch_size": config.patch_size,

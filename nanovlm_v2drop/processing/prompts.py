@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import sentencepiece
 import tokenizers
@@ -18,7 +18,6 @@ from tokenizers import decoders
 
 from ..models.config import read_json_object
 from ..models.config.settings import JSON_OBJECT, TOKEN_ID, Either, MapOf, Text, checked, or_null, prefixed, require
-from ..models.vlm import VisionInput
 from .video import VideoSource
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"  # how a request marks where its pictures and its video stand
@@ -302,9 +301,17 @@ def _check_added_tokens(processor: sentencepiece.SentencePieceProcessor, added_t
             )
 
 
-def encode_prompt(
-    tokenizer: Tokenizer, prompt: str, media: Mapping[int, Sequence[VisionInput]]
-) -> tuple[list[int], list[VisionInput]]:
+class Counted(Protocol):
+    """A picture or video whose tokens are counted, decoded (VisionInput) or not yet (PlannedMedium)."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+Medium = TypeVar("Medium", bound=Counted)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, media: Mapping[int, Sequence[Medium]]) -> tuple[list[int], list[Medium]]:
     """Token ids of a prompt in which each picture's or video's token stands once per feature, and the media in that order.
 
     `media`: for each vision token's id the pictures or videos that its occurrences stand for, in order.
@@ -319,7 +326,7 @@ def encode_prompt(
             )
     queues = {token_id: iter(given) for token_id, given in media.items()}
     expanded: list[int] = []
-    ordered: list[VisionInput] = []
+    ordered: list[Medium] = []
     for token_id in token_ids:
         if token_id in queues:
             ordered.append(next(queues[token_id]))

@@ -1,32 +1,32 @@
-"""Videos to frames: which frames a model looks at, and the decoding of just those, with PyAV (the extra `video`).
+"""Videos: which frames a model looks at, and what they cost before they are decoded.
 
-Two official ways to choose the frames exist, and both are offered as a `FrameSampling`:
+Three official ways to choose the frames exist. Each is offered as a `FrameSampling`, by its name in SAMPLINGS:
   UniformSampling   LLaVA-OneVision: as many frames as asked, spread evenly from the first frame to the last
   FpsSampling       Qwen2-VL: so many frames per second of video, an even number, between two bounds
-Both count frames, not seconds, as the official code does: where the frame rate varies, so does the time between frames.
+  LmmsEvalSampling  Qwen2-VL in lmms-eval: the frames of qwen_vl_utils, of which 32 are kept
+All count frames, not seconds, as the official code does: where the frame rate varies, so does the time between frames.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 
-from .images import ImageSource, open_image
+from .opening import ImageSource, check_pixel_count, image_size, open_image
+from .video_file import Transform, VideoFile, decode_frames, inspect_video
 
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
-
+Result = TypeVar("Result")
 VideoSource = str | Path | Sequence[ImageSource]
 
+MAX_FRAMES = 4096  # the most frames that a sampling may choose; Qwen2-VL's own maximum is 768
 TEMPORAL_PATCH_SIZE = 2  # Qwen2-VL's tower reads frames in pairs
-QUARTER_TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
-PASSES = 2  # the second, where a container announces more frames than decode
+PASSES = 2  # the second pass is for a container that announces more frames than decode
 
 
 class FrameSampling(Protocol):
@@ -50,7 +50,7 @@ class UniformSampling:
     num_frames: int = 32
 
     def __post_init__(self) -> None:
-        _check_whole(self.num_frames, "num_frames", minimum=1)
+        _check_whole(self.num_frames, "num_frames (--frames)", minimum=1, maximum=MAX_FRAMES)
 
     @property
     def max_frames(self) -> int:
@@ -69,10 +69,9 @@ class UniformSampling:
 class FpsSampling:
     """`fps` frames per second of video, an even number of them, never under `min_frames` unless the video is shorter.
 
-    As `Qwen2VLVideoProcessor.sample_frames` of transformers (models/qwen2_vl/video_processing_qwen2_vl.py), in steps of
-    n / k from frame 0. Its float steps sometimes add one index past the end, which no frame answers; whole numbers do not.
-    qwen_vl_utils chooses as many (where the bounds are even), but by `linspace(0, n - 1, k).round()`, so it ends on the
-    last frame. Of one frame, where both official codes fail, that frame is chosen: the processor doubles it.
+    As `Qwen2VLVideoProcessor.sample_frames` of transformers (models/qwen2_vl/video_processing_qwen2_vl.py): k of n frames in
+    steps of n / k from frame 0, in float32. Where these steps add an index past the end, it is left out: no frame has it.
+    Of one frame, where the official code fails, that frame is chosen: the processor doubles it.
     """
 
     fps: float = 2.0
@@ -82,7 +81,7 @@ class FpsSampling:
     def __post_init__(self) -> None:
         _check_rate(self.fps, "fps", "2.0 is Qwen2-VL's")
         _check_whole(self.min_frames, "min_frames", minimum=1)
-        _check_whole(self.max_frames, "max_frames", minimum=max(self.min_frames, TEMPORAL_PATCH_SIZE))
+        _check_whole(self.max_frames, "max_frames", minimum=max(self.min_frames, TEMPORAL_PATCH_SIZE), maximum=MAX_FRAMES)
 
     def indices(self, num_frames: int, fps: float | None) -> list[int]:
         """The indices into a video of `num_frames` frames at `fps` frames per second.
@@ -90,21 +89,56 @@ class FpsSampling:
         Where the rate is unknown (None), every frame counts as one sampled at `self.fps`.
         Raises ValueError for a video without frames, and for a rate that is no positive number.
         """
+        count = self.count(num_frames, fps)
+        steps = torch.arange(0, num_frames, num_frames / count).int().clamp_(max=num_frames - 1)
+        return steps.tolist()[:count]
+
+    def count(self, num_frames: int, fps: float | None) -> int:
+        """How many frames are chosen; raises as `indices`."""
         _check_whole(num_frames, "the video's number of frames", minimum=1)
         rate = self.fps if fps is None else fps
         _check_rate(rate, "the video's frame rate", "use UniformSampling, or give the frames as a list of pictures")
         wanted = min(max(num_frames / rate * self.fps, self.min_frames), self.max_frames, num_frames)
-        count = max(_whole_pairs(wanted), 1)
-        return [index * num_frames // count for index in range(count)]
+        return max(math.floor(wanted / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE, 1)
 
 
-def _whole_pairs(num_frames: float) -> int:
-    return math.floor(num_frames / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE
+@dataclass(frozen=True)
+class LmmsEvalSampling:
+    """`num_frames` frames at most, spread evenly over those that qwen_vl_utils chooses.
+
+    As lmms-eval 0.7.3 samples for Qwen2-VL (models/simple/qwen2_vl.py): qwen_vl_utils 0.0.14 (vision_process.py) takes as
+    many frames as `FpsSampling`, by `linspace(0, n - 1, k).round()`, and of those lmms-eval keeps
+    `np.unique(np.linspace(0, k - 1, num_frames, dtype=int))`. lmms-eval also sets `max_pixels` to 602112.
+    """
+
+    num_frames: int = 32
+
+    def __post_init__(self) -> None:
+        _check_whole(self.num_frames, "num_frames (--frames)", minimum=1, maximum=MAX_FRAMES)
+
+    @property
+    def max_frames(self) -> int:
+        return self.num_frames
+
+    def indices(self, num_frames: int, fps: float | None) -> list[int]:
+        """The indices into a video of `num_frames` frames at `fps` frames per second; raises as `FpsSampling.indices`."""
+        count = FpsSampling().count(num_frames, fps)
+        first = torch.linspace(0, num_frames - 1, count).round().long()
+        return first[np.unique(np.linspace(0, count - 1, self.num_frames, dtype=int))].tolist()
 
 
-def _check_whole(value: Any, name: str, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
+SAMPLINGS: dict[str, Callable[..., FrameSampling]] = {
+    "uniform": UniformSampling,
+    "fps": FpsSampling,
+    "lmms-eval": LmmsEvalSampling,
+}
+
+
+def _check_whole(value: Any, name: str, minimum: int, maximum: int | None = None) -> None:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < minimum or (maximum is not None and value > maximum):
+        most = "" if maximum is None else f" and at most {maximum}"
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {minimum}{most}")
 
 
 def _check_rate(value: Any, name: str, way_out: str) -> None:
@@ -112,143 +146,121 @@ def _check_rate(value: Any, name: str, way_out: str) -> None:
         raise ValueError(f"{name} is {value!r} frames per second, which is no positive number; {way_out}")
 
 
-def read_frames(video: VideoSource, sampling: FrameSampling) -> list[Image.Image]:
-    """The sampled frames of a video as 8-bit RGB pictures of one size, in order.
+@dataclass(frozen=True)
+class SampledVideo:
+    """The frames that a model will see of one video, before they are decoded: how many and how large.
 
-    A file is decoded forward, frame by frame, and only the sampled frames are kept. Frames are turned upright by the
-    file's display matrix (phones), to the nearest quarter turn; mirroring and non-square pixels stay as stored.
-    A list holds the frames themselves (paths or PIL pictures): all are taken, unless there are more than
-    `sampling.max_frames`; then the list is sampled as a video of unknown frame rate.
+    `indices` are the frames chosen, in rising order; of a short video some are shown several times. `height` and `width` are
+    those of an upright frame in pixels. `decode` returns the frames, each of them put through a transform.
+    """
+
+    indices: tuple[int, ...]
+    height: int
+    width: int
+    decode: Callable[[Transform], list[Image.Image]]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.indices)
+
+    def read(self, transform: Transform | None = None) -> list[Image.Image]:
+        """Decode the frames to 8-bit RGB pictures of one size, in order.
+
+        Every frame goes through `transform`, such as a resize, before the next is decoded. So memory holds one frame of the
+        source, and the results. Fewer frames than `num_frames` come from a damaged file that announces more than decode.
+
+        Raises ValueError for a file that does not decode, for frames of several sizes and, without a `transform`, for more
+        pixels in all than `pixel_limit`.
+        """
+        if transform is None:
+            count = len(set(self.indices))
+            check_pixel_count("the video has", count, self.width, self.height, "take fewer frames (--frames)")
+        return self.decode(_OneSize(transform or _as_it_is))
+
+
+def sample_video(video: VideoSource, sampling: FrameSampling) -> SampledVideo:
+    """Find out which frames of a video a model sees, without decoding them.
+
+    A file is read once, and its first frame is decoded. A list holds the frames themselves (paths, bytes or PIL pictures). All
+    of them are taken, unless there are more than `sampling.max_frames`: then the list is sampled as a video of unknown rate.
 
     Raises FileNotFoundError for a missing file, ImportError where PyAV is needed and absent, and ValueError for a file
-    that does not decode or holds no video, no frames, frames of several sizes, or a source that is no video.
+    that does not decode or holds no video or no frames, for an empty list, and for a source that is no video.
     """
     match video:
         case str() | Path():
-            frames = _read_file(Path(video), sampling)
+            file = inspect_video(Path(video))
+            indices = sampling.indices(file.num_frames, file.fps)
+            return SampledVideo(tuple(indices), file.height, file.width, partial(_read_file, file, sampling))
         case Sequence() if not isinstance(video, bytes | bytearray):
-            frames = _read_list(video, sampling)
+            if len(video) <= sampling.max_frames:
+                return take_all(video)
+            return _sample_list(video, sampling.indices(len(video), None))
         case _:
             kind = type(video).__name__
             raise ValueError(f"a video must be the path of a file or a list of pictures, got {kind}; list(...) makes a list")
-    _check_one_size(frames)
-    return frames
 
 
-def _read_list(pictures: Sequence[ImageSource], sampling: FrameSampling) -> list[Image.Image]:
+def take_all(pictures: Sequence[ImageSource]) -> SampledVideo:
+    """A video of exactly these frames; raises ValueError for an empty list, and what `open_image` raises for the first."""
+    return _sample_list(pictures, range(len(pictures)))
+
+
+def read_frames(video: VideoSource, sampling: FrameSampling, transform: Transform | None = None) -> list[Image.Image]:
+    """The sampled frames of a video as 8-bit RGB pictures of one size, in order; raises as `sample_video` and `read`.
+
+    Frames of a file are turned upright by the file's display matrix (phones), to the nearest quarter turn. Mirrored clips and
+    non-square pixels stay as stored.
+    """
+    return sample_video(video, sampling).read(transform)
+
+
+def _as_it_is(frame: Image.Image) -> Image.Image:
+    return frame
+
+
+class _OneSize:
+    """A transform that refuses a frame of another size than the first."""
+
+    def __init__(self, transform: Transform) -> None:
+        self.transform = transform
+        self.size: tuple[int, int] | None = None
+
+    def __call__(self, frame: Image.Image) -> Image.Image:
+        self.size = self.size or frame.size
+        if frame.size != self.size:
+            sizes = f"{self.size[0]}x{self.size[1]} and {frame.width}x{frame.height}"
+            raise ValueError(f"the video has frames of {sizes} pixels; resize them to one size first")
+        return self.transform(frame)
+
+
+def _sample_list(pictures: Sequence[ImageSource], indices: Sequence[int]) -> SampledVideo:
     if not pictures:
         raise ValueError("the video is an empty list; it needs at least one picture")
-    if len(pictures) <= sampling.max_frames:
-        return [_open_frame(pictures, index) for index in range(len(pictures))]
-    return [_open_frame(pictures, index) for index in sampling.indices(len(pictures), None)]
+    height, width = _of_frame(image_size, pictures, indices[0])
+    return SampledVideo(tuple(indices), height, width, partial(_read_list, pictures, indices))
 
 
-def _open_frame(pictures: Sequence[ImageSource], index: int) -> Image.Image:
+def _read_list(pictures: Sequence[ImageSource], indices: Sequence[int], transform: Transform) -> list[Image.Image]:
+    return [transform(_of_frame(open_image, pictures, index)) for index in indices]
+
+
+def _of_frame(read: Callable[[ImageSource], Result], pictures: Sequence[ImageSource], index: int) -> Result:
+    """What `read` gives for one frame of a list; its errors name the frame."""
     try:
-        return open_image(pictures[index])
+        return read(pictures[index])
     except ValueError as error:
         raise ValueError(f"frame {index} of the video: {error}") from error
 
 
-def _check_one_size(frames: Sequence[Image.Image]) -> None:
-    width, height = frames[0].size
-    for frame in frames:
-        if frame.size != (width, height):
-            sizes = f"{width}x{height} and {frame.width}x{frame.height}"
-            raise ValueError(f"the video has frames of {sizes} pixels; resize them to one size first")
-
-
-def _read_file(path: Path, sampling: FrameSampling) -> list[Image.Image]:
-    """Count the frames, choose among them and decode; where fewer decode than counted, choose again among those."""
-    num_frames, fps = _count_packets(path)
+def _read_file(file: VideoFile, sampling: FrameSampling, transform: Transform) -> list[Image.Image]:
+    """Choose among the frames and decode them; where fewer decode than counted, choose again among those."""
+    num_frames = file.num_frames
     for _ in range(PASSES):
-        if num_frames == 0:
-            raise ValueError(f"{path} has a video stream without a single frame; give another file")
-        indices = sampling.indices(num_frames, fps)
-        frames, num_frames = _decode(path, frozenset(indices))
+        indices = sampling.indices(num_frames, file.fps)
+        frames, num_frames = decode_frames(file, frozenset(indices), transform)
         if frames.keys() >= set(indices):
             return [frames[index] for index in indices]
-    raise ValueError(f"{path} gives another number of frames each time it is decoded, last {num_frames}; re-encode it")
-
-
-def _count_packets(path: Path) -> tuple[int, float]:
-    """The number of frames and the frame rate, without decoding; 0.0 where the rate is not known.
-
-    Counted, not read from the header: that of Matroska and streams has no count, that of a file written in fragments
-    counts the first fragment, that of an unfinished download counts what is missing.
-    """
-    with _open(path) as container:
-        stream = _video_stream(container, path)
-        try:
-            num_frames = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-        except _av().FFmpegError as error:
-            raise ValueError(f"cannot read {path} to its end: {error.strerror}; re-encode it") from error
-        rate = stream.average_rate or stream.guessed_rate
-    return num_frames, float(rate or 0)
-
-
-def _decode(path: Path, wanted: frozenset[int]) -> tuple[dict[int, Image.Image], int]:
-    """The wanted frames that exist, by index, and how many frames were decoded to find them.
-
-    From the start: a seek lands on the exact frame in some codecs only.
-    """
-    frames: dict[int, Image.Image] = {}
-    index = 0
-    with _open(path) as container:
-        stream = _video_stream(container, path)
-        stream.thread_type = "AUTO"
-        try:
-            for frame in container.decode(stream):
-                if index in wanted:
-                    frames[index] = _to_picture(frame)
-                index += 1
-                if len(frames) == len(wanted):
-                    break
-        except _av().FFmpegError as error:
-            place = f"{path} does not decode past frame {index}"
-            raise ValueError(f"{place}: {error.strerror}; re-encode it, or cut it there") from error
-    return frames, index
-
-
-def _to_picture(frame: "VideoFrame") -> Image.Image:
-    # PyAV's rotation turns counterclockwise, as Pillow's transpositions do.
-    turn = QUARTER_TURNS[round(frame.rotation / 90) % len(QUARTER_TURNS)]
-    picture = frame.to_image()
-    return picture if turn is None else picture.transpose(turn)
-
-
-def _open(path: Path) -> "InputContainer":
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give its pictures as a list, in order")
-    if not path.is_file():
-        raise FileNotFoundError(f"no video file at {str(path)!r}")
-    av = _av()
-    try:
-        # "file:" keeps a colon in a name from being read as a protocol, and a playlist in the file off the network.
-        container = av.open(f"file:{path.absolute()}")
-        # What an unfinished download cuts in half would decode to half a picture.
-        container.flags |= av.container.Flags.discard_corrupt.value
-        return container
-    except av.FFmpegError as error:
-        raise ValueError(f"cannot read {path} as a video: {error.strerror}; is it complete, and a video?") from error
-
-
-def _video_stream(container: "InputContainer", path: Path) -> "VideoStream":
-    """The first video stream that is no cover picture. FFmpeg also plays pictures and text files; those are refused."""
-    name = container.format.name
-    if name == "tty" or name == "image2" or name.endswith("_pipe"):
-        raise ValueError(f"{path} is no video but {name!r} to FFmpeg; a video of one picture is a list: [picture]")
-    attached = _av().stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & attached]
-    if not streams:
-        kinds = ["cover picture" if stream.type == "video" else stream.type for stream in container.streams]
-        raise ValueError(f"{path} has no video stream, only: {', '.join(kinds) or 'nothing'}; give a file with moving pictures")
-    return streams[0]
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError('PyAV is needed to read video files: pip install "nanovlm-v2drop[video]"') from error
-    return av
+        if num_frames == 0:
+            break
+    raise ValueError(f"{file.path} gives another number of frames each time it is decoded, last {num_frames}; re-encode it")

@@ -15,13 +15,15 @@ from ..evaluation.summary import prompt_shape_of
 from ..loading.zoo import VisionLanguageModel
 from ..models.config import LlavaOnevisionConfig
 from ..models.vlm import VisionInput
-from ..processing.images import ImageProcessor, open_image
+from ..processing.images import ImageProcessor
+from ..processing.opening import open_image
 from ..processing.prompts import Request
 from ..processing.video import read_frames
 from ..tasks import Sample
 
 CELL = 240  # height in pixels of one picture in a gallery
 FRAMES_A_ROW = 4
+FRAME_SIDE = 512  # longest side in pixels of a video's frame that is kept for a board
 PIXELS = 12  # side of one place in a board's picture
 MARGIN, LINE = 12, 20
 INK, PAPER = (30, 30, 30), (250, 250, 250)
@@ -81,12 +83,18 @@ def seen_pictures(vlm: VisionLanguageModel, request: Request, media: Sequence[Vi
     seen: list[Image.Image] = []
     for medium in media:
         if medium.is_video and request.video is not None:
-            frames = read_frames(request.video, vlm.sampling)
+            frames = read_frames(request.video, vlm.sampling, shrink)
             seen += frames[:: -(-len(frames) // medium.grids[0][0])]
         else:
             picture = open_image(next(pictures))
             seen.append(processor.to_square(picture) if isinstance(processor, ImageProcessor) else picture)
     return seen
+
+
+def shrink(frame: Image.Image) -> Image.Image:
+    """A frame no larger than a board shows it, its shape kept: a long video of large frames does not fit into memory."""
+    frame.thumbnail((FRAME_SIDE, FRAME_SIDE), Image.Resampling.BICUBIC)
+    return frame
 
 
 def board_cells(media: Sequence[VisionInput], across: int, newlines: int) -> list[int]:

@@ -1,0 +1,172 @@
+"""The image settings of a checkpoint folder (preprocessor_config.json), read as transformers reads them.
+
+A setting that would change pixels is obeyed, or refused by its name. What a file leaves out, or sets to null, is the default of
+the transformers class that it names, not the value that the model's official checkpoint happens to store.
+Sources: transformers image_processing_utils.py, image_processing_backends.py, and the classes named in CLASS_DEFAULTS.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..models.config import read_json_object
+
+Channels = tuple[float, float, float]
+Settings = Mapping[str, Any]
+
+CLIP_IMAGE_MEAN: Channels = (0.48145466, 0.4578275, 0.40821073)
+CLIP_IMAGE_STD: Channels = (0.26862954, 0.26130258, 0.27577711)
+# What this package does to every picture. A checkpoint whose settings say otherwise needs another processor.
+FIXED_SETTINGS: Settings = {
+    "do_resize": True,
+    "resample": int(Image.Resampling.BICUBIC),
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}
+# Settings that are obeyed, or that change nothing: without do_convert_rgb only RGB pictures work, and they stay as they are.
+SWITCHES = ("do_center_crop", "do_pad", "do_convert_rgb", "default_to_square")
+_CLIP: Settings = {
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "image_mean": CLIP_IMAGE_MEAN,
+    "image_std": CLIP_IMAGE_STD,
+}
+_QWEN2_VL: Settings = {
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": CLIP_IMAGE_MEAN,
+    "image_std": CLIP_IMAGE_STD,
+}
+CLASS_DEFAULTS: Mapping[str, Settings] = {
+    "CLIPImageProcessor": _CLIP,
+    "LlavaImageProcessor": _CLIP,
+    "LlavaNextImageProcessor": {
+        **_CLIP,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    },
+    "LlavaOnevisionImageProcessor": {
+        "size": {"height": 384, "width": 384},
+        "image_mean": CLIP_IMAGE_MEAN,
+        "image_std": CLIP_IMAGE_STD,
+        "image_grid_pinpoints": [[height, width] for height in range(384, 2305, 384) for width in range(384, 2305, 384)],
+    },
+    "Qwen2VLImageProcessor": {**_QWEN2_VL, "size": {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}},
+    "Qwen2VLVideoProcessor": {**_QWEN2_VL, "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}},
+}
+
+
+def read_image_settings(folder: str | Path, *classes: str) -> dict[str, Any]:
+    """The image settings that a folder stores, with the defaults of their class; empty where it stores none.
+
+    `classes` are the transformers classes that this package equals for the model, its own first: that is the one of a file
+    that names none. Raises FileNotFoundError for a missing folder and ValueError for another class.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder at {str(folder)!r}")
+    stored = _nested(place, "image_processor") or _own(place, "preprocessor_config.json")
+    return _with_class_defaults(folder, stored, "image_processor_type", classes) if stored else {}
+
+
+def read_video_settings(folder: str | Path) -> dict[str, Any]:
+    """Qwen2-VL's settings for videos: the folder's own, those of its pictures where it has none, or the class's defaults."""
+    place = Path(folder)
+    stored = _nested(place, "video_processor") or _own(place, "video_preprocessor_config.json")
+    stored = stored or _nested(place, "image_processor") or _own(place, "preprocessor_config.json")
+    return _with_class_defaults(folder, stored, "video_processor_type", ("Qwen2VLVideoProcessor",))
+
+
+def _own(folder: Path, name: str) -> dict[str, Any]:
+    return read_json_object(folder / name) if (folder / name).is_file() else {}
+
+
+def _nested(folder: Path, name: str) -> dict[str, Any]:
+    """A part of processor_config.json, where transformers 5 saves all settings; it goes before a file of its own."""
+    nested = _own(folder, "processor_config.json").get(name) or {}
+    if not isinstance(nested, dict):
+        raise ValueError(f"{folder}: {name} in processor_config.json must be an object, got {nested!r}")
+    return nested
+
+
+def _with_class_defaults(
+    folder: str | Path, stored: dict[str, Any], type_field: str, classes: tuple[str, ...]
+) -> dict[str, Any]:
+    given = {name: value for name, value in stored.items() if value is not None}
+    named = given.get(type_field, classes[0])
+    # The names of older versions, and of the classes with and without torchvision.
+    base = str(named).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    if base not in classes:
+        raise ValueError(f"{folder}: {type_field} {named!r} is not supported, only {' or '.join(classes)}")
+    for name in SWITCHES:
+        if not isinstance(given.get(name, True), bool):
+            raise ValueError(f"{folder}: {name} must be true or false, got {given[name]!r}")
+    return {**CLASS_DEFAULTS[base], **given, type_field: base}
+
+
+def check_settings(folder: str | Path, settings: Settings, expected: Settings) -> None:
+    """Raise ValueError where a folder's image settings say otherwise than `expected`; what they leave out is as expected."""
+    for name, value in expected.items():
+        given = settings.get(name, value)
+        if type(given) is not type(value) or given != value:
+            raise ValueError(f"{folder}: {name} = {given!r} is not supported, only {value!r} is")
+
+
+def read_statistics(folder: str | Path, settings: Settings, mean: Channels, std: Channels) -> tuple[Channels, Channels]:
+    """Mean and standard deviation per channel, on the 0..1 scale; `mean` and `std` where the folder stores no settings.
+
+    Raises ValueError for anything but three numbers each.
+    """
+    channels = []
+    for name, default in (("image_mean", mean), ("image_std", std)):
+        value = settings.get(name, default)
+        if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_number, value)):
+            raise ValueError(f"{folder}: {name} must be three numbers, one per RGB channel, got {value!r}")
+        channels.append((float(value[0]), float(value[1]), float(value[2])))
+    check_statistics(*channels)
+    return channels[0], channels[1]
+
+
+def check_statistics(mean: Channels, std: Channels) -> None:
+    """Raise ValueError for a mean or a standard deviation with which no picture could be normalised."""
+    if len(mean) != 3 or not all(0 <= value <= 1 for value in mean):
+        raise ValueError(f"image_mean must be three values in 0..1, one per RGB channel, got {mean!r}")
+    if len(std) != 3 or not all(0 < value < math.inf for value in std):
+        raise ValueError(f"image_std must be three positive and finite values, one per RGB channel, got {std!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def squeezes(folder: str | Path, settings: Settings, image_size: int) -> bool:
+    """Whether `size` gives both sides, so that a picture loses its shape; False where the short side alone is given.
+
+    Raises ValueError for a size or a crop that is not the `image_size` of the vision tower.
+    """
+    size = _sides(folder, "size", settings, bool(settings.get("default_to_square", False)), image_size)
+    if settings.get("do_center_crop"):
+        _sides(folder, "crop_size", settings, True, image_size)
+    if settings.get("do_pad") and "pad_size" in settings:
+        raise ValueError(f"{folder}: pad_size = {settings['pad_size']!r} is not supported")
+    return "height" in size
+
+
+def _sides(folder: str | Path, name: str, settings: Settings, square: bool, image_size: int) -> dict[str, Any]:
+    """The sides that a size gives: a number, [height, width], {"shortest_edge"} or {"height", "width"}, all `image_size`."""
+    value = settings.get(name, image_size)
+    sides = {"height": value, "width": value} if square else {"shortest_edge": value}
+    if isinstance(value, list) and len(value) == 2:
+        sides = dict(zip(("height", "width"), value, strict=True))
+    elif isinstance(value, dict):
+        sides = value
+    if set(sides) not in ({"shortest_edge"}, {"height", "width"}) or (square and "height" not in sides):
+        raise ValueError(f"{folder}: {name} {value!r} is not supported; expected a number, or one per side")
+    if any(type(side) is not int or side != image_size for side in sides.values()):
+        raise ValueError(f"{folder}: {name} is {value!r}, but the vision tower's image_size is {image_size}")
+    return sides
