@@ -1,7 +1,7 @@
 """The image settings of a checkpoint folder (preprocessor_config.json), read as transformers reads them.
 
-A setting that would change pixels is obeyed, or refused by its name. What a file leaves out, or sets to null, is the default of
-the transformers class that it names, not the value that the model's official checkpoint happens to store.
+A setting that would change pixels is obeyed, or refused by its name. What a file leaves out is the default of the transformers
+class that it names, not the value that the model's official checkpoint happens to store. A null switches a step off.
 Sources: transformers image_processing_utils.py, image_processing_backends.py, and the classes named in CLASS_DEFAULTS.
 """
 
@@ -75,11 +75,11 @@ def read_image_settings(folder: str | Path, *classes: str) -> dict[str, Any]:
 
 
 def read_video_settings(folder: str | Path) -> dict[str, Any]:
-    """Qwen2-VL's settings for videos: the folder's own, those of its pictures where it has none, or the class's defaults."""
+    """Qwen2-VL's settings for videos: the folder's own, or those of its pictures where it has none; empty without either."""
     place = Path(folder)
     stored = _nested(place, "video_processor") or _own(place, "video_preprocessor_config.json")
     stored = stored or _nested(place, "image_processor") or _own(place, "preprocessor_config.json")
-    return _with_class_defaults(folder, stored, "video_processor_type", ("Qwen2VLVideoProcessor",))
+    return _with_class_defaults(folder, stored, "video_processor_type", ("Qwen2VLVideoProcessor",)) if stored else {}
 
 
 def _own(folder: Path, name: str) -> dict[str, Any]:
@@ -97,16 +97,15 @@ def _nested(folder: Path, name: str) -> dict[str, Any]:
 def _with_class_defaults(
     folder: str | Path, stored: dict[str, Any], type_field: str, classes: tuple[str, ...]
 ) -> dict[str, Any]:
-    given = {name: value for name, value in stored.items() if value is not None}
-    named = given.get(type_field, classes[0])
+    named = stored.get(type_field) or stored.get("feature_extractor_type") or classes[0]
     # The names of older versions, and of the classes with and without torchvision.
     base = str(named).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if base not in classes:
         raise ValueError(f"{folder}: {type_field} {named!r} is not supported, only {' or '.join(classes)}")
     for name in SWITCHES:
-        if not isinstance(given.get(name, True), bool):
-            raise ValueError(f"{folder}: {name} must be true or false, got {given[name]!r}")
-    return {**CLASS_DEFAULTS[base], **given, type_field: base}
+        if not isinstance(stored.get(name), bool | None):
+            raise ValueError(f"{folder}: {name} must be true or false, got {stored[name]!r}")
+    return {**CLASS_DEFAULTS[base], **stored, type_field: base}
 
 
 def check_settings(folder: str | Path, settings: Settings, expected: Settings) -> None:
@@ -149,10 +148,10 @@ def squeezes(folder: str | Path, settings: Settings, image_size: int) -> bool:
 
     Raises ValueError for a size or a crop that is not the `image_size` of the vision tower.
     """
-    size = _sides(folder, "size", settings, bool(settings.get("default_to_square", False)), image_size)
+    size = _sides(folder, "size", settings, bool(settings.get("default_to_square")), image_size)
     if settings.get("do_center_crop"):
         _sides(folder, "crop_size", settings, True, image_size)
-    if settings.get("do_pad") and "pad_size" in settings:
+    if settings.get("do_pad") and settings.get("pad_size") is not None:
         raise ValueError(f"{folder}: pad_size = {settings['pad_size']!r} is not supported")
     return "height" in size
 

@@ -105,9 +105,7 @@ class ImageProcessor:
         if type(self.image_size) is not int or self.image_size < 1:
             raise ValueError(f"image_size must be a positive number of pixels, got {self.image_size!r}")
         check_statistics(self.image_mean, self.image_std)
-        if self.image_aspect_ratio not in ASPECT_RATIOS:
-            known = ", ".join(ASPECT_RATIOS)
-            raise ValueError(f"unknown image_aspect_ratio {self.image_aspect_ratio!r}; choose one of: {known}")
+        _check_aspect_ratio(self.image_aspect_ratio)
 
     @classmethod
     def from_folder(
@@ -123,6 +121,7 @@ class ImageProcessor:
         papers do. Raises ValueError where the folder's settings disagree with the arguments, or ask for something else than a
         bicubic resize and a normalisation, and FileNotFoundError for a missing folder.
         """
+        _check_aspect_ratio(image_aspect_ratio)
         settings = read_image_settings(folder, "LlavaImageProcessor", "CLIPImageProcessor")
         check_settings(folder, settings, FIXED_SETTINGS)
         own = _own_aspect_ratio(folder, settings, image_size)
@@ -167,6 +166,11 @@ class ImageProcessor:
             red, green, blue = (int(value * 255) for value in self.image_mean)
             picture = pad_to_square(picture, (red, green, blue))
         return resize_bicubic(picture, self.image_size, self.image_size)
+
+
+def _check_aspect_ratio(name: str) -> None:
+    if name not in ASPECT_RATIOS:
+        raise ValueError(f"unknown image_aspect_ratio {name!r}; choose one of: {', '.join(ASPECT_RATIOS)}")
 
 
 def _own_aspect_ratio(folder: str | Path, settings: Settings, image_size: int) -> str:

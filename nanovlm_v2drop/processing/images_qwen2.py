@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -132,7 +131,7 @@ class Qwen2VLImageProcessor:
         _check_settings(folder, video_settings, config)
         if read_statistics(folder, video_settings, *statistics) != statistics:
             raise ValueError(f"{folder}: videos have another image_mean or image_std than pictures; give both the same")
-        capped = video_settings.get("cap_pixels_per_frame", True)
+        capped = video_settings.get("cap_pixels_per_frame") is not False
         return cls(
             config.patch_size,
             config.temporal_patch_size,
@@ -172,7 +171,9 @@ class Qwen2VLImageProcessor:
         max_pixels = self._frame_max_pixels(video.num_frames)
         height, width = smart_resize(*size, self.factor, self.video_min_pixels, max_pixels)
         advice = "take fewer frames (--frames), or lower max_pixels (--max-pixels)"
-        check_pixel_count("the video would become", video.num_frames, width, height, advice)
+        # The bound of a whole video, where it is met, may lie 1 % above the limit of this package.
+        if not video.num_frames * height * width <= self._pixels_of_all_frames() < math.inf:
+            check_pixel_count("the video would become", video.num_frames, width, height, advice)
         resize = partial(resize_bicubic, width=width, height=height)
         grids = self._grids(video.num_frames, height, width)
         return PlannedMedium(grids, lambda: self._medium(video.read(resize), size, is_video=True))
@@ -190,11 +191,13 @@ class Qwen2VLImageProcessor:
 
         As `fetch_video` of qwen_vl_utils 0.0.14, and `cap_pixels_per_frame` of transformers.
         """
-        if self.max_video_tokens is None:
-            return self.video_max_pixels
-        total_pixels = int(self.max_video_tokens * self.factor**2 * VIDEO_SHARE)
-        share = min(self.video_max_pixels, total_pixels * self.temporal_patch_size // num_frames)
-        return max(share, int(self.video_min_pixels * FRAME_FLOOR))
+        share = max(self._pixels_of_all_frames() / num_frames, int(self.video_min_pixels * FRAME_FLOOR))
+        return int(min(self.video_max_pixels, share))
+
+    def _pixels_of_all_frames(self) -> float:
+        """The most pixels of a whole video; infinite where it is not bounded."""
+        tokens = math.inf if self.max_video_tokens is None else self.max_video_tokens * VIDEO_SHARE
+        return tokens * self.factor**2 * self.temporal_patch_size
 
     def _grids(self, num_frames: int, height: int, width: int) -> tuple[tuple[int, int, int]]:
         """Vision tokens in time, height and width of frames of a resized picture or video."""
@@ -230,15 +233,15 @@ class Qwen2VLImageProcessor:
 
 def _read_bounds(folder: str | Path, settings: Settings, max_pixels: int | None, defaults: tuple[int, int]) -> tuple[int, int]:
     """The smallest and largest number of pixels, in either spelling: min_pixels and max_pixels, or inside `size`."""
-    size = settings.get("size", {})
+    size = settings.get("size")
+    size = dict(zip(("shortest_edge", "longest_edge"), defaults, strict=True)) if size is None else size
+    given = {name: settings[name] for name in ("min_pixels", "max_pixels") if settings.get(name) is not None}
+    merged = {**size, **given} if isinstance(size, dict) else {}
     spellings = ("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")
-    if not isinstance(size, dict) or not {*spellings[0], *spellings[1]}.issuperset(size):
+    found = [merged[name] for names in spellings for name in names[: 1 if names[0] in merged else 2] if name in merged]
+    if len(found) != 2 or merged.keys() - {*spellings[0], *spellings[1]}:
         raise ValueError(f"{folder}: size {size!r} is not supported; expected shortest_edge and longest_edge, in pixels in all")
-    given: dict[str, Any] = {**size, **{name: settings[name] for name in ("min_pixels", "max_pixels") if name in settings}}
-    low, high = (
-        next((given[name] for name in names if name in given), default)
-        for names, default in zip(spellings, defaults, strict=True)
-    )
+    low, high = found
     return (low, high) if max_pixels is None else (min(low, max_pixels), max_pixels)
 
 

@@ -83,7 +83,8 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise ValueError(f"cannot read {name}: it is none of {', '.join(FORMATS)}, or it is damaged") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"cannot read {name}, it is too large: {error} Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS.") from error
+        advice = "Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS."
+        raise ValueError(f"cannot read {name}, it is too large: {error} {advice}") from error
     # Decoders report damaged bytes with SyntaxError, struct.error, IndexError and more. All mean the same to the reader.
     except Exception as error:
         raise ValueError(f"cannot read {name}: {' '.join(str(error).split())}") from error

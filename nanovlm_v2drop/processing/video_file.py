@@ -33,8 +33,9 @@ class VideoFile:
     """What a video file holds.
 
     `num_frames` counts what can be shown; `num_packets` counts what is stored. `fps` is in frames per second, None where the
-    file does not tell it. `height` and `width` are those of an upright frame in pixels. `cut_short`: the last packet is
-    incomplete, as in an unfinished download, and is not decoded.
+    file does not tell it. `height` and `width` are those of an upright frame in pixels; `quarter_turns` counterclockwise put a
+    stored frame upright. `cut_short`: the last packet is incomplete, as in an unfinished download, and is not decoded.
+    `is_damaged`: some packet lost data on its way.
     """
 
     path: Path
@@ -43,7 +44,15 @@ class VideoFile:
     fps: float | None
     height: int
     width: int
+    quarter_turns: int
     cut_short: bool
+    is_damaged: bool
+
+    @property
+    def thread_type(self) -> str:
+        """How the decoder may use threads. Only without frame threads does FFmpeg conceal what is missing of an H.264 frame."""
+        large = self.height * self.width > MOST_PIXELS_FOR_FRAME_THREADS
+        return "SLICE" if large or self.is_damaged else "AUTO"
 
 
 def inspect_video(path: Path) -> VideoFile:
@@ -58,18 +67,20 @@ def inspect_video(path: Path) -> VideoFile:
     with _open(path) as container:
         stream = _video_stream(container, path)
         check_pixel_count(f"the frames of {path} have", 1, stream.width, stream.height, "re-encode it with smaller frames")
-        first, last, num_packets, times = None, None, 0, []
+        first, last, num_packets, is_damaged, times = None, (False, False), 0, False, []
         for packet in _packets(container, stream, path):
             first = first or next(iter(_frames(packet, path, 0)), None)
             if packet.size:
                 last, num_packets = (packet.is_corrupt, packet.is_discard), num_packets + 1
+                is_damaged = is_damaged or packet.is_corrupt
                 times += [] if packet.is_discard else [(packet.dts if packet.pts is None else packet.pts, packet.duration or 0)]
-        cut_short, hidden = last or (False, False)
+        cut_short, hidden = last
         num_frames = len(times) - (cut_short and not hidden)
         if num_frames < 1 or first is None:
             raise ValueError(f"{path} has a video stream without a single frame; give another file")
-        height, width = _upright_size(first)
-        return VideoFile(path, num_frames, num_packets, _frame_rate(stream, times), height, width, cut_short)
+        rate, turns = _frame_rate(stream, times), _quarter_turns(first)
+        height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
+        return VideoFile(path, num_frames, num_packets, rate, height, width, turns, cut_short, is_damaged)
 
 
 def decode_frames(file: VideoFile, wanted: frozenset[int], transform: Transform) -> tuple[dict[int, Image.Image], int]:
@@ -83,13 +94,13 @@ def decode_frames(file: VideoFile, wanted: frozenset[int], transform: Transform)
     index = 0
     with _open(file.path) as container:
         stream = _video_stream(container, file.path)
-        stream.thread_type = "AUTO" if file.height * file.width <= MOST_PIXELS_FOR_FRAME_THREADS else "SLICE"
+        stream.thread_type = file.thread_type
         for number, packet in enumerate(_packets(container, stream, file.path), start=1):
             if file.cut_short and number == file.num_packets:
                 continue
             for frame in _frames(packet, file.path, index):
                 if index in wanted:
-                    frames[index] = transform(_to_picture(frame))
+                    frames[index] = transform(_to_picture(frame, file.quarter_turns))
                 index += 1
                 if len(frames) == len(wanted):
                     return frames, index
@@ -125,7 +136,8 @@ def _frame_rate(stream: "VideoStream", times: Sequence[tuple[int | None, int]]) 
         rate = stored or stream.guessed_rate
         return float(rate) if rate else None
     first, (last, duration) = min(known)[0], max(known)
-    # Without the duration of the last frame, the time is that of the steps between the frames.
+    # Without a stored rate FFmpeg guesses the durations. Then the time is that of the steps between the frames.
+    duration = duration if stored else 0
     steps, seconds = len(known) - (duration == 0), float((last + duration - first) * stream.time_base)
     if steps < 1 or seconds <= 0:
         return float(stored) if stored else None
@@ -133,14 +145,10 @@ def _frame_rate(stream: "VideoStream", times: Sequence[tuple[int | None, int]]) 
     return float(stored) if stored and abs(float(stored) * seconds - steps) < 1 else steps / seconds
 
 
-def _to_picture(frame: "VideoFrame") -> Image.Image:
-    picture, turn = frame.to_image(), _quarter_turns(frame)
-    return picture if turn == 0 else picture.transpose(QUARTER_TURNS[turn])
-
-
-def _upright_size(frame: "VideoFrame") -> tuple[int, int]:
-    """Height and width in pixels."""
-    return (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
+def _to_picture(frame: "VideoFrame", quarter_turns: int) -> Image.Image:
+    # The turn is not asked of each frame: PyAV's side data keeps a frame alive until Python's garbage collector runs.
+    picture, turn = frame.to_image(), QUARTER_TURNS[quarter_turns]
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _quarter_turns(frame: "VideoFrame") -> int:

@@ -59,6 +59,10 @@ def vlm(official: Any, tmp_path_factory: pytest.TempPathFactory) -> VisionLangua
     folder: Path = tmp_path_factory.mktemp("tiny-next")
     official.config.save_pretrained(folder)
     write_processing_files(folder, tiny_tokenizer())
+    processor = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=IMAGE_SIZE, image_grid_pinpoints=PINPOINTS
+    )
+    processor.save_pretrained(folder)
     state = official.state_dict()
     newline = state.pop("model.image_newline")
     save_file({**official_names(state), "image_newline": newline}, folder / "model.safetensors")

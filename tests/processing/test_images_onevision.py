@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numbered_clips import write_clip
 from PIL import Image
 from tiny import resizing_horizontally_first
 from torch import Tensor
 
 from nanovlm_v2drop.models.config import LlavaOnevisionConfig, SiglipVisionConfig, TextConfig
 from nanovlm_v2drop.processing.images_onevision import OnevisionImageProcessor, fit_into
+from nanovlm_v2drop.processing.video import SampledVideo, UniformSampling, read_frames, sample_video
 
 IMAGE_SIZE, PATCH_SIZE = 24, 8
 MEAN, STD = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
@@ -198,9 +200,9 @@ def test_frames_in_another_mode_are_converted() -> None:
 
 
 def test_a_video_without_frames_or_with_frames_of_two_sizes_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one frame, and all of one size; got no frame"):
+    with pytest.raises(ValueError, match="the video is an empty list; it needs at least one picture"):
         processor().video([])
-    with pytest.raises(ValueError, match="all of one size; got 30x20, 20x30"):
+    with pytest.raises(ValueError, match="frames of 20x30 and 30x20 pixels; resize them to one size first"):
         processor().video([noise(20, 30), noise(30, 20)])
 
 
@@ -212,7 +214,7 @@ def test_a_video_without_frames_or_with_frames_of_two_sizes_is_refused() -> None
     [
         ({"image_size": 0}, "image_size must be a positive number of pixels, got 0"),
         ({"image_mean": (127.5,) * 3}, "image_mean must be three values in 0..1"),
-        ({"image_std": (0.5, 0.5, 0.0)}, "image_std must be three positive values"),
+        ({"image_std": (0.5, 0.5, 0.0)}, "image_std must be three positive and finite values"),
         ({"patch_size": 0}, "patch_size 0 must be between 1 and image_size 24"),
         ({"patch_size": 25}, "patch_size 25 must be between 1 and image_size 24"),
         ({"max_tiles": 0}, "max_tiles must be at least 1, got 0"),
@@ -248,13 +250,14 @@ def test_a_folder_without_image_settings_gets_siglips(tmp_path) -> None:
     ("settings", "message"),
     [
         ({"size": {"height": 336, "width": 336}}, "size is .*336.*image_size is 24"),
-        ({"image_grid_pinpoints": [[24, 24]]}, "image_grid_pinpoints are not those of the model's config.json"),
+        ({"image_grid_pinpoints": "[[24, 24]]"}, "image_grid_pinpoints are not those of the model's config.json"),
         ({"resample": 2}, "resample = 2 is not supported, only "),
         ({"do_rescale": False}, "do_rescale = False is not supported, only True"),
     ],
 )
 def test_settings_that_disagree_with_the_model_are_refused(tmp_path, settings, message: str) -> None:
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    stored = {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "image_grid_pinpoints": pinpoints()} | settings
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=message):
         from_folder(tmp_path)
 
@@ -269,3 +272,29 @@ def test_a_folders_processor_counts_a_videos_tokens_as_the_models_config_says(tm
 def test_a_missing_folder_is_an_error_that_names_it(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint folder at .*gone"):
         from_folder(tmp_path / "gone")
+
+
+# Cost before it is paid
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_plan_of_a_picture_has_the_grids_that_it_becomes(size: tuple[int, int], alone: bool) -> None:
+    assert processor().plan_image(noise(*size), alone).grids == processor().image(noise(*size), alone).grids
+
+
+def test_more_frames_than_the_pixel_limit_holds_are_refused_before_they_are_decoded() -> None:
+    video = SampledVideo(tuple(range(400_000)), 1080, 1920, decode=lambda transform: [])
+    with pytest.raises(
+        ValueError, match=r"become 400000 times 24x24 pixels = 230400000 pixels.*take fewer frames \(--frames\)"
+    ):
+        processor().plan_video(video)
+
+
+def test_a_video_file_is_squeezed_frame_by_frame(tmp_path) -> None:
+    path = write_clip(tmp_path / "clip.mp4", [noise(64, 48)] * 5, codec="mpeg4")
+    video = sample_video(path, UniformSampling(3))
+    planned = processor().plan_video(video)
+    assert planned.read().grids == planned.grids
+    whole = processor().video(read_frames(path, UniformSampling(3)))
+    assert torch.equal(planned.read().pixel_values, whole.pixel_values)

@@ -1,6 +1,8 @@
 """Qwen2-VL's pictures and videos: patches equal to the official processor's, and clear errors for what cannot be used."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +15,8 @@ from tiny import resizing_horizontally_first
 
 from nanovlm_v2drop.models.config import Qwen2VLVisionConfig
 from nanovlm_v2drop.processing.images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
-from nanovlm_v2drop.processing.images_qwen2 import MAX_PIXELS, MIN_PIXELS, Qwen2VLImageProcessor, smart_resize
+from nanovlm_v2drop.processing.images_qwen2 import Qwen2VLImageProcessor, smart_resize
+from nanovlm_v2drop.processing.video import SampledVideo, take_all
 
 TOWER = Qwen2VLVisionConfig(patch_size=4)
 # With a factor of 8 and 128..1024 pixels: kept, halves to the even multiple, grown, shrunk, thin both ways, one pixel.
@@ -68,15 +71,15 @@ def test_smart_resize_equals_the_official_one(height, width, factor, bounds):
     ("size", "expected"),
     [
         ((480, 640), (476, 644)),
-        ((1080, 1920), (1092, 1932)),
+        ((1080, 1920), (728, 1316)),
         ((42, 70), (56, 56)),  # 1.5 and 2.5 multiples of 28 both go to 2
         ((56, 98), (56, 112)),  # 3.5 goes to 4
         ((10, 1000), (28, 560)),  # the short side rounds to 0, so the picture counts as too small, and even shrinks
         ((1, 1), (56, 56)),
-        ((8000, 8000), (3584, 3584)),
+        ((8000, 8000), (980, 980)),
     ],
 )
-def test_smart_resize_has_the_bounds_of_the_official_checkpoints(size, expected):
+def test_smart_resize_has_the_bounds_of_the_class_in_transformers(size, expected):
     assert smart_resize(*size) == expected
 
 
@@ -191,10 +194,10 @@ def test_the_grid_holds_all_patches_of_any_video(height, width, count):
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [([], "got 0 frames"), ([(8, 8), (8, 9)], r"got 2 frames of sizes \['8x8', '8x9'\]")],
+    [([], "the video is an empty list"), ([(8, 8), (8, 9)], "the video has frames of 8x8 and 8x9 pixels")],
 )
 def test_a_video_without_frames_or_with_frames_of_several_sizes_is_refused(sizes, message):
-    with pytest.raises(ValueError, match=f"one frame or more, all of one size; {message}"):
+    with pytest.raises(ValueError, match=message):
         processor().video([noise(*size) for size in sizes])
 
 
@@ -227,13 +230,33 @@ def read(folder, config: Qwen2VLVisionConfig = TOWER, max_pixels: int | None = N
     return Qwen2VLImageProcessor.from_folder(folder, config, max_pixels)
 
 
-def test_the_official_settings_are_the_defaults(tmp_path):
+def test_the_official_settings_bound_pictures_and_frames_alike(tmp_path):
     write(tmp_path, **HUB_SETTINGS)
-    assert read(tmp_path, Qwen2VLVisionConfig()) == Qwen2VLImageProcessor()
-    assert (MIN_PIXELS, MAX_PIXELS) == (3136, 12845056)
+    made = read(tmp_path, Qwen2VLVisionConfig())
+    assert (made.min_pixels, made.max_pixels, made.video_min_pixels, made.video_max_pixels) == (3136, 12845056) * 2
 
 
-def test_a_folder_without_settings_gets_the_official_ones_and_the_towers_sizes(tmp_path):
+@pytest.mark.parametrize("stored", [{}, {"resample": 3}, {"size": None, "min_pixels": None, "max_pixels": None}])
+def test_settings_without_bounds_get_those_of_the_classes_in_transformers(tmp_path, stored):
+    write(tmp_path, **stored)
+    made = read(tmp_path, Qwen2VLVisionConfig())
+    assert made == Qwen2VLImageProcessor()
+    size = official_module().Qwen2VLImageProcessorPil().size
+    assert (made.min_pixels, made.max_pixels) == (size.shortest_edge, size.longest_edge) == (3136, 1003520)
+    assert (made.video_min_pixels, made.video_max_pixels) == (100352, 602112)
+
+
+def test_a_picture_has_no_more_tokens_than_in_transformers_where_the_folder_stores_no_bounds(tmp_path):
+    write(tmp_path, resample=3)
+    picture = noise(1300, 1100)
+    made = read(tmp_path, Qwen2VLVisionConfig()).image(picture)
+    module = official_module().Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    expected = module(picture, return_tensors="pt")
+    assert made.num_tokens * 4 == expected["image_grid_thw"].prod() == 4 * 1216
+    assert made.pixel_values.shape == expected["pixel_values"].shape
+
+
+def test_a_folder_without_settings_gets_those_of_the_classes_and_the_towers_sizes(tmp_path):
     assert read(tmp_path) == Qwen2VLImageProcessor(patch_size=4)
 
 
@@ -248,7 +271,7 @@ def test_a_folder_without_settings_gets_the_official_ones_and_the_towers_sizes(t
     ],
 )
 def test_every_spelling_of_the_bounds_is_read(tmp_path, spelling):
-    write(tmp_path, **spelling)
+    write(tmp_path, patch_size=4, **spelling)
     made = read(tmp_path)
     assert (made.min_pixels, made.max_pixels, made.video_min_pixels, made.video_max_pixels) == (256, 512, 256, 512)
 
@@ -287,24 +310,25 @@ def test_another_maximum_replaces_the_folders_for_pictures_and_frames(tmp_path, 
     ("changes", "message"),
     [
         ({"size": {"height": 28, "width": 28}}, "size .*height.* is not supported; expected shortest_edge"),
+        ({"size": {"longest_edge": 512}}, "size .*longest_edge.* is not supported; expected shortest_edge"),
         ({"size": 336}, "size 336 is not supported; expected shortest_edge"),
         ({"resample": 2}, "resample = 2 is not supported, only 3 is"),
         ({"do_normalize": False}, "do_normalize = False is not supported"),
         ({"patch_size": 14}, "patch_size = 14 is not supported, only 4 is"),
         ({"merge_size": 4}, "merge_size = 4 is not supported"),
         ({"temporal_patch_size": 1}, "temporal_patch_size = 1 is not supported"),
-        ({"max_pixels": None, "size": {"longest_edge": "big"}}, r"size\.longest_edge = 'big' is not supported"),
+        ({"size": {"shortest_edge": 1, "longest_edge": "big"}}, r"size\.longest_edge = 'big' is not supported"),
     ],
 )
 @pytest.mark.parametrize("name", ["preprocessor_config", "video_preprocessor_config"])
 def test_settings_that_the_model_was_not_trained_with_are_refused(tmp_path, name, changes, message):
-    write(tmp_path, name, **changes)
+    write(tmp_path, name, **{"patch_size": 4} | changes)
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
 
 
 def test_videos_with_other_colours_than_pictures_are_refused(tmp_path):
-    write(tmp_path, "video_preprocessor_config", image_mean=[0.5, 0.5, 0.5])
+    write(tmp_path, "video_preprocessor_config", image_mean=[0.5, 0.5, 0.5], patch_size=4)
     with pytest.raises(ValueError, match="videos have another image_mean or image_std than pictures"):
         read(tmp_path)
 
@@ -321,10 +345,80 @@ def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
         ({"min_pixels": 2000}, "^min_pixels 2000 and max_pixels 1024 must be"),
         ({"video_max_pixels": 300.0}, "^video_min_pixels 256 and video_max_pixels 300.0 must be"),
         ({"min_pixels": 1, "max_pixels": 63}, "one vision token of 8x8 = 64 pixels"),
-        ({"image_mean": (0.5, 0.5)}, "must be three values each"),
-        ({"image_std": (0.5, 0.5, 0.0)}, "image_std positive"),
+        ({"image_mean": (0.5, 0.5)}, "image_mean must be three values"),
+        ({"image_std": (0.5, 0.5, 0.0)}, "image_std must be three positive"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         processor(**wrong)
+
+
+# Cost before it is paid
+
+
+def vision_process() -> Callable[..., tuple[int, int]]:
+    """The rule of qwen_vl_utils 0.0.14 (fetch_video) for the size of a frame, written from its description."""
+
+    def size(num_frames: int, height: int, width: int) -> tuple[int, int]:
+        low, high, total = 128 * 28 * 28, 768 * 28 * 28, 128000 * 28 * 28 * 0.9
+        return smart_resize(height, width, 28, low, max(min(high, total / num_frames * 2), int(low * 1.05)))
+
+    return size
+
+
+@pytest.mark.parametrize("num_frames", [2, 100, 300, 302, 480, 768])
+@pytest.mark.parametrize("size", [(1080, 1920), (480, 640), (2160, 3840), (1920, 1080)])
+def test_frames_of_a_long_video_share_the_pixels_of_the_whole_as_in_qwen_vl_utils(num_frames, size):
+    video = SampledVideo(tuple(range(num_frames)), *size, decode=lambda transform: [])
+    height, width = vision_process()(num_frames, *size)
+    assert Qwen2VLImageProcessor().plan_video(video).grids == ((-(-num_frames // 2), height // 28, width // 28),)
+
+
+def test_ten_minutes_of_full_hd_have_the_tokens_of_qwen_vl_utils():
+    video = SampledVideo(tuple(range(768)), 1080, 1920, decode=lambda transform: [])
+    official = Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12845056, video_min_pixels=3136, video_max_pixels=12845056)
+    assert official.plan_video(video).num_tokens == 105_984
+    unbounded = replace(official, max_video_tokens=None)
+    with pytest.raises(ValueError, match=r"become 768 times 1932x1092 pixels = .*; take fewer frames \(--frames\), or lower"):
+        unbounded.plan_video(video)
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ({}, 128_000),
+        ({"max_video_tokens": 5000}, 5000),
+        ({"cap_pixels_per_frame": False}, None),
+        ({"cap_pixels_per_frame": True}, 128_000),
+    ],
+)
+def test_the_bound_of_a_whole_video_follows_the_folder(tmp_path, stored, expected):
+    write(tmp_path, "video_preprocessor_config", patch_size=4, **stored)
+    assert read(tmp_path).max_video_tokens == expected
+
+
+@given(height=st.integers(1, 60), width=st.integers(1, 60), count=st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_the_plan_of_a_picture_or_video_has_the_grids_that_it_becomes(height, width, count):
+    frames = [noise(width, height)] * count
+    assert processor().plan_video(take_all(frames)).grids == processor().video(frames).grids
+    assert processor().plan_image(frames[0]).grids == processor().image(frames[0]).grids
+
+
+def test_frames_are_resized_as_they_are_decoded():
+    alive = []
+
+    def decode(transform):
+        for number in range(6):
+            alive.append(transform(noise(64, 48, seed=number)).size)
+        return [noise(*alive[0])] * 6
+
+    made = processor().plan_video(SampledVideo(tuple(range(6)), 48, 64, decode)).read()
+    assert set(alive) == {(24, 16)}
+    assert made.grids == ((3, 2, 3),)
+
+
+def test_a_picture_that_its_minimum_would_blow_up_is_refused():
+    with pytest.raises(ValueError, match=r"the picture would become .* pixels, more than the limit .*\(--max-pixels\)"):
+        processor(min_pixels=10**12, max_pixels=10**13).plan_image(noise(20, 10))

@@ -17,11 +17,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numbered_clips import SIDE, SQUARE, number_of, numbered, remux, write_clip, write_numbered
 from PIL import Image
 
-from nanovlm_v2drop.processing.video import FpsSampling, FrameSampling, UniformSampling, read_frames
+from nanovlm_v2drop.processing.video import (
+    SAMPLINGS,
+    FpsSampling,
+    FrameSampling,
+    LmmsEvalSampling,
+    UniformSampling,
+    read_frames,
+)
 
-SIDE, SQUARE = 64, 16  # pixels
 LONG = 2000  # frames
 FORMATS = [
     ("mp4", "libx264", {}),  # frames are stored in another order than they are shown in
@@ -36,50 +43,8 @@ FORMATS = [
 ]
 
 
-def numbered(number: int) -> Image.Image:
-    """A picture that shows its number in binary, as 4 x 4 black or white squares, the lowest bit at the top left."""
-    bits = (number >> np.arange((SIDE // SQUARE) ** 2).reshape(SIDE // SQUARE, -1)) & 1
-    return Image.fromarray(np.kron(bits, np.full((SQUARE, SQUARE), 255)).astype(np.uint8)).convert("RGB")
-
-
-def number_of(picture: Image.Image) -> int:
-    assert picture.mode == "RGB"
-    assert picture.size == (SIDE, SIDE)
-    bits = np.asarray(picture.convert("L"))[SQUARE // 2 :: SQUARE, SQUARE // 2 :: SQUARE] > 127
-    return int((bits.ravel() << np.arange(bits.size)).sum())
-
-
 def numbers_of(video, sampling: FrameSampling) -> list[int]:
     return [number_of(frame) for frame in read_frames(video, sampling)]
-
-
-def write_clip(
-    path: Path,
-    pictures,
-    fps: float = 24,
-    codec: str = "mpeg4",
-    pix_fmt: str = "yuv420p",
-    rotation: float | None = None,
-    codec_options: dict[str, str] | None = None,
-    container_options: dict[str, str] | None = None,
-) -> Path:
-    av = pytest.importorskip("av")
-    with av.open(str(path), "w", options=container_options or {}) as container:
-        stream = container.add_stream(codec, rate=fps, options=codec_options or {})
-        stream.pix_fmt = pix_fmt
-        stream.bit_rate = 2_000_000
-        for index, picture in enumerate(pictures):
-            if index == 0:
-                stream.width, stream.height = picture.size
-                if rotation is not None:
-                    stream.set_display_rotation(rotation)
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode())
-    return path
-
-
-def write_numbered(path: Path, num_frames: int, **settings) -> Path:
-    return write_clip(path, map(numbered, range(num_frames)), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +83,7 @@ def official_sample_frames() -> Callable:
 
 
 OFFICIAL_DEFAULTS = types.SimpleNamespace(num_frames=None, fps=None, temporal_patch_size=2, min_frames=4, max_frames=768)
-frame_counts = st.integers(2, 4000)
+frame_counts = st.one_of(st.integers(2, 4000), st.integers(4000, 10_000_000))
 rates = st.one_of(st.sampled_from([24.0, 25.0, 30.0, 23.976, 30000 / 1001]), st.floats(0.1, 240))
 
 
@@ -170,6 +135,19 @@ def test_uniform_sampling_spreads_evenly_from_the_first_frame_to_the_last(num_fr
     assert indices[-1] == (num_frames - 1 if count > 1 else 0)
 
 
+@given(num_frames=frame_counts, fps=rates, count=st.integers(1, 64))
+@settings(max_examples=100, deadline=None)
+def test_lmms_evals_sampling_takes_no_more_frames_than_asked_and_none_twice(num_frames, fps, count):
+    indices = LmmsEvalSampling(count).indices(num_frames, fps)
+    assert indices == sorted(set(indices))
+    assert 1 <= len(indices) <= count
+    assert 0 == indices[0] <= indices[-1] < num_frames
+
+
+def test_samplings_have_names():
+    assert {name: make().max_frames for name, make in SAMPLINGS.items()} == {"uniform": 32, "fps": 768, "lmms-eval": 32}
+
+
 def test_uniform_sampling_repeats_frames_of_a_short_video():
     assert UniformSampling(8).indices(3) == [0, 0, 0, 0, 1, 1, 1, 2]
 
@@ -180,6 +158,11 @@ def test_uniform_sampling_repeats_frames_of_a_short_video():
         lambda: UniformSampling(0),
         lambda: UniformSampling(True),
         lambda: UniformSampling(8.0),
+        lambda: UniformSampling(4097),
+        lambda: UniformSampling(10**9),
+        lambda: LmmsEvalSampling(0),
+        lambda: LmmsEvalSampling(50_000),
+        lambda: FpsSampling(max_frames=10**9),
         lambda: UniformSampling(8).indices(0),
         lambda: FpsSampling(fps=0),
         lambda: FpsSampling(fps=math.nan),
@@ -192,7 +175,7 @@ def test_uniform_sampling_repeats_frames_of_a_short_video():
         lambda: FpsSampling().indices(10, 0.0),
     ],
 )
-def test_settings_that_choose_no_frame_are_refused(make):
+def test_settings_that_choose_no_frame_or_too_many_are_refused(make):
     with pytest.raises(ValueError, match=r" is .*; it must be|no positive number; "):
         make()
 
@@ -261,20 +244,6 @@ def test_unfinished_download_is_sampled_over_the_frames_that_are_there(clip, tmp
     assert 6 < numbers[-1] < 38
 
 
-def remux(source_path: Path, path: Path, packets: slice, delay: int = 0) -> Path:
-    """The encoded frames of a file, from `packets`, written as they are and shown `delay` frames later."""
-    av = pytest.importorskip("av")
-    options = {"avoid_negative_ts": "disabled"}
-    with av.open(str(source_path)) as source, av.open(str(path), "w", options=options) as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in [packet for packet in source.demux(video=0) if packet.size][packets]:
-            packet.stream = stream
-            packet.pts += delay * packet.duration
-            packet.dts += delay * packet.duration
-            target.mux(packet)
-    return path
-
-
 def test_frames_that_a_cut_hides_are_neither_counted_nor_shown(tmp_path, monkeypatch):
     """As a phone trims: the file keeps the frames from the last key frame on, and an edit list skips the first ones."""
     av = pytest.importorskip("av")
@@ -283,7 +252,7 @@ def test_frames_that_a_cut_hides_are_neither_counted_nor_shown(tmp_path, monkeyp
     watch = Watch(av.open)
     monkeypatch.setattr(av, "open", watch.open)
     assert numbers_of(path, UniformSampling(25)) == list(range(5, 30))
-    assert watch.decoded == 25  # in one pass: nothing was chosen again
+    assert watch.decoded == 25 + 1  # in one pass: nothing was chosen again
 
 
 def test_frames_are_chosen_again_where_fewer_decode_than_the_file_holds(tmp_path):
@@ -311,7 +280,7 @@ def test_few_decoded_frames_are_alive_at_once(tmp_path, monkeypatch):
     watch = Watch(av.open)
     monkeypatch.setattr(av, "open", watch.open)
     assert numbers_of(path, UniformSampling(8)) == UniformSampling(8).indices(LONG)
-    assert watch.decoded == LONG
+    assert watch.decoded == LONG + 1  # the first one twice: its size is asked for before the frames are decoded
     assert watch.most_alive <= 3
     assert watch.converted == 8
 
@@ -337,13 +306,23 @@ class Watch:
     def __getattr__(self, name: str):
         return getattr(self.container, name)
 
-    def decode(self, stream) -> Iterator["WatchedFrame"]:
-        for frame in self.container.decode(stream):
-            watched = WatchedFrame(frame, self)
-            self.alive.add(watched)
-            self.decoded += 1
-            self.most_alive = max(self.most_alive, len(self.alive))
-            yield watched
+    def demux(self, stream) -> Iterator["WatchedPacket"]:
+        return (WatchedPacket(packet, self) for packet in self.container.demux(stream))
+
+
+class WatchedPacket:
+    def __init__(self, packet, watch: Watch):
+        self.packet, self.watch = packet, watch
+
+    def __getattr__(self, name: str):
+        return getattr(self.packet, name)
+
+    def decode(self) -> list["WatchedFrame"]:
+        frames = [WatchedFrame(frame, self.watch) for frame in self.packet.decode()]
+        self.watch.decoded += len(frames)
+        self.watch.alive.update(frames)
+        self.watch.most_alive = max(self.watch.most_alive, len(self.watch.alive))
+        return frames
 
 
 class WatchedFrame:
@@ -363,7 +342,7 @@ def test_decoding_stops_after_the_last_sampled_frame(clip, monkeypatch):
     watch = Watch(av.open)
     monkeypatch.setattr(av, "open", watch.open)
     assert numbers_of(clip, UniformSampling(1)) == [0]
-    assert watch.decoded == 1
+    assert watch.decoded == 1 + 1
 
 
 # Files that cannot be used
@@ -446,7 +425,7 @@ def test_damage_after_the_last_sampled_frame_is_not_met(clip, tmp_path):
 
 
 def test_file_that_never_decodes_alike_is_refused(clip, monkeypatch):
-    monkeypatch.setattr("nanovlm_v2drop.processing.video._decode", lambda path, wanted: ({}, len(wanted) - 1))
+    monkeypatch.setattr("nanovlm_v2drop.processing.video.decode_frames", lambda file, wanted, _: ({}, len(wanted) - 1))
     with pytest.raises(ValueError, match="another number of frames each time it is decoded"):
         read_frames(clip, UniformSampling(40))
 
@@ -513,7 +492,7 @@ def test_empty_list_is_refused():
 
 
 def test_what_is_no_picture_is_named_by_its_place_in_the_list():
-    with pytest.raises(ValueError, match="frame 1 of the video: a picture must be a path or a PIL picture, got ndarray"):
+    with pytest.raises(ValueError, match="frame 1 of the video: a picture must be a path, bytes or a PIL picture, got ndarray"):
         read_frames([numbered(0), np.zeros((64, 64, 3))], UniformSampling())
 
 
