@@ -237,11 +237,14 @@ def _read_bounds(folder: str | Path, settings: Settings, max_pixels: int | None,
     size = dict(zip(("shortest_edge", "longest_edge"), defaults, strict=True)) if size is None else size
     given = {name: settings[name] for name in ("min_pixels", "max_pixels") if settings.get(name) is not None}
     merged = {**size, **given} if isinstance(size, dict) else {}
-    spellings = ("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")
-    found = [merged[name] for names in spellings for name in names[: 1 if names[0] in merged else 2] if name in merged]
-    if len(found) != 2 or merged.keys() - {*spellings[0], *spellings[1]}:
+    low, high = (
+        next((merged[name] for name in names if name in merged), None)
+        for names in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    )
+    if low is None or high is None or merged.keys() - {"min_pixels", "shortest_edge", "max_pixels", "longest_edge"}:
         raise ValueError(f"{folder}: size {size!r} is not supported; expected shortest_edge and longest_edge, in pixels in all")
-    low, high = found
+    if type(low) is not int or type(high) is not int:
+        raise ValueError(f"{folder}: min_pixels {low!r} and max_pixels {high!r} must be whole numbers")
     return (low, high) if max_pixels is None else (min(low, max_pixels), max_pixels)
 
 
