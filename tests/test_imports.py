@@ -14,7 +14,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "models": ("config", "attention", "linear", "kv_cache", "arrange", "parallel", "decoder", "vision", "vision_qwen2", "vlm"),
     "dropping": (),
     "processing": (
-        "opening", "video_file", "video", "preprocessor", "image_settings", "images", "images_onevision", "images_qwen2", "prompts"
+        *("opening", "video_file", "video", "preprocessor", "image_settings"),
+        *("images", "images_onevision", "images_qwen2", "prompts"),
     ),
     "loading": ("specs", "tensor_parallel", "checkpoint", "zoo"),
     "inference": ("prefill_loop", "decoding", "generation"),

@@ -1,4 +1,4 @@
-"""The image settings of a checkpoint folder (preprocessor_config.json), read as transformers reads them.
+"""What the image settings of a checkpoint folder mean, as transformers understands them.
 
 A setting that would change pixels is obeyed, or refused by its name. What a file leaves out is the default of the transformers
 class that it names, not the value that the model's official checkpoint happens to store. A null switches a step off.
@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..models.config import read_json_object
+from .preprocessor import read_settings, read_video_settings
 
 Channels = tuple[float, float, float]
 Settings = Mapping[str, Any]
@@ -27,8 +27,6 @@ FIXED_SETTINGS: Settings = {
     "rescale_factor": 1 / 255,
     "do_normalize": True,
 }
-# Settings that are obeyed, or that change nothing: without do_convert_rgb only RGB pictures work, and they stay as they are.
-SWITCHES = ("do_center_crop", "do_pad", "do_convert_rgb", "default_to_square")
 _CLIP: Settings = {
     "size": {"shortest_edge": 224},
     "crop_size": {"height": 224, "width": 224},
@@ -48,63 +46,44 @@ CLASS_DEFAULTS: Mapping[str, Settings] = {
     "LlavaImageProcessor": _CLIP,
     "LlavaNextImageProcessor": {
         **_CLIP,
-        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "image_grid_pinpoints": ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
     },
     "LlavaOnevisionImageProcessor": {
         "size": {"height": 384, "width": 384},
         "image_mean": CLIP_IMAGE_MEAN,
         "image_std": CLIP_IMAGE_STD,
-        "image_grid_pinpoints": [[height, width] for height in range(384, 2305, 384) for width in range(384, 2305, 384)],
+        "image_grid_pinpoints": tuple((high, wide) for high in range(384, 2305, 384) for wide in range(384, 2305, 384)),
     },
     "Qwen2VLImageProcessor": {**_QWEN2_VL, "size": {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}},
     "Qwen2VLVideoProcessor": {**_QWEN2_VL, "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}},
 }
 
 
-def read_image_settings(folder: str | Path, *classes: str) -> dict[str, Any]:
+def read_image_settings(folder: str | Path, *classes: str) -> Settings:
     """The image settings that a folder stores, with the defaults of their class; empty where it stores none.
 
     `classes` are the transformers classes that this package equals for the model, its own first: that is the one of a file
-    that names none. Raises FileNotFoundError for a missing folder and ValueError for another class.
+    that names none. Raises FileNotFoundError for a missing folder, and ValueError for another class or a wrong type or size.
     """
-    place = Path(folder)
-    if not place.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder at {str(folder)!r}")
-    stored = _nested(place, "image_processor") or _own(place, "preprocessor_config.json")
+    stored = read_settings(Path(folder))
     return _with_class_defaults(folder, stored, "image_processor_type", classes) if stored else {}
 
 
-def read_video_settings(folder: str | Path) -> dict[str, Any]:
-    """Qwen2-VL's settings for videos: the folder's own, or those of its pictures where it has none; empty without either."""
-    place = Path(folder)
-    stored = _nested(place, "video_processor") or _own(place, "video_preprocessor_config.json")
-    stored = stored or _nested(place, "image_processor") or _own(place, "preprocessor_config.json")
+def read_frame_settings(folder: str | Path) -> Settings:
+    """Qwen2-VL's settings for videos: the folder's own, or those of its pictures where it has none; empty without either.
+
+    Raises as `read_image_settings`.
+    """
+    stored = read_video_settings(Path(folder)) or read_settings(Path(folder))
     return _with_class_defaults(folder, stored, "video_processor_type", ("Qwen2VLVideoProcessor",)) if stored else {}
 
 
-def _own(folder: Path, name: str) -> dict[str, Any]:
-    return read_json_object(folder / name) if (folder / name).is_file() else {}
-
-
-def _nested(folder: Path, name: str) -> dict[str, Any]:
-    """A part of processor_config.json, where transformers 5 saves all settings; it goes before a file of its own."""
-    nested = _own(folder, "processor_config.json").get(name) or {}
-    if not isinstance(nested, dict):
-        raise ValueError(f"{folder}: {name} in processor_config.json must be an object, got {nested!r}")
-    return nested
-
-
-def _with_class_defaults(
-    folder: str | Path, stored: dict[str, Any], type_field: str, classes: tuple[str, ...]
-) -> dict[str, Any]:
+def _with_class_defaults(folder: str | Path, stored: Settings, type_field: str, classes: tuple[str, ...]) -> Settings:
     named = stored.get(type_field) or stored.get("feature_extractor_type") or classes[0]
     # The names of older versions, and of the classes with and without torchvision.
-    base = str(named).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    base = named.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if base not in classes:
         raise ValueError(f"{folder}: {type_field} {named!r} is not supported, only {' or '.join(classes)}")
-    for name in SWITCHES:
-        if not isinstance(stored.get(name), bool | None):
-            raise ValueError(f"{folder}: {name} must be true or false, got {stored[name]!r}")
     return {**CLASS_DEFAULTS[base], **stored, type_field: base}
 
 
@@ -112,23 +91,13 @@ def check_settings(folder: str | Path, settings: Settings, expected: Settings) -
     """Raise ValueError where a folder's image settings say otherwise than `expected`; what they leave out is as expected."""
     for name, value in expected.items():
         given = settings.get(name, value)
-        if type(given) is not type(value) or given != value:
+        if given != value:
             raise ValueError(f"{folder}: {name} = {given!r} is not supported, only {value!r} is")
 
 
-def read_statistics(folder: str | Path, settings: Settings, mean: Channels, std: Channels) -> tuple[Channels, Channels]:
-    """Mean and standard deviation per channel, on the 0..1 scale; `mean` and `std` where the folder stores no settings.
-
-    Raises ValueError for anything but three numbers each.
-    """
-    channels = []
-    for name, default in (("image_mean", mean), ("image_std", std)):
-        value = settings.get(name, default)
-        if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_number, value)):
-            raise ValueError(f"{folder}: {name} must be three numbers, one per RGB channel, got {value!r}")
-        channels.append((float(value[0]), float(value[1]), float(value[2])))
-    check_statistics(*channels)
-    return channels[0], channels[1]
+def read_statistics(settings: Settings, mean: Channels, std: Channels) -> tuple[Channels, Channels]:
+    """Mean and standard deviation per channel, on the 0..1 scale; `mean` and `std` where the folder stores no settings."""
+    return settings.get("image_mean", mean), settings.get("image_std", std)
 
 
 def check_statistics(mean: Channels, std: Channels) -> None:
@@ -137,10 +106,6 @@ def check_statistics(mean: Channels, std: Channels) -> None:
         raise ValueError(f"image_mean must be three values in 0..1, one per RGB channel, got {mean!r}")
     if len(std) != 3 or not all(0 < value < math.inf for value in std):
         raise ValueError(f"image_std must be three positive and finite values, one per RGB channel, got {std!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def squeezes(folder: str | Path, settings: Settings, image_size: int) -> bool:
@@ -156,16 +121,16 @@ def squeezes(folder: str | Path, settings: Settings, image_size: int) -> bool:
     return "height" in size
 
 
-def _sides(folder: str | Path, name: str, settings: Settings, square: bool, image_size: int) -> dict[str, Any]:
+def _sides(folder: str | Path, name: str, settings: Settings, square: bool, image_size: int) -> Settings:
     """The sides that a size gives: a number, [height, width], {"shortest_edge"} or {"height", "width"}, all `image_size`."""
     value = settings.get(name, image_size)
     sides = {"height": value, "width": value} if square else {"shortest_edge": value}
-    if isinstance(value, list) and len(value) == 2:
+    if isinstance(value, tuple):
         sides = dict(zip(("height", "width"), value, strict=True))
     elif isinstance(value, dict):
         sides = value
     if set(sides) not in ({"shortest_edge"}, {"height", "width"}) or (square and "height" not in sides):
         raise ValueError(f"{folder}: {name} {value!r} is not supported; expected a number, or one per side")
-    if any(type(side) is not int or side != image_size for side in sides.values()):
+    if set(sides.values()) != {image_size}:
         raise ValueError(f"{folder}: {name} is {value!r}, but the vision tower's image_size is {image_size}")
     return sides

@@ -130,7 +130,7 @@ class ImageProcessor:
                 f"{folder}: its image settings make pictures square by image_aspect_ratio {own!r}, not by "
                 f"{image_aspect_ratio!r}; ask for {own!r}"
             )
-        mean, std = read_statistics(folder, settings, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
+        mean, std = read_statistics(settings, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
         return cls(image_size, mean, std, image_aspect_ratio, patch_size)
 
     def __call__(self, images: Sequence[ImageSource]) -> Tensor:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -85,9 +85,9 @@ class OnevisionImageProcessor:
         vision, pinpoints = config.vision_config, config.image_grid_pinpoints
         check_settings(folder, settings, FIXED_SETTINGS)
         squeezes(folder, settings, vision.image_size)  # refuses other sizes; a tile is square, so both forms mean the same
-        if _as_tuples(settings.get("image_grid_pinpoints", pinpoints)) != pinpoints:
+        if settings.get("image_grid_pinpoints", pinpoints) != pinpoints:
             raise ValueError(f"{folder}: the image settings' image_grid_pinpoints are not those of the model's config.json")
-        mean, std = read_statistics(folder, settings, cls.image_mean, cls.image_std)
+        mean, std = read_statistics(settings, cls.image_mean, cls.image_std)
         video_layout = config.video_layout if isinstance(config, LlavaOnevisionConfig) else ()
         return cls(vision.image_size, pinpoints, vision.patch_size, config.max_tiles, mean, std, *video_layout)
 
@@ -204,8 +204,3 @@ def _fitted_size(width: int, height: int, max_width: int, max_height: int) -> tu
     if scale_width < scale_height:
         return max_width, min(math.ceil(height * scale_width), max_height)
     return min(math.ceil(width * scale_height), max_width), max_height
-
-
-def _as_tuples(sizes: Any) -> Any:
-    """Lists of a JSON file as tuples, at any depth."""
-    return tuple(map(_as_tuples, sizes)) if isinstance(sizes, list | tuple) else sizes

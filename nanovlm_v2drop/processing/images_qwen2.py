@@ -31,9 +31,9 @@ from .image_settings import (
     Settings,
     check_settings,
     check_statistics,
+    read_frame_settings,
     read_image_settings,
     read_statistics,
-    read_video_settings,
 )
 from .images import PlannedMedium, resize_bicubic
 from .opening import ImageSource, check_pixel_count, image_size, open_image
@@ -125,11 +125,11 @@ class Qwen2VLImageProcessor:
         for something else than a bicubic resize and a normalisation.
         """
         settings = read_image_settings(folder, "Qwen2VLImageProcessor")
-        video_settings = read_video_settings(folder)
-        statistics = read_statistics(folder, settings, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
+        video_settings = read_frame_settings(folder)
+        statistics = read_statistics(settings, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
         _check_settings(folder, settings, config)
         _check_settings(folder, video_settings, config)
-        if read_statistics(folder, video_settings, *statistics) != statistics:
+        if read_statistics(video_settings, *statistics) != statistics:
             raise ValueError(f"{folder}: videos have another image_mean or image_std than pictures; give both the same")
         capped = video_settings.get("cap_pixels_per_frame") is not False
         return cls(
@@ -243,8 +243,6 @@ def _read_bounds(folder: str | Path, settings: Settings, max_pixels: int | None,
     )
     if low is None or high is None or merged.keys() - {"min_pixels", "shortest_edge", "max_pixels", "longest_edge"}:
         raise ValueError(f"{folder}: size {size!r} is not supported; expected shortest_edge and longest_edge, in pixels in all")
-    if type(low) is not int or type(high) is not int:
-        raise ValueError(f"{folder}: min_pixels {low!r} and max_pixels {high!r} must be whole numbers")
     return (low, high) if max_pixels is None else (min(low, max_pixels), max_pixels)
 
 

@@ -56,18 +56,20 @@ SIDES: dict[str, Kind] = {
     "width": or_null(MIN_PIXELS),
     "shortest_edge": or_null(MIN_PIXELS),
     "longest_edge": or_null(MAX_PIXELS),
+    "min_pixels": or_null(MIN_PIXELS),
+    "max_pixels": or_null(MAX_PIXELS),
 }
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The image settings of a folder: its preprocessor_config.json, or nested as newer versions save them, or none.
+    """The image settings of a folder: nested as newer versions save them, or its preprocessor_config.json, or none.
 
     Raises FileNotFoundError for a missing folder, and ValueError, with file and setting, for one of a wrong type or size.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint folder at {str(folder)!r}")
     file = folder / "preprocessor_config.json"
-    return read_file(file) if file.is_file() else read_nested(folder, "image_processor")
+    return read_nested(folder, "image_processor") or (read_file(file) if file.is_file() else {})
 
 
 def read_video_settings(folder: Path) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def test_a_folder_without_image_settings_gets_siglips(tmp_path) -> None:
     ("settings", "message"),
     [
         ({"size": {"height": 336, "width": 336}}, "size is .*336.*image_size is 24"),
-        ({"image_grid_pinpoints": "[[24, 24]]"}, "image_grid_pinpoints are not those of the model's config.json"),
+        ({"image_grid_pinpoints": [[24, 24]]}, "image_grid_pinpoints are not those of the model's config.json"),
         ({"resample": 2}, "resample = 2 is not supported, only "),
         ({"do_rescale": False}, "do_rescale = False is not supported, only True"),
     ],
