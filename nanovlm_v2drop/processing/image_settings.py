@@ -79,7 +79,8 @@ def read_frame_settings(folder: str | Path) -> Settings:
 
 
 def _with_class_defaults(folder: str | Path, stored: Settings, type_field: str, classes: tuple[str, ...]) -> Settings:
-    named = stored.get(type_field) or stored.get("feature_extractor_type") or classes[0]
+    older = stored.get("feature_extractor_type") if type_field == "image_processor_type" else None
+    named = stored.get(type_field) or older or classes[0]
     # The names of older versions, and of the classes with and without torchvision.
     base = named.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if base not in classes:
@@ -129,7 +130,7 @@ def _sides(folder: str | Path, name: str, settings: Settings, square: bool, imag
         sides = dict(zip(("height", "width"), value, strict=True))
     elif isinstance(value, dict):
         sides = value
-    if set(sides) not in ({"shortest_edge"}, {"height", "width"}) or (square and "height" not in sides):
+    if set(sides) not in ({"shortest_edge"}, {"height", "width"}) or (name == "crop_size" and "height" not in sides):
         raise ValueError(f"{folder}: {name} {value!r} is not supported; expected a number, or one per side")
     if set(sides.values()) != {image_size}:
         raise ValueError(f"{folder}: {name} is {value!r}, but the vision tower's image_size is {image_size}")

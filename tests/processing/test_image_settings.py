@@ -50,6 +50,7 @@ def official(folder: Path) -> torch.Tensor:
         (LLAVA | {"do_pad": False}, "crop"),
         (CLIP | {"do_pad": True}, "crop"),
         (LLAVA | {"do_convert_rgb": False}, "crop"),
+        (LLAVA | {"default_to_square": True}, "crop"),
         (LLAVA | {"do_pad": None, "pad_size": None, "default_to_square": None, "do_convert_rgb": None}, "crop"),
         (LLAVA | {"image_mean": [0.4, 0.5, 0.6], "image_std": [1, 0.25, 2.0]}, "crop"),
         (LLAVA | {"do_pad": True}, "pad"),
