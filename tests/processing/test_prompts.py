@@ -239,7 +239,9 @@ def test_both_formats_decode_as_the_official_tokenizer(text, from_json, from_sen
     assert from_sentencepiece.decode(token_ids) == expected
 
 
-pieces = st.sampled_from([*SPECIAL_TOKENS, " ", "  ", "▁", "\n", "What", "picture", "🙂", "東", "<0x41>"]) | st.text(max_size=8)
+pieces = st.sampled_from([*SPECIAL_TOKENS, " ", "  ", "▁", "\n", "What", "picture", "🙂", "東", "<0x41>"]) | st.text(
+    max_size=8
+)
 
 
 @given(text=st.lists(pieces, max_size=8).map("".join))
@@ -369,6 +371,7 @@ def medium(num_tokens: int) -> VisionInput:
     return VisionInput(torch.zeros(0), ((1, 1, num_tokens),), (1, 1))
 
 
+
 def test_each_image_token_is_repeated_once_per_feature(from_json):
     plain = from_json.encode("a <image> b <image>")
     first, second = (index for index, token_id in enumerate(plain) if token_id == IMAGE_TOKEN_ID)
@@ -396,7 +399,9 @@ def test_media_come_in_the_order_of_their_tokens(from_json):
     assert ordered == [first, video, second]
 
 
-@pytest.mark.parametrize(("prompt", "tokens_per_image", "counts"), [("a", [4], "0 .* 1"), ("<image> <image>", [4], "2 .* 1")])
+@pytest.mark.parametrize(
+    ("prompt", "tokens_per_image", "counts"), [("a", [4], "0 .* 1"), ("<image> <image>", [4], "2 .* 1")]
+)
 def test_image_token_count_must_match_the_pictures(from_json, prompt, tokens_per_image, counts):
     with pytest.raises(ValueError, match=f"has {counts.replace(' .* ', ' image or video tokens .* but ')} pictures"):
         encode_prompt(from_json, prompt, {IMAGE_TOKEN_ID: list(map(medium, tokens_per_image))})
