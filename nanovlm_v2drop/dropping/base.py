@@ -14,6 +14,7 @@ from torch import Tensor
 from ..models.decoder import ModuleOutputs
 from ..models.kv_cache import DecodePruning
 from .schedule import LEANEST_RATIOS, PAPER_DEPTHS, PAPER_LAYERS, DropSchedule, layers_at_depths
+from .state import MERGED as MERGED
 from .state import PrefillState as PrefillState
 
 
