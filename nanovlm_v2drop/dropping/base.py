@@ -42,8 +42,8 @@ class TokenDropper:
     earliest_layer: ClassVar[int] = 0
     latest_layer: ClassVar[int | None] = None
     reads_attention: ClassVar[bool] = False  # needs queries and keys of the layer before each drop point
-    renumbers: ClassVar[bool] = False  # closes the gaps in the position ids
-    merges: ClassVar[bool] = False  # averages tokens or makes new ones, so kept rows are not rows of the prompt
+    renumbers: bool = False  # closes the gaps in the position ids
+    merges: bool = False  # averages tokens or makes new ones, so kept rows are not rows of the prompt
     seeded: ClassVar[bool] = False  # draws at random: takes `seed`
     depths: ClassVar[tuple[float, ...]] = PAPER_DEPTHS  # where it drops, as shares of the decoder's layers
     leanest: ClassVar[tuple[float, ...]] = LEANEST_RATIOS  # the smallest shares kept there; see DropSchedule.for_mean_tokens
