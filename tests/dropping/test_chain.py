@@ -5,8 +5,7 @@ import torch
 from golden_inputs import in_a_prompt, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_inference import masked_forward
-from tiny import one_prompt, pack_together, tiny_decoder, tiny_prompts
+from tiny import masked_forward, one_prompt, pack_together, tiny_decoder, tiny_prompts
 
 from nanovlm_v2drop import DROPPERS, Chain, CountSchedule, DropSchedule, V2Drop, decode_one_token, prefill
 from nanovlm_v2drop.dropping import BatchSchedule, ChainSchedule
