@@ -149,11 +149,12 @@ def logits_of(model: LlavaModel, packed: PackedInputs) -> Tensor:
     return decoder.lm_head(decoder.norm(hidden_states))
 
 
-def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False):
+def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False, cut=False):
     """The slow twin: every token through every layer, dropped ones hidden as keys from their drop point on.
 
     Returns the logits of every position of one sequence, prompt and `more_tokens`, without any cache. With `renumbers`,
-    the positions in a layer count only the tokens that are left there, unless they are places in a grid.
+    the positions in a layer count only the tokens that are left there, unless they are places in a grid. With `cut`, tokens
+    behind the prompt see in every layer only what the last drop point has left.
     """
     renumbers = renumbers and packed.position_ids.dim() == 1
     embeds = torch.cat([packed.inputs_embeds, decoder.embed_tokens(torch.tensor(more_tokens, dtype=torch.long))])
@@ -162,6 +163,9 @@ def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False):
     alive = torch.ones(length, dtype=torch.long)
     hidden, vision_rows = embeds, packed.vision_mask.nonzero().flatten()
     kept = dict(kept)
+    if cut:
+        gone = set(range(len(vision_rows))) - set(kept[max(kept)][0].tolist())
+        visible[len(packed.inputs_embeds) :, vision_rows[sorted(gone)]] = False
     for layer_idx, layer in enumerate(decoder.layers):
         if layer_idx in kept:
             gone = set(range(len(vision_rows))) - set(kept[layer_idx][0].tolist())

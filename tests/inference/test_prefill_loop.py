@@ -106,6 +106,68 @@ def test_an_attention_matrix_written_out_gives_the_same_answers(name, family):
         assert [rows.tolist() for rows in kept] == [rows.tolist() for rows in wanted]
 
 
+@every_family
+@every_method_that_only_drops
+def test_with_the_cut_decoded_tokens_see_in_every_layer_what_is_left_at_the_end(name, family):
+    decoder, packed = tiny_decoder(**FAMILIES[family]), one_prompt(5, 24, 7, family=family)
+    whole, dropper = prefill(decoder, packed, make(name)), make(name, cut_cache=True)
+    out = prefill(decoder, packed, dropper, max_new_tokens=3)
+    assert torch.equal(out.logits, whole.logits)
+    assert out.cache.seqlens == [whole.cache.seqlens[-1]] * 6
+    assert out.cache.nbytes <= whole.cache.nbytes
+    assert torch.equal(out.cache.position_ids, whole.cache.position_ids)
+    out.cache.pruning = None
+    tokens = [7, 11, 42, 0, 5]
+    logits = [decode_one_token(decoder, torch.tensor([token]), out.cache)[0] for token in tokens]
+    wanted = masked_forward(decoder, packed, out.kept, tokens, dropper.renumbers, cut=True)[-len(tokens) :]
+    torch.testing.assert_close(torch.stack(logits), wanted, atol=1e-4, rtol=0)
+
+
+def test_the_cut_treats_every_sequence_of_a_batch_by_itself_and_never_waits_for_the_device(monkeypatch):
+    decoder, parts, tokens = tiny_decoder(), tiny_prompts(), torch.tensor([3, 1, 4])
+    together = prefill(decoder, pack_together(parts), make("v2drop", cut_cache=True))
+    logits = decode_one_token(decoder, tokens, together.cache)
+    for index, part in enumerate(parts):
+        alone = prefill(decoder, part, make("v2drop", cut_cache=True) if any(part.vision_counts) else None)
+        own = decode_one_token(decoder, tokens[index, None], alone.cache)[0]
+        torch.testing.assert_close(own, logits[index], atol=1e-4, rtol=0)
+    monkeypatch.setattr(prefill_loop, "resolve_backend", lambda *_: "varlen")
+    decoder, packed = decoder.to(META, torch.bfloat16), on_meta(pack_together(parts))
+    with NoWaiting():
+        prefill(decoder, packed, make("v2drop", cut_cache=True))
+
+
+@pytest.mark.parametrize("name", [name for name in DROPPERS if DROPPERS[name].merges and DROPPERS[name].latest_layer != 0])
+def test_a_method_that_averages_inside_the_decoder_has_nothing_to_cut_to(name):
+    with pytest.raises(ValueError, match=f"{name} averages tokens, which earlier caches do not hold: use it without cut_cache"):
+        make(name, cut_cache=True)
+
+
+def test_a_layer_shows_its_module_outputs_to_a_dropper_that_asks():
+    decoder, packed, seen = tiny_decoder(), one_prompt(5, 24, 7), {}
+
+    class Curious(DROPPERS["v2drop"]):
+        layers_observed = frozenset({0, 2})
+
+        def observe(self, state, outputs):
+            seen[state.layer_idx] = (state.hidden_states, outputs)
+
+    with_eyes = prefill(decoder, packed, Curious(SCHEDULE))
+    assert torch.equal(with_eyes.logits, prefill(decoder, packed, make("v2drop")).logits)
+    assert sorted(seen) == [0, 2]
+    for layer_idx, (hidden, outputs) in seen.items():
+        layer = decoder.layers[layer_idx]
+        assert torch.equal(outputs.attention_input, layer.input_layernorm(hidden))
+        middle = hidden + outputs.attention_output
+        assert torch.equal(outputs.mlp_input, layer.post_attention_layernorm(middle))
+        torch.testing.assert_close(outputs.mlp_output, layer.mlp(outputs.mlp_input))
+    # The input of layer 1 is what layer 0 made of its own input.
+    rows = with_eyes.kept[0][1][0]
+    hidden, outputs = seen[0]
+    assert len(rows) == 12
+    assert outputs.mlp_output.shape == hidden.shape
+
+
 def test_equally_long_prompts_take_the_batched_path_and_agree_with_it():
     decoder = tiny_decoder()
     parts = tiny_prompts([(5, 24, 7), (2, 24, 10)])
