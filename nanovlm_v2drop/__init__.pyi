@@ -8,6 +8,9 @@ from .dropping import (
     BatchSchedule as BatchSchedule,
 )
 from .dropping import (
+    Chain as Chain,
+)
+from .dropping import (
     CountSchedule as CountSchedule,
 )
 from .dropping import (

@@ -147,3 +147,47 @@ def logits_of(model: LlavaModel, packed: PackedInputs) -> Tensor:
     for layer in decoder.layers:
         hidden_states = layer(hidden_states, rotary, lambda q, k, v: sdpa_attention(q, k, v, packed.seqlens))
     return decoder.lm_head(decoder.norm(hidden_states))
+
+
+def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False, cut=False):
+    """The slow twin: every token through every layer, dropped ones hidden as keys from their drop point on.
+
+    Returns the logits of every position of one sequence, prompt and `more_tokens`, without any cache. With `renumbers`,
+    the positions in a layer count only the tokens that are left there, unless they are places in a grid. With `cut`, tokens
+    behind the prompt see in every layer only what the last drop point has left.
+    """
+    renumbers = renumbers and packed.position_ids.dim() == 1
+    embeds = torch.cat([packed.inputs_embeds, decoder.embed_tokens(torch.tensor(more_tokens, dtype=torch.long))])
+    length = len(embeds)
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    alive = torch.ones(length, dtype=torch.long)
+    hidden, vision_rows = embeds, packed.vision_mask.nonzero().flatten()
+    kept = dict(kept)
+    if cut:
+        gone = set(range(len(vision_rows))) - set(kept[max(kept)][0].tolist())
+        visible[len(packed.inputs_embeds) :, vision_rows[sorted(gone)]] = False
+    for layer_idx, layer in enumerate(decoder.layers):
+        if layer_idx in kept:
+            gone = set(range(len(vision_rows))) - set(kept[layer_idx][0].tolist())
+            visible[:, vision_rows[sorted(gone)]] = False
+            visible.fill_diagonal_(True)  # a dropped row may see itself: nobody reads it
+            alive[vision_rows[sorted(gone)]] = 0 if renumbers else 1
+        positions = alive.cumsum(0) - 1 if packed.position_ids.dim() == 1 else places_and_more(packed, length)
+        rotary = rotary_table(decoder.config, positions, embeds.dtype)
+
+        def attend(q, k, v):
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            weights = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+            weights = weights.masked_fill(~visible, -torch.inf).softmax(-1)
+            return torch.einsum("hqk,khd->qhd", weights, v)
+
+        hidden = layer(hidden, rotary, attend)
+    return decoder.lm_head(decoder.norm(hidden))
+
+
+def places_and_more(packed, length):
+    """(3, length): the prompt's places in a grid, then on all axes one more than the largest, and so on."""
+    positions = packed.position_ids
+    more = positions.max() + 1 + torch.arange(length - positions.shape[-1])
+    return torch.cat([positions, more.expand(3, -1)], dim=-1)

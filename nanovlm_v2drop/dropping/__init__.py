@@ -6,6 +6,7 @@ import pkgutil
 from collections.abc import Iterable
 
 from .base import NotANumber, PrefillState, TokenDropper
+from .chain import Chain, ChainSchedule
 from .random import Random
 from .schedule import BatchSchedule, CountSchedule, DropSchedule
 from .v2drop import PUBLISHED_SCHEDULES, V2Drop
@@ -19,7 +20,7 @@ def find_droppers() -> dict[str, type[TokenDropper]]:
 
 
 def by_name(classes: Iterable[type[TokenDropper]]) -> dict[str, type[TokenDropper]]:
-    """Raises ValueError for two methods with one name, as where a method is made of another one and inherits its name."""
+    """The classes by their names. Raises ValueError for two with one name, such as a subclass that inherits its name."""
     found: dict[str, type[TokenDropper]] = {}
     for item in classes:
         if (other := found.setdefault(item.name, item)) is not item:
@@ -34,6 +35,8 @@ __all__ = [
     "DROPPERS",
     "PUBLISHED_SCHEDULES",
     "BatchSchedule",
+    "Chain",
+    "ChainSchedule",
     "CountSchedule",
     "DropSchedule",
     "NotANumber",

@@ -1,186 +1,86 @@
-"""The seam between prefill and a dropping method: what a method may see, and what every method has in common.
+"""The seam between prefill and a dropping method: the common part of all methods.
 
-Shapes: T tokens of all sequences packed, B sequences, P patches of one picture, D hidden_size, H query heads, K key/value
-heads.
+Shapes: T tokens of all sequences packed, D hidden_size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+import inspect
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from ..models.attention import sent
+from ..models.decoder import ModuleOutputs
 from ..models.kv_cache import DecodePruning
-from ..models.vision import VisionTrace
 from .schedule import LEANEST_RATIOS, PAPER_DEPTHS, PAPER_LAYERS, DropSchedule, layers_at_depths
-
-MERGED = -2  # in `vision_indices`: a row that several vision tokens were averaged into
-
-
-@dataclass
-class PrefillState:
-    """Everything at the entrance of layer `layer_idx`.
-
-    `seqlens` and `vision_counts` are host integers: how many tokens stay is known beforehand, so a drop point never waits
-    for the GPU. Position ids are indexed, never renumbered, unless the method's own paper renumbers.
-    """
-
-    layer_idx: int
-    hidden_states: Tensor  # (T, D) input of this layer
-    previous: Tensor | None  # (T, D) input of the layer before; None at layer 0
-    position_ids: Tensor  # (T,) or (3, T)
-    vision_mask: Tensor  # (T,)
-    vision_indices: Tensor  # (T,) number of a vision token among those of its prompt, before any drop; -1 text, -2 merged
-    seqlens: tuple[int, ...]
-    vision_counts: tuple[int, ...]  # vision tokens now, one number a sequence
-    prompt_vision_counts: tuple[int, ...]  # vision tokens before any drop
-    vision_grids: tuple[tuple[tuple[int, int, int], ...], ...]  # frames, rows and columns, by picture and sequence
-    seeds: tuple[int, ...]  # one number a sequence, the same in every batch
-    vision: tuple[VisionTrace, ...] = ()  # one a grid, those of all sequences in order
-    marks: Tensor | None = None  # (T,) what the method's `begin` noted of each row; it stays beside its row
-    # (..., own heads, head_dim) -> (..., all heads, head_dim), where the decoder is split over processes:
-    all_heads: Callable[[Tensor], Tensor] = lambda heads: heads
-    # Only at a drop point:
-    queries: Tensor | None = None  # (T, own H, head_dim) of the layer before, rotated; None unless the method reads attention
-    keys: Tensor | None = None  # (T, own K, head_dim)
-    rotary: tuple[Tensor, Tensor] | None = None  # cosines and sines (T, 1, head_dim)
-    project_next: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # rows (R,) -> this layer's queries (R, H,
-    # head_dim) of these rows and its keys (T, K, head_dim), rotated; costs these two projections
-    final_norm: Callable[[Tensor], Tensor] | None = None  # the norm before the head
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """First row and end of each sequence."""
-        return list(pairwise((0, *accumulate(self.seqlens))))
-
-    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
-        """(T, H, head_dim) and (T, K, head_dim) of the layer before, rotated; for methods that declare `reads_attention`."""
-        if self.queries is None or self.keys is None:
-            raise RuntimeError("this method reads the attention of the layer before; it must set reads_attention = True")
-        return self.all_heads(self.queries), self.all_heads(self.keys)
-
-    def last_rows(self) -> Tensor:
-        """(B,) the row of each sequence's last token."""
-        return sent(torch.tensor([end - 1 for _, end in self.spans]), self.hidden_states.device)
-
-    def vision_rows(self) -> list[Tensor]:
-        """Rows of each sequence's vision tokens, in order."""
-        return [
-            start + (~self.vision_mask[start:end]).int().argsort(stable=True)[:count]
-            for (start, end), count in zip(self.spans, self.vision_counts, strict=True)
-        ]
-
-    def text_rows(self) -> list[Tensor]:
-        """Rows of each sequence's text tokens, in order."""
-        return [
-            start + self.vision_mask[start:end].int().argsort(stable=True)[: end - start - count]
-            for (start, end), count in zip(self.spans, self.vision_counts, strict=True)
-        ]
-
-    def take(self, keep: Tensor, vision_counts: Sequence[int]) -> "PrefillState":
-        """Only the rows `keep` (T',), which leave `vision_counts` vision tokens in each sequence."""
-        changes = zip(self.seqlens, self.vision_counts, vision_counts, strict=True)
-        return replace(
-            self.without_surroundings(),
-            hidden_states=self.hidden_states.index_select(0, keep),  # on CPUs six times as fast as indexing with []
-            previous=None if self.previous is None else self.previous.index_select(0, keep),
-            position_ids=self.position_ids.index_select(-1, keep),
-            vision_mask=self.vision_mask.index_select(0, keep),
-            vision_indices=self.vision_indices.index_select(0, keep),
-            marks=None if self.marks is None else self.marks.index_select(0, keep),
-            seqlens=tuple(length - before + after for length, before, after in changes),
-            vision_counts=tuple(vision_counts),
-        )
-
-    def append_merged(self, merged: Sequence[Tensor]) -> "PrefillState":
-        """With each sequence's averaged tokens (C, D) put behind its last vision token, of which it needs one."""
-        rows = torch.arange(len(self.hidden_states), device=self.hidden_states.device)
-        vision_only = torch.where(self.vision_mask, rows, -1)
-        last = [vision_only[start:end].amax().expand(len(new)) for (start, end), new in zip(self.spans, merged, strict=True)]
-        behind = torch.cat(last)
-        order = torch.cat([rows, behind]).argsort(stable=True)
-        new_rows = torch.cat(list(merged)).to(self.hidden_states.dtype)
-
-        def spliced(old: Tensor, new: Tensor) -> Tensor:
-            return torch.cat([old, new], dim=0).index_select(0, order)
-
-        return replace(
-            self.without_surroundings(),
-            hidden_states=spliced(self.hidden_states, new_rows),
-            previous=None if self.previous is None else spliced(self.previous, new_rows),
-            position_ids=torch.cat([self.position_ids, self.position_ids[..., behind]], dim=-1)[..., order],
-            vision_mask=spliced(self.vision_mask, self.vision_mask.new_ones(len(behind))),
-            vision_indices=spliced(self.vision_indices, self.vision_indices.new_full((len(behind),), MERGED)),
-            marks=None if self.marks is None else spliced(self.marks, self.marks.new_zeros(len(behind))),
-            seqlens=tuple(length + len(new) for length, new in zip(self.seqlens, merged, strict=True)),
-            vision_counts=tuple(count + len(new) for count, new in zip(self.vision_counts, merged, strict=True)),
-        )
-
-    def renumbered(self) -> "PrefillState":
-        """With positions 0, 1, 2, ... in each sequence. Multimodal positions (3, T) stay: they are places in a grid."""
-        if self.position_ids.dim() > 1:
-            return self
-        device = self.position_ids.device
-        return replace(self, position_ids=torch.cat([torch.arange(length, device=device) for length in self.seqlens]))
-
-    def without_surroundings(self) -> "PrefillState":
-        """Without what belongs to the rows of one drop point only."""
-        return replace(self, queries=None, keys=None, rotary=None, project_next=None, final_norm=None)
+from .state import MERGED as MERGED
+from .state import PrefillState as PrefillState
 
 
 class Published(NamedTuple):
-    """A setting of the authors' released code, for the 576 vision tokens of LLaVA-1.5-7B where counts are meant."""
+    """A setting of the authors' released code. Counts are for the 576 vision tokens of LLaVA-1.5-7B."""
 
     schedule: DropSchedule
     options: Mapping[str, Any] = MappingProxyType({})  # further arguments of the method
-    num_layers: int = PAPER_LAYERS  # of the decoder that the schedule's layers are of
+    num_layers: int = PAPER_LAYERS  # layers of the decoder that the schedule was made for
 
 
 class NotANumber(RuntimeError):
-    """A method scored a vision token NaN; the message names it."""
+    """A method gave a vision token the score NaN; the message names the method."""
 
 
 class TokenDropper:
-    """A dropping method: the schedule, the per-sequence top-k, the return to reading order, and text never leaves.
+    """A dropping method: the schedule, the top-k of each sequence, the return to reading order. Text never leaves.
 
-    A method overrides `score`; one that does not rank overrides `select`, one that changes the rows it keeps `compress`.
+    A method overrides `score`. A method that does not rank overrides `select`, and one that changes kept rows overrides
+    `compress`.
     """
 
-    name: ClassVar[str]
-    published: ClassVar[Mapping[str, Published]] = {}  # the first is what `official` takes
+    name: str
+    published: ClassVar[Mapping[str, Published]] = {}  # `official` takes the first by default
     earliest_layer: ClassVar[int] = 0
     latest_layer: ClassVar[int | None] = None
     reads_attention: ClassVar[bool] = False  # needs queries and keys of the layer before each drop point
-    renumbers: ClassVar[bool] = False  # closes the gaps in the position ids
-    merges: ClassVar[bool] = False  # averages tokens, so that what stays is not what was there
+    renumbers: bool = False  # closes the gaps in the position ids
+    merges: bool = False  # averages tokens or makes new ones, so kept rows are not rows of the prompt
     seeded: ClassVar[bool] = False  # draws at random: takes `seed`
     depths: ClassVar[tuple[float, ...]] = PAPER_DEPTHS  # where it drops, as shares of the decoder's layers
-    leanest: ClassVar[tuple[float, ...]] = LEANEST_RATIOS  # the least that it keeps there; see DropSchedule.for_mean_tokens
+    leanest: ClassVar[tuple[float, ...]] = LEANEST_RATIOS  # the smallest shares kept there; see DropSchedule.for_mean_tokens
     minimum: ClassVar[int] = 1
+    cut_cache: bool = False  # the default of the option
 
-    def __init__(self, schedule: DropSchedule) -> None:
-        """Raises TypeError for a schedule of another type, such as a number or a dictionary."""
+    def __init__(self, schedule: DropSchedule, *, cut_cache: bool | None = None) -> None:
+        """`cut_cache`: after a drop, the caches of earlier layers lose the dropped rows too, so decoded tokens never see them.
+
+        Raises TypeError for a schedule of another type, such as a number or a dictionary, and ValueError for `cut_cache` with a
+        method that averages tokens inside the decoder: caches of earlier layers have no row for an average.
+        """
         if not isinstance(schedule, DropSchedule):
             raise TypeError(
                 f"{type(self).__name__} takes a DropSchedule, not {schedule!r}: DropSchedule({{3: 0.5}}) keeps half of the "
                 "vision tokens from layer 3 on, and schedule_for(...) finds the schedule of a mean number of tokens"
             )
         self.schedule = schedule
+        self.cut_cache = self.cut_cache if cut_cache is None else cut_cache
+        if self.cut_cache and self.merges and self.latest_layer != 0:
+            raise ValueError(f"{self.name} averages tokens, which earlier caches do not hold: use it without cut_cache")
 
     @property
     def layers_read(self) -> frozenset[int]:
-        """The layers whose attention it ranks by: those before its drop points, where it does."""
+        """The layers whose queries and keys it reads: the layer before each drop point, if it reads attention."""
         return frozenset(layer - 1 for layer in self.schedule) if self.reads_attention else frozenset()
 
-    @classmethod
-    def official(cls, setting: str | None = None, **options: Any) -> "TokenDropper":
-        """The method as its authors' released code runs it: a name in `published`, None for the first there.
+    @property
+    def layers_observed(self) -> frozenset[int]:
+        """The layers that show it their module outputs; see `observe`."""
+        return frozenset()
 
-        `options` are the method's own and take the place of those of the setting.
+    @classmethod
+    def official(cls, setting: str | None = None, **options: Any) -> Self:
+        """The method as in its authors' released code. `setting` is a name in `published`; None means the first.
+
+        `options` are the method's own and replace those of the setting.
         """
         if not cls.published:
             raise NotImplementedError(f"{cls.__name__} has no released code to follow; give it a DropSchedule")
@@ -190,28 +90,72 @@ class TokenDropper:
         return cls(schedule, **{**published, **options})
 
     @classmethod
+    def option_names(cls) -> list[str]:
+        """Names of the options that its constructor takes besides the schedule."""
+        names: list[str] = []
+        for ancestor in cls.__mro__[:-1]:
+            if "__init__" not in vars(ancestor):
+                continue
+            parameters = list(inspect.signature(vars(ancestor)["__init__"]).parameters.values())[2:]
+            names += [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                break
+        return names
+
+    @classmethod
+    def configured(cls, **options: Any) -> type[Self]:
+        """The method with some options fixed, as a class with the name "method:option=value", for tables and `Chain.of`.
+
+        Raises ValueError for an unknown option.
+        """
+        if unknown := options.keys() - {*cls.option_names(), "cut_cache"}:
+            known = ", ".join(sorted({*cls.option_names(), "cut_cache"}))
+            raise ValueError(f"{cls.name} has no option {min(unknown)}; it has: {known}")
+
+        def fixed(self: Any, schedule: DropSchedule, **more: Any) -> None:
+            cls.__init__(self, schedule, **{**given, **more})  # type: ignore[misc]
+
+        name = ":".join([cls.name, *(f"{option}={value}" for option, value in options.items())])
+        cut_cache = options.get("cut_cache", cls.cut_cache)
+        given = {option: value for option, value in options.items() if option != "cut_cache"}
+        published = {
+            setting: one._replace(options={**{name: one.options[name] for name in one.options if name not in options}, **given})
+            for setting, one in cls.published.items()
+        }
+        return type(cls.__name__, (cls,), {
+            "name": name, "published": published, "cut_cache": cut_cache, "__init__": fixed, "__module__": cls.__module__,
+        })  # fmt: skip
+
+    @classmethod
     def schedule_for(
         cls, mean_tokens: float, num_vision_tokens: int, num_layers: int, frames: int = 1
     ) -> DropSchedule:
-        """Where and how much to drop for a mean of vision tokens a layer; raises OutOfReach with the method's floor.
+        """The schedule for a mean number of vision tokens a layer. Raises OutOfReach with the method's floor.
 
-        `frames` of the prompt's video, for methods that keep whole ones.
+        `frames`: frames of the prompt's video, for methods that keep whole frames.
         """
         layers = layers_at_depths(num_layers, cls.depths)
         return DropSchedule.for_mean_tokens(
             mean_tokens, num_vision_tokens, num_layers, layers=layers, leanest=cls.leanest, minimum=cls.minimum
         )
 
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError for a drop point that cannot act in a decoder of `num_layers`."""
+        self.schedule.check(num_layers, self.earliest_layer, self.latest_layer)
+
     def score(self, state: PrefillState) -> Tensor:
-        """(T,) one number a token, higher = keep; the numbers of text tokens are not looked at."""
+        """(T,) one number a token; higher numbers are kept. The numbers of text tokens are ignored."""
         raise NotImplementedError(f"{type(self).__name__} must have a score, or a select or compress of its own")
 
     def begin(self, state: PrefillState) -> PrefillState:
-        """Look at the input of layer 0, before any drop; may set `marks`, one number a row that stays beside its row."""
+        """Read the input of layer 0, before any drop. May set `marks`: one number a row, which follows its row."""
         return state
 
+    def observe(self, state: PrefillState, outputs: ModuleOutputs) -> None:
+        """Read the module outputs of a layer in `layers_observed`, while it runs. May set `state.marks`."""
+
     def __call__(self, state: PrefillState) -> PrefillState:
-        """The state after this drop point. Where nothing leaves, it is the very same object."""
+        """The state after this drop point. Where nothing leaves, it is the same object."""
         counts = self.kept_counts(state)
         if counts == state.vision_counts:
             return state
@@ -220,7 +164,7 @@ class TokenDropper:
 
     def kept_counts(self, state: PrefillState) -> tuple[int, ...]:
         """Vision tokens of each sequence that stay at this drop point."""
-        return self.schedule.kept_counts(state.layer_idx, state.vision_counts)
+        return self.schedule.kept_counts(state.layer_idx, state.vision_counts, state.prompt_vision_counts)
 
     def compress(self, state: PrefillState, vision_counts: Sequence[int]) -> PrefillState:
         """The state with `vision_counts` vision tokens in each sequence."""
@@ -235,9 +179,9 @@ class TokenDropper:
         return torch.cat(kept)
 
     def finite_scores(self, state: PrefillState) -> Tensor:
-        """(T,) float32, so that no vision token can push a text token out of the top k.
+        """(T,) finite float32 scores, so that no vision token can push a text token out of the top k.
 
-        Raises ValueError for a wrong shape, NotANumber for NaN at a vision token (off the CPU RuntimeError, at the next wait).
+        Raises ValueError for a wrong shape, and NotANumber for NaN at a vision token (on a GPU, RuntimeError at the next wait).
         """
         scores: Any = self.score(state)
         if not isinstance(scores, Tensor) or scores.shape != state.vision_mask.shape:
@@ -248,12 +192,12 @@ class TokenDropper:
         return scores.float().nan_to_num()
 
     def decode_pruning(self, state: PrefillState) -> DecodePruning | None:
-        """What chooses the cache slots that a decoded token sees, given the end of prefill; None where it sees them all."""
+        """The function that chooses the cache slots of a decoded token, from the end of prefill; None for all slots."""
         return None
 
 
 def check_numbers(name: str, ranked: Tensor) -> None:
-    """Raise NotANumber where what a method ranks vision tokens by holds NaN; off the CPU a RuntimeError, at the next wait."""
+    """Raise NotANumber if the numbers that rank vision tokens hold NaN. On a GPU, RuntimeError follows at the next wait."""
     message = f"{name} scored a vision token NaN: it divides by zero, or activations overflow"
     are_numbers = ranked.isnan().any().logical_not()
     if ranked.device.type == "cpu" and not are_numbers:

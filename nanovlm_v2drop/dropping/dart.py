@@ -9,7 +9,7 @@ Source: github.com/ZichenWen1/DART, llava/model/language_model/modeling_llama_se
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +60,8 @@ class DART(TokenDropper):
     depths = (2 / 32,)
     leanest = (0.0,)
 
-    def __init__(self, schedule: DropSchedule, pivot_order: str = "rank") -> None:
-        super().__init__(schedule)
+    def __init__(self, schedule: DropSchedule, pivot_order: str = "rank", **options: Any) -> None:
+        super().__init__(schedule, **options)
         if pivot_order not in PIVOT_ORDERS:
             raise ValueError(f"unknown pivot order {pivot_order!r}; choose one of: {', '.join(PIVOT_ORDERS)}")
         self.pivot_order = pivot_order

@@ -10,7 +10,7 @@ github.com/KD-TAO/DyCoke, llava/model/llava_arch.py and llava/model/language_mod
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from math import ceil, prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ from ..models.attention import attention_weights
 from ..models.kv_cache import DecodePruning
 from .base import PrefillState, Published, TokenDropper, check_numbers
 from .schedule import PAPER_LAYERS, DropSchedule, OutOfReach
+from .state import Grid
 
-Grid = tuple[int, int, int]  # frames, rows, columns
 NEWLINE = 1  # LLaVA-OneVision's token behind a video; it belongs to no frame and stays
 FRAMES_BACK = (0, 1, 2, 1)  # distance from each frame of a group to the frame that it is compared with; 0: it stays whole
 
@@ -114,8 +114,10 @@ class DyCoke(TokenDropper):
     renumbers = True
     depths = (0.0,)
 
-    def __init__(self, schedule: DropSchedule, layer: int = 3, prune: float = 0.7, similarity: float = 0.9) -> None:
-        super().__init__(schedule)
+    def __init__(
+        self, schedule: DropSchedule, layer: int = 3, prune: float = 0.7, similarity: float = 0.9, **options: Any
+    ) -> None:
+        super().__init__(schedule, **options)
         if layer < 1 or not 0.0 <= prune <= 1.0:
             raise ValueError(f"layer {layer} must be 1 or more, for the attention before it, and prune {prune} in [0, 1]")
         self.layer, self.prune, self.similarity = layer, prune, similarity

@@ -6,7 +6,7 @@ tokens in every batch and on every device.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ class Random(TokenDropper):
     seeded = True
     published: ClassVar[Mapping[str, Published]] = V2Drop.published
 
-    def __init__(self, schedule: DropSchedule, seed: int = 0) -> None:
-        super().__init__(schedule)
+    def __init__(self, schedule: DropSchedule, seed: int = 0, **options: Any) -> None:
+        super().__init__(schedule, **options)
         self.seed = seed
 
     def score(self, state: PrefillState) -> Tensor:

@@ -96,16 +96,20 @@ class DropSchedule(Mapping[int, float]):
         """Vision tokens of one sequence that stay at a drop point which `current` tokens enter."""
         return max(min(self.minimum, current), int(current * self[layer_idx]))
 
-    def kept_counts(self, layer_idx: int, current: Sequence[int]) -> tuple[int, ...]:
+    def kept_of(self, layer_idx: int, current: int, prompt: int) -> int:
+        """The same, for schedules that also depend on the number of tokens in the prompt, before any drop."""
+        return self.kept_count(layer_idx, current)
+
+    def kept_counts(self, layer_idx: int, current: Sequence[int], prompts: Sequence[int]) -> tuple[int, ...]:
         """The same for every sequence of a packed batch."""
-        return tuple(self.kept_count(layer_idx, count) for count in current)
+        return tuple(self.kept_of(layer_idx, *counts) for counts in zip(current, prompts, strict=True))
 
     def vision_tokens_per_layer(self, num_vision_tokens: int, num_layers: int) -> list[int]:
         """Vision tokens entering each layer."""
         self.check(num_layers)
         counts, current = [], num_vision_tokens
         for layer_idx in range(num_layers):
-            current = self.kept_count(layer_idx, current) if layer_idx in self else current
+            current = self.kept_of(layer_idx, current, num_vision_tokens) if layer_idx in self else current
             counts.append(current)
         return counts
 
@@ -185,6 +189,29 @@ class CountSchedule(DropSchedule):
         return type(self)({layer: round(count * scale) for layer, count in keep_ratios.items()}, self.minimum)
 
 
+class PromptShares(DropSchedule):
+    """Layer -> share of the vision tokens that the prompt had before any drop, for settings that are published so."""
+
+    def kept_of(self, layer_idx: int, current: int, prompt: int) -> int:
+        return min(current, max(self.minimum, int(prompt * self[layer_idx])))
+
+    def kept_count(self, layer_idx: int, current: int) -> int:
+        raise TypeError("shares of the prompt's tokens need the prompt's count; ask kept_of")
+
+    def mapped(
+        self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS, frames: int = 1
+    ) -> "PromptShares":
+        """As for DropSchedule. Drop points that would fall on one layer act on neighbouring layers."""
+        layers: list[int] = []
+        for layer in self:
+            (place,) = layers_at_depths(num_layers, [layer / from_layers])
+            layers.append(max(place, layers[-1] + 1) if layers else place)
+        return type(self)(dict(zip(layers, self.values(), strict=True)), self.minimum)
+
+    def mapping_note(self, num_layers: int, num_vision_tokens: int, from_layers: int = PAPER_LAYERS, frames: int = 1) -> str:
+        return "" if num_layers == from_layers else f"mapped from {from_layers} layers"
+
+
 class BatchSchedule(DropSchedule):
     """One schedule for each prompt of a packed batch, so that budgets can differ within the batch.
 
@@ -202,11 +229,13 @@ class BatchSchedule(DropSchedule):
     def of(self, index: int) -> DropSchedule:
         return self.schedules[index]
 
-    def kept_counts(self, layer_idx: int, current: Sequence[int]) -> tuple[int, ...]:
+    def kept_counts(self, layer_idx: int, current: Sequence[int], prompts: Sequence[int]) -> tuple[int, ...]:
         if len(current) != len(self.schedules):
             raise ValueError(f"{len(self.schedules)} schedules for a batch of {len(current)} prompts; give one for each")
-        pairs = zip(self.schedules, current, strict=True)
-        return tuple(schedule.kept_count(layer_idx, count) if layer_idx in schedule else count for schedule, count in pairs)
+        counts = zip(self.schedules, current, prompts, strict=True)
+        return tuple(
+            schedule.kept_of(layer_idx, count, prompt) if layer_idx in schedule else count for schedule, count, prompt in counts
+        )
 
     def kept_count(self, layer_idx: int, current: int) -> int:
         raise TypeError("prompts of a batch keep different counts; ask one of `schedules`")

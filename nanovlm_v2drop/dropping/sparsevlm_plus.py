@@ -7,7 +7,7 @@ Source: github.com/Gumpest/SparseVLMs (USE_VERSION 2_0), llava/model/language_mo
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -37,8 +37,8 @@ class SparseVLMPlus(RatedByText):
         }.items()
     }
 
-    def __init__(self, schedule: DropSchedule, num_heads: int | None = None) -> None:
-        super().__init__(schedule)
+    def __init__(self, schedule: DropSchedule, num_heads: int | None = None, **options: Any) -> None:
+        super().__init__(schedule, **options)
         if num_heads is not None and num_heads < 1:
             raise ValueError(f"num_heads {num_heads} must be at least 1")
         self.num_heads = num_heads

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.vision import VisionTrace
 from .base import Published, check_numbers
-from .before_decoder import BeforeDecoder, mean_keys
+from .before_decoder import BeforeDecoder, Picture, mean_keys
 from .schedule import CountSchedule
 
 
@@ -35,21 +34,20 @@ class ToMe(BeforeDecoder):
     """
 
     name = "tome"
+    merges = True
     published: ClassVar[Mapping[str, Published]] = {  # the counts of later papers: its authors did not run LLaVA
         setting: Published(CountSchedule({0: int(setting)})) for setting in ("64", "128", "192")
     }
 
-    def compress_picture(
-        self, trace: VisionTrace, features: Tensor, indices: Tensor, count: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        keys = mean_keys(trace)
+    def compress_picture(self, picture: Picture, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        trace, keys = picture.trace, mean_keys(picture.trace)
         check_numbers(self.name, keys)
         left, home = bipartite_soft_matching(keys, count)
         patches = trace.hidden_states[trace.num_class_tokens :]
-        merged = trace.project(average(patches.float(), left, home).to(patches.dtype)).to(features.dtype)
+        merged = trace.project(average(patches.float(), left, home).to(patches.dtype)).to(picture.features.dtype)
         # The host does not know which tokens are averages: all are projected, and tokens of one patch keep their features.
         is_average = (home == left[:, None]).sum(-1, keepdim=True) > 1
-        return torch.where(is_average, merged, features[left]), indices[left], left
+        return torch.where(is_average, merged, picture.features[left]), picture.indices[left], left
 
 
 def bipartite_soft_matching(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ Source: github.com/xuyang-liu16/V2Drop, llava/model/language_model/V2Drop.py.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,8 @@ class V2Drop(TokenDropper):
     }
     earliest_layer = 1  # no layer exists before layer 0
 
-    def __init__(self, schedule: DropSchedule, metric: str = "l2") -> None:
-        super().__init__(schedule)
+    def __init__(self, schedule: DropSchedule, metric: str = "l2", **options: Any) -> None:
+        super().__init__(schedule, **options)
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; choose one of: {', '.join(METRICS)}")
         self.metric = metric

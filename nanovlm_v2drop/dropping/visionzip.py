@@ -7,16 +7,16 @@ Source: github.com/dvlab-research/VisionZip, visionzip/main.py, visionzip/clip_e
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.vision import VisionTrace
-from .base import MERGED, Published, check_numbers
-from .before_decoder import BeforeDecoder, mean_keys
+from .base import Published, check_numbers
+from .before_decoder import BeforeDecoder, Picture, mean_keys
 from .schedule import CountSchedule, DropSchedule
+from .state import MERGED
 
 
 class VisionZip(BeforeDecoder):
@@ -34,21 +34,21 @@ class VisionZip(BeforeDecoder):
     """
 
     name = "visionzip"
+    merges = True
     published: ClassVar[Mapping[str, Published]] = {
         "64": Published(CountSchedule({0: 64})),  # main.py's example: the class token, 53 patches, 10 contextual tokens
         "128": Published(CountSchedule({0: 128})),  # 1 + 107 + 20
         "192": Published(CountSchedule({0: 192})),  # 1 + 161 + 30
     }
 
-    def __init__(self, schedule: DropSchedule, contextual_share: float = 5 / 32) -> None:
-        super().__init__(schedule)
+    def __init__(self, schedule: DropSchedule, contextual_share: float = 5 / 32, **options: Any) -> None:
+        super().__init__(schedule, **options)
         if not 0.0 <= contextual_share < 1.0:
             raise ValueError(f"contextual_share {contextual_share} must be in [0, 1)")
         self.contextual_share = contextual_share
 
-    def compress_picture(
-        self, trace: VisionTrace, features: Tensor, indices: Tensor, count: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def compress_picture(self, picture: Picture, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        trace, features, indices = picture.trace, picture.features, picture.indices
         num_class, num_patches, num_contextual = self.split(count, trace.num_class_tokens)
         attention, patches = trace.received_attention(), trace.hidden_states[trace.num_class_tokens :]
         check_numbers(self.name, attention)

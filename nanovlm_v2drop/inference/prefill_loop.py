@@ -14,12 +14,14 @@ from torch import Tensor
 from ..dropping.base import NotANumber, PrefillState, TokenDropper
 from ..dropping.budget import asked_budget
 from ..dropping.contract import check_kept, is_own
+from ..dropping.state import next_positions
 from ..models.attention import attention, reads_heads_first, resolve_backend
 from ..models.decoder import Decoder, DecoderLayer, Rotary, rotary_table
 from ..models.kv_cache import KVCache
 from ..models.vlm import PackedInputs
 
 MAX_NEW_TOKENS = 64
+ROWS = "rows of the layer before the drop"  # in `PrefillState.carried`
 
 
 class NotFinite(NotANumber):
@@ -58,24 +60,23 @@ def prefill(
     state = begin(decoder, packed, dropper)
     rotary = rotary_table(decoder.config, state.position_ids, state.hidden_states.dtype)
     cache = KVCache(max_new_tokens, reads_heads_first(backend))
-    next_position = next_positions(state)
     positions, survivors = [], []
-    layers_read = frozenset() if dropper is None else dropper.layers_read
+    read, observed = (frozenset(), frozenset()) if dropper is None else (dropper.layers_read, dropper.layers_observed)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.fill(k, v, state.seqlens)
-        state.queries, state.keys = (q, k) if state.layer_idx in layers_read else (None, None)
+        state.queries, state.keys = (q, k) if state.layer_idx in read else (None, None)
         return attention(q, k, v, state.seqlens, backend)
 
     for layer_idx, layer in enumerate(decoder.layers):
         state.layer_idx = layer_idx
         if dropper is not None and layer_idx in dropper.schedule:
-            state = drop(decoder, cast(DecoderLayer, layer), dropper, state, rotary)
+            state = drop(decoder, cast(DecoderLayer, layer), dropper, state, rotary, cache)
             rotary = rotary_table(decoder.config, state.position_ids, state.hidden_states.dtype)
-            next_position = next_positions(state) if dropper.renumbers else next_position
             survivors.append((layer_idx, state.vision_indices.split(state.seqlens)))
-        positions.append(next_position)
-        state.previous, state.hidden_states = state.hidden_states, layer(state.hidden_states, rotary, attend)
+        positions.append(state.next_position)
+        show = partial(dropper.observe, state) if dropper is not None and layer_idx in observed else None
+        state.previous, state.hidden_states = state.hidden_states, layer(state.hidden_states, rotary, attend, show)
     cache.finish(torch.stack(positions))
     if dropper is not None:
         cache.pruning = dropper.decode_pruning(state)
@@ -89,24 +90,33 @@ def begin(decoder: Decoder, packed: PackedInputs, dropper: TokenDropper | None) 
     if dropper is None:
         return state
     asked_budget(dropper, None, None)
-    dropper.schedule.check(decoder.config.num_hidden_layers, dropper.earliest_layer, dropper.latest_layer)
+    dropper.check(decoder.config.num_hidden_layers)
     return dropper.begin(state)
 
 
-def drop(decoder: Decoder, layer: DecoderLayer, dropper: TokenDropper, state: PrefillState, rotary: Rotary) -> PrefillState:
+def drop(
+    decoder: Decoder, layer: DecoderLayer, dropper: TokenDropper, state: PrefillState, rotary: Rotary, cache: KVCache
+) -> PrefillState:
     """The state after one drop point, at the entrance of `layer`, without the fields that only the dropper reads.
 
-    Raises NotFinite where the method ranks by numbers that are NaN, ContractBroken where it keeps wrong rows.
+    With the dropper's `cut_cache`, the dropped rows also leave the caches of the layers so far. Raises NotFinite where the
+    method ranks by numbers that are NaN, ContractBroken where it keeps wrong rows.
     """
     state.rotary, state.final_norm = rotary, decoder.norm
     state.project_next = partial(decoder.row_queries_and_keys, layer, state.hidden_states, rotary)
+    if dropper.cut_cache:
+        rows = torch.arange(len(state.hidden_states), device=state.hidden_states.device)
+        state.carried = {**state.carried, ROWS: rows}
     try:
         after = dropper(state)
     except NotANumber as error:
         raise NotFinite(f"{error}; {advice(state.hidden_states.dtype)}") from error
     if not is_own(type(dropper)):
         check_kept(dropper, state, after)
-    return agreed(decoder, after.without_surroundings())
+    after = agreed(decoder, after.without_surroundings())
+    if dropper.cut_cache:
+        cache.keep_rows(after.carried[ROWS], state.seqlens, after.seqlens)
+    return after
 
 
 def advice(dtype: torch.dtype) -> str:
@@ -140,8 +150,10 @@ def initial_state(packed: PackedInputs) -> PrefillState:
         vision_mask=packed.vision_mask,
         vision_indices=torch.cat(numbers).masked_fill(~packed.vision_mask, -1),
         seqlens=tuple(packed.seqlens),
+        next_position=next_positions(packed.position_ids, packed.seqlens),
         vision_counts=packed.vision_counts,
         prompt_vision_counts=packed.vision_counts,
+        question_counts=packed.question_counts,
         vision_grids=packed.vision_grids,
         seeds=packed.seeds,
         vision=packed.vision,
@@ -157,12 +169,9 @@ def agreed(decoder: Decoder, state: PrefillState) -> PrefillState:
         state,
         hidden_states=together.agreed(state.hidden_states),
         position_ids=together.agreed(state.position_ids),
+        next_position=together.agreed(state.next_position),
         vision_mask=together.agreed(state.vision_mask),
         vision_indices=together.agreed(state.vision_indices),
         marks=None if state.marks is None else together.agreed(state.marks),
+        carried={name: together.agreed(numbers) for name, numbers in state.carried.items()},
     )
-
-
-def next_positions(state: PrefillState) -> Tensor:
-    """(B,) one more than the largest position id of each sequence, on whichever axis."""
-    return torch.stack([part.amax() for part in state.position_ids.split(state.seqlens, dim=-1)]) + 1

@@ -7,7 +7,7 @@ A layer does not compute attention, write a cache or know the number of sequence
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,15 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+class ModuleOutputs(NamedTuple):
+    """Inputs and outputs of a layer's two modules, (T, D) each: the input is behind the norm, the output before the sum."""
+
+    attention_input: Tensor
+    attention_output: Tensor
+    mlp_input: Tensor
+    mlp_output: Tensor
+
+
 class DecoderLayer(nn.Module):
     """Two parts with attention between them. `Decoder.compile_layers` replaces the parts by compiled ones."""
 
@@ -122,8 +131,20 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config)
         self.before_part, self.behind_part = DecoderLayer.before_attention, DecoderLayer.behind_attention
 
-    def forward(self, hidden_states: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        return self.behind_part(self, hidden_states, attend(*self.before_part(self, hidden_states, rotary)))
+    def forward(
+        self, hidden_states: Tensor, rotary: Rotary, attend: Attend, show: Callable[[ModuleOutputs], None] | None = None
+    ) -> Tensor:
+        """The layer's input (T, D) -> the next layer's input. `show`, if given, receives the module outputs."""
+        if show is None:
+            return self.behind_part(self, hidden_states, attend(*self.before_part(self, hidden_states, rotary)))
+        attention_input = self.input_layernorm(hidden_states)
+        attended = attend(*self.self_attn.query_key_value(attention_input, rotary))
+        attention_output = self.self_attn.o_proj(attended.flatten(-2))
+        hidden_states = hidden_states + attention_output
+        mlp_input = self.post_attention_layernorm(hidden_states)
+        mlp_output = self.mlp(mlp_input)
+        show(ModuleOutputs(attention_input, attention_output, mlp_input, mlp_output))
+        return hidden_states + mlp_output
 
     def before_attention(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's input (T, D) -> queries, keys and values"""

@@ -4,6 +4,7 @@ Shapes: L layers, B sequences, T prompt tokens packed, H query heads, K key/valu
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -53,6 +54,16 @@ class KVCache:
                 slots[len(rows) :] = 0  # attention multiplies a masked slot by zero, and 0 * NaN is NaN
             caches.append(cache)
         self.seqlens.append(seqlens)
+
+    def keep_rows(self, rows: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+        """Cut every layer so far to the packed `rows` of sequences that had `before` rows each and now have `after`."""
+        held = list(zip(self.keys, self.values, strict=True))
+        self.keys, self.values, self.seqlens = [], [], []
+        starts = accumulate(before, initial=0)
+        slots = [part - start for part, start in zip(rows.split(after), starts, strict=False)]
+        for keys, values in held:
+            k, v = (torch.cat([cache[index, own] for index, own in enumerate(slots)]) for cache in (keys, values))
+            self.fill(k, v, after)
 
     def allocate(self, like: Tensor, batch: int, slots: int) -> Tensor:
         """Memory (B, S, K, head_dim) for heads like those of `like`."""

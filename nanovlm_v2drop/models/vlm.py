@@ -51,7 +51,7 @@ class PackedInputs:
     sum to T. Optional: `vision_counts` (vision tokens of each prompt); `vision_grids` (frames, rows and columns of each picture
     or video of each prompt, including newline tokens; by default, a prompt's vision tokens are one row); `seeds` (one number a
     prompt, the same in every batch, for methods that draw at random); `vision` (one trace a grid, for methods that choose
-    tokens before the decoder).
+    tokens before the decoder); `question_counts` (text tokens behind the last vision token of each prompt).
     """
 
     inputs_embeds: Tensor
@@ -62,12 +62,15 @@ class PackedInputs:
     seeds: tuple[int, ...] = ()
     vision_grids: tuple[tuple[tuple[int, int, int], ...], ...] = ()
     vision: tuple[VisionTrace, ...] = ()
+    question_counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.seqlens = tuple(int(length) for length in self.seqlens)
         self.check_lengths()
         if not self.vision_counts:  # counted once, here, so that no drop point waits for the GPU
             self.vision_counts = tuple(int(part.sum()) for part in self.vision_mask.split(self.seqlens))
+        if not self.question_counts:
+            self.question_counts = tuple(text_behind(part.tolist()) for part in self.vision_mask.split(self.seqlens))
         self.seeds = self.seeds or (0,) * len(self.seqlens)
         self.vision_grids = self.vision_grids or tuple(((1, 1, count),) if count else () for count in self.vision_counts)
         self.check_grids()
@@ -88,6 +91,11 @@ class PackedInputs:
         held = tuple(sum(prod(grid) for grid in grids) for grids in self.vision_grids)
         if held != self.vision_counts:
             raise ValueError(f"vision grids {self.vision_grids} hold {held} tokens, the prompts {self.vision_counts}")
+
+
+def text_behind(is_vision: Sequence[bool]) -> int:
+    """The number of text tokens behind the last vision token of a prompt."""
+    return next((count for count, vision in enumerate(reversed(is_vision)) if vision), len(is_vision))
 
 
 class Projector(nn.Module):
@@ -161,6 +169,7 @@ class VLM(nn.Module):
             seeds,
             tuple(tuple(grid for medium in held for grid in medium.grids) for held in media),
             tuple(trace for picture in encoded for trace in picture.traces),
+            tuple(text_behind([token in vision_tokens for token in prompt]) for prompt in prompts),
         )
 
 

@@ -5,7 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import FAMILIES, META, NoWaiting, changed_prompt, one_prompt, pack_together, tiny_decoder, tiny_prompts
+from tiny import (
+    FAMILIES,
+    META,
+    NoWaiting,
+    changed_prompt,
+    masked_forward,
+    one_prompt,
+    pack_together,
+    tiny_decoder,
+    tiny_prompts,
+)
 from tiny_methods import SCHEDULE, every_method, make
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,51 +32,10 @@ from nanovlm_v2drop.inference import (
     prefill,
     prefill_loop,
 )
-from nanovlm_v2drop.models.decoder import rotary_table
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 # What a method averages is not in the prompt, so no masked forward can have it; the authors' codes are their twins.
 every_method_that_only_drops = pytest.mark.parametrize("name", [name for name in DROPPERS if not DROPPERS[name].merges])
-
-
-def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False):
-    """The slow twin: every token through every layer, dropped ones hidden as keys from their drop point on.
-
-    Returns the logits of every position of one sequence, prompt and `more_tokens`, without any cache. With `renumbers`,
-    the positions in a layer count only the tokens that are left there, unless they are places in a grid.
-    """
-    renumbers = renumbers and packed.position_ids.dim() == 1
-    embeds = torch.cat([packed.inputs_embeds, decoder.embed_tokens(torch.tensor(more_tokens, dtype=torch.long))])
-    length = len(embeds)
-    visible = torch.ones(length, length, dtype=torch.bool).tril()
-    alive = torch.ones(length, dtype=torch.long)
-    hidden, vision_rows = embeds, packed.vision_mask.nonzero().flatten()
-    kept = dict(kept)
-    for layer_idx, layer in enumerate(decoder.layers):
-        if layer_idx in kept:
-            gone = set(range(len(vision_rows))) - set(kept[layer_idx][0].tolist())
-            visible[:, vision_rows[sorted(gone)]] = False
-            visible.fill_diagonal_(True)  # a dropped row may see itself: nobody reads it
-            alive[vision_rows[sorted(gone)]] = 0 if renumbers else 1
-        positions = alive.cumsum(0) - 1 if packed.position_ids.dim() == 1 else places_and_more(packed, length)
-        rotary = rotary_table(decoder.config, positions, embeds.dtype)
-
-        def attend(q, k, v):
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-            weights = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
-            weights = weights.masked_fill(~visible, -torch.inf).softmax(-1)
-            return torch.einsum("hqk,khd->qhd", weights, v)
-
-        hidden = layer(hidden, rotary, attend)
-    return decoder.lm_head(decoder.norm(hidden))
-
-
-def places_and_more(packed, length):
-    """(3, length): the prompt's places in a grid, then on all axes one more than the largest, and so on."""
-    positions = packed.position_ids
-    more = positions.max() + 1 + torch.arange(length - positions.shape[-1])
-    return torch.cat([positions, more.expand(3, -1)], dim=-1)
 
 
 @every_family
@@ -135,6 +104,68 @@ def test_an_attention_matrix_written_out_gives_the_same_answers(name, family):
     torch.testing.assert_close(written_out.logits, fast.logits, atol=1e-4, rtol=0)
     for (_, kept), (_, wanted) in zip(written_out.kept, fast.kept, strict=True):
         assert [rows.tolist() for rows in kept] == [rows.tolist() for rows in wanted]
+
+
+@every_family
+@every_method_that_only_drops
+def test_with_the_cut_decoded_tokens_see_in_every_layer_what_is_left_at_the_end(name, family):
+    decoder, packed = tiny_decoder(**FAMILIES[family]), one_prompt(5, 24, 7, family=family)
+    whole, dropper = prefill(decoder, packed, make(name)), make(name, cut_cache=True)
+    out = prefill(decoder, packed, dropper, max_new_tokens=3)
+    assert torch.equal(out.logits, whole.logits)
+    assert out.cache.seqlens == [whole.cache.seqlens[-1]] * 6
+    assert out.cache.nbytes <= whole.cache.nbytes
+    assert torch.equal(out.cache.position_ids, whole.cache.position_ids)
+    out.cache.pruning = None
+    tokens = [7, 11, 42, 0, 5]
+    logits = [decode_one_token(decoder, torch.tensor([token]), out.cache)[0] for token in tokens]
+    wanted = masked_forward(decoder, packed, out.kept, tokens, dropper.renumbers, cut=True)[-len(tokens) :]
+    torch.testing.assert_close(torch.stack(logits), wanted, atol=1e-4, rtol=0)
+
+
+def test_the_cut_treats_every_sequence_of_a_batch_by_itself_and_never_waits_for_the_device(monkeypatch):
+    decoder, parts, tokens = tiny_decoder(), tiny_prompts(), torch.tensor([3, 1, 4])
+    together = prefill(decoder, pack_together(parts), make("v2drop", cut_cache=True))
+    logits = decode_one_token(decoder, tokens, together.cache)
+    for index, part in enumerate(parts):
+        alone = prefill(decoder, part, make("v2drop", cut_cache=True) if any(part.vision_counts) else None)
+        own = decode_one_token(decoder, tokens[index, None], alone.cache)[0]
+        torch.testing.assert_close(own, logits[index], atol=1e-4, rtol=0)
+    monkeypatch.setattr(prefill_loop, "resolve_backend", lambda *_: "varlen")
+    decoder, packed = decoder.to(META, torch.bfloat16), on_meta(pack_together(parts))
+    with NoWaiting():
+        prefill(decoder, packed, make("v2drop", cut_cache=True))
+
+
+@pytest.mark.parametrize("name", [name for name in DROPPERS if DROPPERS[name].merges and DROPPERS[name].latest_layer != 0])
+def test_a_method_that_averages_inside_the_decoder_has_nothing_to_cut_to(name):
+    with pytest.raises(ValueError, match=f"{name} averages tokens, which earlier caches do not hold: use it without cut_cache"):
+        make(name, cut_cache=True)
+
+
+def test_a_layer_shows_its_module_outputs_to_a_dropper_that_asks():
+    decoder, packed, seen = tiny_decoder(), one_prompt(5, 24, 7), {}
+
+    class Curious(DROPPERS["v2drop"]):
+        layers_observed = frozenset({0, 2})
+
+        def observe(self, state, outputs):
+            seen[state.layer_idx] = (state.hidden_states, outputs)
+
+    with_eyes = prefill(decoder, packed, Curious(SCHEDULE))
+    assert torch.equal(with_eyes.logits, prefill(decoder, packed, make("v2drop")).logits)
+    assert sorted(seen) == [0, 2]
+    for layer_idx, (hidden, outputs) in seen.items():
+        layer = decoder.layers[layer_idx]
+        assert torch.equal(outputs.attention_input, layer.input_layernorm(hidden))
+        middle = hidden + outputs.attention_output
+        assert torch.equal(outputs.mlp_input, layer.post_attention_layernorm(middle))
+        torch.testing.assert_close(outputs.mlp_output, layer.mlp(outputs.mlp_input))
+    # The input of layer 1 is what layer 0 made of its own input.
+    rows = with_eyes.kept[0][1][0]
+    hidden, outputs = seen[0]
+    assert len(rows) == 12
+    assert outputs.mlp_output.shape == hidden.shape
 
 
 def test_equally_long_prompts_take_the_batched_path_and_agree_with_it():
