@@ -1,1 +1,1 @@
-"""The paper's statements put to the test: theory, claims, ablations."""
+"""Tests of the paper's statements: theory, ablations, and claims with verdicts."""

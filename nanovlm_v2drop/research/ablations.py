@@ -1,4 +1,4 @@
-"""The paper's ablations on this model, beside the paper's own numbers (arXiv 2509.01552, appendix; LLaVA-1.5-7B)."""
+"""The paper's ablations for this model, with the paper's numbers (arXiv 2509.01552, appendix; LLaVA-1.5-7B)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +40,7 @@ def share_of_paper(tokens: float) -> Budget:
 
 
 def metric_plans(shape: Shape) -> list[Plan]:
-    """V2Drop by each metric at 128 of 576 tokens."""
+    """V2Drop with each metric, at the share of 128 of 576 tokens."""
     budget = share_of_paper(128)
     solve = partial(budget.schedule, V2Drop)
     return [
@@ -50,7 +50,10 @@ def metric_plans(shape: Shape) -> list[Plan]:
 
 
 def layer_plans(shape: Shape) -> list[Plan]:
-    """V2Drop with the paper's six choices of layers at 192 of 576 tokens; choices that fall together here are one row."""
+    """V2Drop with the paper's six choices of layers, at the share of 192 of 576 tokens.
+
+    Choices that become the same layers in this model share one row, whose note says so.
+    """
     budget, plans = share_of_paper(192), dict[tuple[int, ...], Plan]()
     for layers, paper in LAYER_NUMBERS.items():
         own = layers_at_depths(shape.num_layers, [layer / PAPER_LAYERS for layer in layers])
@@ -71,7 +74,7 @@ def solved_at(budget: Budget, layers: Sequence[int], leanest: Sequence[float], s
 
 
 def step_plans(shape: Shape) -> list[Plan]:
-    """V2Drop in three steps, and all at once at the first of them, at the same mean: 192 of 576 tokens."""
+    """V2Drop in three steps, and in one step at the first of these layers, at the same mean: 192 of 576 tokens."""
     budget, layers = share_of_paper(192), layers_at_depths(shape.num_layers)
     choices = {"progressive": (layers, V2Drop.leanest), "one-shot": (layers[:1], (0.0,))}
     return [
@@ -81,7 +84,7 @@ def step_plans(shape: Shape) -> list[Plan]:
 
 
 def schedule_plans(shape: Shape) -> list[Plan]:
-    """V2Drop's three schedules as published."""
+    """V2Drop with the paper's three schedules, mapped to this model."""
     return [
         Plan(f"v2drop {name}", V2Drop, partial(mapped, PUBLISHED_SCHEDULES[name], PAPER_LAYERS), shape, paper=paper)
         for name, paper in SCHEDULE_NUMBERS.items()
@@ -97,7 +100,7 @@ ABLATIONS: Mapping[str, Callable[[Shape], list[Plan]]] = {
 
 
 def ablation_plans(names: Sequence[str], shape: Shape) -> list[Plan]:
-    """Dense and the rows of the named ablations; raises ValueError for an unknown name."""
+    """Plans of dense and of the named ablations; raises ValueError for an unknown name."""
     unknown = [name for name in names if name not in ABLATIONS]
     if unknown:
         raise ValueError(f"unknown ablation {unknown[0]!r}; choose from: {', '.join(ABLATIONS)}")

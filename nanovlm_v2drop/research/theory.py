@@ -1,14 +1,14 @@
 """The Variation-Impact Theorem (arXiv 2509.01552, section 3.4 and appendix E), made measurable.
 
-At the entrance of layer L a vision token j has the state x_j, and had x_j - Delta_j one layer before. f maps the states of all
-tokens at this place to the logits of the prompt's last token; J_j is its Jacobian in x_j. The theorem says that reverting the
-update, x_j -> x_j - Delta_j, changes f by about ||J_j|| ||Delta_j||. What is true of this, and can be checked here:
+At the entrance of layer L a vision token j has the state x_j, and one layer before it had x_j - Delta_j. f maps the states of
+all tokens at this place to the logits of the prompt's last token, and J_j is its Jacobian in x_j. The theorem says that
+reverting the update, x_j -> x_j - Delta_j, changes f by about ||J_j|| ||Delta_j||. What is true, and can be checked here:
 
-- Reverting changes f by exactly the integral of J_j Delta_j along the way, so by ||J_j Delta_j|| up to second order in Delta_j.
-- ||J_j Delta_j|| = rho_j ||J_j|| ||Delta_j|| with an alignment rho_j in [0, 1]: the operator norm bounds from above only.
-- Reverting a token is not removing it: V2Drop removes tokens.
+- Reverting changes f by the integral of J_j Delta_j along the path, which is ||J_j Delta_j|| up to second order in Delta_j.
+- ||J_j Delta_j|| = rho_j ||J_j|| ||Delta_j|| with an alignment rho_j in [0, 1], so the product is only an upper bound.
+- Reverting a token is not removing it, and V2Drop removes tokens.
 
-Shapes: T tokens of one prompt, n vision tokens, D hidden_size, V vocabulary. Everything works in float64 too.
+Shapes: T tokens of one prompt, n vision tokens, D hidden_size, V vocabulary. All functions work in float64 too.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,12 +28,12 @@ from ..models.attention import attention, attention_weights
 from ..models.decoder import Decoder, DecoderLayer, rotary_table
 from ..models.vlm import PackedInputs
 
-TOKENS_AT_ONCE = 24  # variants of a prompt that go through the remaining layers as one packed batch
+TOKENS_AT_ONCE = 24  # variants of a prompt in one packed batch
 
 
 @dataclass(frozen=True)
 class DropPoint:
-    """One prompt at the entrance of layer `layer_idx`; `layer_idx` may be the number of layers: behind the last one."""
+    """One prompt at the entrance of layer `layer_idx`; the number of layers as `layer_idx` means behind the last layer."""
 
     decoder: Decoder
     layer_idx: int
@@ -49,13 +49,13 @@ class DropPoint:
 
     @property
     def variations(self) -> Tensor:
-        """||Delta_j|| (n,), by which V2Drop ranks."""
+        """||Delta_j|| (n,), the score of V2Drop."""
         return self.updates.norm(dim=-1)
 
     def output(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """f: states (B, T', D) at this place -> logits (B, V) of the last token, without any further drop.
+        """f: states (B, T', D) at this place -> logits (B, V) of the last token, without further drops.
 
-        `position_ids` (B, T') or (3, B, T'): where rows were removed, the positions of those that are left.
+        If rows were removed, `position_ids` (B, T') or (3, B, T') are the positions of the remaining rows.
         """
         if position_ids is None:
             position_ids = torch.stack([self.position_ids] * len(hidden_states), dim=-2)
@@ -64,7 +64,10 @@ class DropPoint:
 
 
 def drop_point(decoder: Decoder, packed: PackedInputs, layer_idx: int) -> DropPoint:
-    """Run a prompt up to the entrance of a layer; raises ValueError for several prompts or a layer that has none before it."""
+    """Run one prompt up to the entrance of a layer.
+
+    Raises ValueError for several prompts, and for a layer without a layer before it.
+    """
     if len(packed.seqlens) != 1:
         raise ValueError(f"one prompt at a time, not {len(packed.seqlens)}")
     if not 1 <= layer_idx <= len(decoder.layers):
@@ -81,7 +84,7 @@ def run_layers(
 ) -> tuple[Tensor, Tensor]:
     """Output and input of layer `end` - 1, (B, T, D) each, from the input of layer `start`; positions (B, T) or (3, B, T).
 
-    Attention is torch's written-out one: the fast kernels have no forward-mode derivative.
+    Attention uses torch's MATH kernel, because the fast kernels have no forward-mode derivative.
     """
     batch, length, _ = hidden_states.shape
     rotary = rotary_table(decoder.config, position_ids.flatten(-2), hidden_states.dtype)
@@ -97,18 +100,18 @@ def run_layers(
 
 
 def moved(point: DropPoint, tokens: Tensor, shifts: Tensor) -> Tensor:
-    """f (B, V) where of the vision tokens `tokens` (B,) each alone is shifted by its own of `shifts` (B, D)."""
+    """f (B, V) of B variants; in variant b only vision token `tokens[b]` is shifted, by `shifts[b]`: (B,) and (B, D)."""
     rows = torch.arange(len(point.hidden_states), device=shifts.device) == point.vision_rows[tokens, None]  # (B, T)
     return point.output(point.hidden_states + rows[..., None] * shifts[:, None])
 
 
 def along_path(point: DropPoint, tokens: Tensor, steps: Tensor) -> Tensor:
-    """f (B, V) with each token's last update reverted to the share `steps` (B,): 0 leaves it, 1 takes it back whole."""
+    """f (B, V) where the share `steps` (B,) of each token's last update is reverted: 0 is nothing, 1 is all of it."""
     return moved(point, tokens, -steps[:, None] * point.updates[tokens])
 
 
 def path_derivatives(point: DropPoint, tokens: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivative (B, V) of `along_path` in `steps`; at 0 the first is -J_j Delta_j."""
+    """First and second derivatives (B, V) of `along_path` with respect to `steps`; at 0 the first is -J_j Delta_j."""
 
     def first(at: Tensor) -> Tensor:
         return jvp(lambda inner: along_path(point, tokens, inner), (at,), (torch.ones_like(at),))[1]
@@ -118,13 +121,13 @@ def path_derivatives(point: DropPoint, tokens: Tensor, steps: Tensor) -> tuple[T
 
 
 def for_all_tokens(point: DropPoint, measure: Callable[[Tensor], Tensor]) -> Tensor:
-    """`measure` of every vision token, some tokens at a time."""
+    """`measure` of every vision token, TOKENS_AT_ONCE tokens at a time."""
     tokens = torch.arange(len(point.vision_rows), device=point.vision_rows.device)
     return torch.cat([measure(part) for part in tokens.split(TOKENS_AT_ONCE)])
 
 
 def jacobian_products(point: DropPoint, directions: Tensor) -> Tensor:
-    """J_j d_j (n, V) of each vision token in its own direction d_j (n, D)."""
+    """J_j d_j (n, V) for each vision token and its own direction d_j (n, D)."""
 
     def product(tokens: Tensor) -> Tensor:
         tangents = directions[tokens]
@@ -134,7 +137,7 @@ def jacobian_products(point: DropPoint, directions: Tensor) -> Tensor:
 
 
 def transposed_products(point: DropPoint, cotangents: Tensor) -> Tensor:
-    """J_j^T c_j (n, D) of each vision token, for its own c_j (n, V)."""
+    """J_j^T c_j (n, D) for each vision token and its own c_j (n, V)."""
 
     def product(tokens: Tensor) -> Tensor:
         zeros = torch.zeros(len(tokens), point.hidden_states.shape[-1]).to(point.hidden_states)
@@ -144,7 +147,7 @@ def transposed_products(point: DropPoint, cotangents: Tensor) -> Tensor:
 
 
 def operator_norms(point: DropPoint, iterations: int = 30) -> Tensor:
-    """||J_j||_op (n,) by power iteration on J_j^T J_j; grows towards the norm from below, so never above it."""
+    """||J_j||_op (n,) by power iteration on J_j^T J_j, which approaches the norm from below."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(point.updates.shape, generator=generator).to(point.hidden_states)
     norms = directions.new_zeros(len(directions))
@@ -156,25 +159,25 @@ def operator_norms(point: DropPoint, iterations: int = 30) -> Tensor:
 
 
 def directional_sensitivities(point: DropPoint) -> Tensor:
-    """||J_j u_j|| (n,) with u_j the direction of token j's own update."""
+    """||J_j u_j|| (n,), where u_j is the direction of token j's own update."""
     return jacobian_products(point, F.normalize(point.updates, dim=-1)).norm(dim=-1)
 
 
 @torch.no_grad()
 def dense_output(point: DropPoint) -> Tensor:
-    """f (V,) of the prompt as it is."""
+    """f (V,) of the unchanged prompt."""
     return point.output(point.hidden_states[None])[0]
 
 
 @torch.no_grad()
 def reverted_outputs(point: DropPoint) -> Tensor:
-    """f (n, V) where each vision token alone is put back to its state of one layer before: what the theorem speaks of."""
+    """f (n, V) where one vision token at a time has its state of one layer before. The theorem is about this."""
     return for_all_tokens(point, lambda tokens: along_path(point, tokens, torch.ones(len(tokens)).to(point.hidden_states)))
 
 
 @torch.no_grad()
 def removed_outputs(point: DropPoint) -> Tensor:
-    """f (n, V) where each vision token alone has left the sequence, positions kept: what V2Drop does."""
+    """f (n, V) where one vision token at a time is removed and positions are kept. V2Drop does this."""
     length = len(point.hidden_states)
     rows = torch.arange(length, device=point.vision_rows.device)
 
@@ -187,7 +190,7 @@ def removed_outputs(point: DropPoint) -> Tensor:
 
 
 def impacts(point: DropPoint, outputs: Tensor) -> Tensor:
-    """||f(changed) - f|| (n,) of changed outputs (n, V)."""
+    """||changed - f|| (n,) of changed outputs (n, V)."""
     return (outputs - dense_output(point)).norm(dim=-1)
 
 
@@ -198,7 +201,7 @@ def divergences(point: DropPoint, outputs: Tensor) -> Tensor:
 
 
 def first_order_impacts(point: DropPoint) -> Tensor:
-    """|<g_j, Delta_j>| (n,) of all tokens from one backward pass; g is the gradient of the dense answer's log-probability."""
+    """|<g_j, Delta_j>| (n,) of all tokens from one backward pass; g is the gradient of the answer's log-probability."""
     states = point.hidden_states.detach().clone().requires_grad_(True)
     log_probabilities = point.output(states[None])[0].log_softmax(-1)
     (gradient,) = torch.autograd.grad(log_probabilities.max(), states)
@@ -207,9 +210,10 @@ def first_order_impacts(point: DropPoint) -> Tensor:
 
 @torch.no_grad()
 def rankings(point: DropPoint, seed: int = 0) -> dict[str, Tensor]:
-    """Scores (n,) that tokens might be ranked by, higher = keep; attention and keys are those of this layer.
+    """Scores (n,) by name, higher = keep.
 
-    Variation in four forms, |<g, Delta>| of one backward pass, attention of the last token, L1 norm of keys, and chance.
+    They are variation in four forms, |<g, Delta>| from one backward pass, the last token's attention and the L1 norm of keys
+    in this layer, and a random score.
     """
     now, before = point.hidden_states[point.vision_rows], point.previous[point.vision_rows]
     queries, keys = layer_queries_and_keys(point)
@@ -237,10 +241,10 @@ def layer_queries_and_keys(point: DropPoint) -> tuple[Tensor, Tensor]:
 
 
 def rank_quality(points: Sequence[DropPoint], share: float = 0.25) -> list[dict[str, Any]]:
-    """How well each of `rankings` agrees with what reverting and removing a token really does, over several prompts.
+    """How well each of `rankings` agrees with the true impacts of reverting and removing tokens, over several prompts.
 
-    One row a score and impact: mean Spearman correlation and mean overlap of the `share` largest, with 95 % bootstrap
-    intervals over the prompts.
+    There is one row for each score and impact: the mean Spearman correlation and the mean overlap of the largest `share`,
+    with 95 % bootstrap intervals over the prompts.
     """
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for number, point in enumerate(points):
@@ -270,20 +274,20 @@ def mean_interval(values: Sequence[float]) -> list[float]:
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
-    """Rank correlation of two (n,); equal values share their mean rank."""
+    """Spearman's rank correlation of two (n,); equal values get their mean rank."""
     ranks = torch.stack([mean_ranks(values) for values in (one, other)])
     return float(torch.corrcoef(ranks)[0, 1].nan_to_num())
 
 
 def mean_ranks(values: Tensor) -> Tensor:
-    """(n,) float64"""
+    """Ranks (n,) from 1, in float64; equal values get their mean rank."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     return (ends - (counts - 1) / 2)[inverse]
 
 
 def top_overlap(one: Tensor, other: Tensor, share: float) -> float:
-    """Share of the `share` largest of one (n,) that are among as many largest of the other."""
+    """Which part of the largest `share` of one (n,) is also among the largest `share` of the other."""
     count = max(1, int(share * len(one)))
     tops = [set(values.topk(count).indices.tolist()) for values in (one, other)]
     return len(tops[0] & tops[1]) / count

@@ -1,4 +1,4 @@
-"""The demo's scenes and questions, its training data, and the shipped weights (which transformers loads too)."""
+"""The demo's scenes and questions, its training data, and the shipped weights, which transformers loads too."""
 
 import hashlib
 import json
@@ -66,7 +66,7 @@ def test_every_answer_can_be_read_off_the_scene():
 
 
 def true_answers(words: list[str], kind: str, named: dict, scene: scenes.Scene) -> set[str]:
-    """Found from the words of the question alone; more than one where it was ambiguous."""
+    """All true answers, found from the words of the question alone; an ambiguous question has none or several."""
     if kind == "count":
         return {str(len(scene.things))}
     if kind == "existence":
@@ -128,7 +128,7 @@ def test_training_rows_ask_exactly_what_will_be_asked():
 
 
 def test_a_seed_gives_the_rows_that_the_shipped_demo_was_trained_on():
-    """The digest is of the code that trained weights/demo; rows hold no pixels, which may differ between Pillow's releases."""
+    """The digests come from the code that trained weights/demo. Rows hold no pixels, which depend on Pillow's release."""
     tokenizer = llama_tokenizer(corpus())
     assert digest(tokenizer.to_str().encode()) == "d017ce63dfaace62"
     batches = iter(DEMOS["demo"].instruct_batches(tokenizer, Recipe(instruct_batch=4), seed=3))

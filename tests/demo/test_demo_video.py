@@ -1,4 +1,4 @@
-"""The video demo: clips and questions, its tokenizer and training rows, the start from demo's weights, the shipped files."""
+"""The video demo: clips, questions, tokenizer, training rows, the start from demo's weights, and the shipped files."""
 
 import json
 from collections import Counter
@@ -94,7 +94,7 @@ def test_every_answer_can_be_read_off_what_the_frames_show():
 
 
 def sightings(clip: clips.Clip) -> dict[str, dict[int, scenes.Thing]]:
-    """Frame by frame where each thing stands: all that a viewer sees, and nothing of what the clip calls it."""
+    """The place of each thing in each frame: what a viewer sees, without the clip's own words for it."""
     seen: dict[str, dict[int, scenes.Thing]] = {}
     for frame in range(clips.FRAMES):
         for thing in clip.things(frame):
@@ -111,7 +111,7 @@ def deed(places: dict[int, scenes.Thing]) -> str:
 
 
 def true_answer(words: list[str], kind: str, seen: dict[str, dict[int, scenes.Thing]]) -> str | None:
-    """Found from the words of the question and the sightings alone; None where it is ambiguous."""
+    """The true answer, found from the words of the question and the sightings alone; None if it is ambiguous."""
     event = {name: min(places) if 0 not in places else max(places) + 1 for name, places in seen.items()}
     if kind == "existence":
         return "yes" if " ".join(words[3:5]) in seen else "no"
@@ -239,7 +239,7 @@ def test_causal_blocks_give_what_one_attention_over_all_keys_gives():
 
 
 class Reads(torch.nn.Module):
-    """A layer that is its attention and nothing else."""
+    """A layer that consists of its attention only."""
 
     def __init__(self, *heads: torch.Tensor) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ def test_a_clip_becomes_pooled_frames_in_order_and_one_newline(started):
 
 
 def test_transformers_loads_what_is_exported_and_gives_the_logits_that_are_trained(started, tokenizer, tmp_path, monkeypatch):
-    """The whole path of training, rows of several questions included, against the official model asked one question."""
+    """The whole training path with several questions in a row, compared with the official model and one question."""
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(steps, "masked_layer", masked_layer._torchdynamo_orig_callable)  # compiling takes longer than the test
     model, _ = started

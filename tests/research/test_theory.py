@@ -1,4 +1,4 @@
-"""What is true of the Variation-Impact Theorem, in float64, and where its published corollary breaks."""
+"""What is true of the Variation-Impact Theorem, in float64, and where its published corollary fails."""
 
 from dataclasses import replace
 from functools import cache
@@ -38,16 +38,16 @@ from nanovlm_v2drop.tasks.demo import held_out
 TOKENS = 12
 LAST = 6  # the number of layers: behind the last one
 GRID = torch.linspace(0, 1, 33, dtype=torch.float64)
-FLOOR = 1e-11  # below it a remainder is float64's rounding of logits of about 10
+FLOOR = 1e-11  # a smaller remainder is the rounding of logits of about 10 in float64
 GRID_MARGIN = 1.02  # a maximum on the grid may miss the true one by a little
 every_layer = pytest.mark.parametrize("layer", [1, 3, 5])
-# At the whole update second-order terms rule this model, and at layer 1 no grid is fine enough; at a small one they do not.
+# At the whole update second-order terms dominate this model, and at layer 1 no grid is fine enough. At a small one they do not.
 small_updates = pytest.mark.parametrize(("layer", "share"), [(1, 1 / 64), (3, 1 / 64), (5, 1 / 64)])
 any_updates = pytest.mark.parametrize(("layer", "share"), [(1, 1 / 16), (2, 1.0), (3, 1 / 64), (5, 1.0)])
 
 
 def tiny_point(layer: int, share: float = 1.0, **changes: object) -> DropPoint:
-    """With `share` the updates are that much of the true ones."""
+    """A drop point of a tiny decoder; its updates are the true ones times `share`."""
     packed = one_prompt(4, TOKENS, 5)
     packed = replace(packed, inputs_embeds=packed.inputs_embeds.double())
     point = drop_point(tiny_decoder(**changes).double().requires_grad_(False), packed, layer)
@@ -55,7 +55,7 @@ def tiny_point(layer: int, share: float = 1.0, **changes: object) -> DropPoint:
 
 
 def with_updates(point: DropPoint, updates: Tensor) -> DropPoint:
-    """The same states, come from elsewhere: Delta is `updates` (n, D)."""
+    """The same states with other states before them, so that Delta is `updates` (n, D)."""
     return replace(point, previous=point.hidden_states.index_add(0, point.vision_rows, updates, alpha=-1))
 
 
@@ -77,7 +77,7 @@ def on_grid(point: DropPoint, steps: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def remainder_bounds(layer: int, share: float) -> Tensor:
-    """H_j / 2 (n,) with H_j the largest second derivative along the path."""
+    """H_j / 2 (n,), where H_j is the largest second derivative along the path."""
     return GRID_MARGIN * on_grid(tiny_point(layer, share), GRID)[1].norm(dim=-1).amax(0) / 2
 
 
@@ -128,7 +128,7 @@ def test_what_the_first_order_leaves_over_shrinks_with_the_square_of_the_step(la
     slopes = -left.log2().diff(dim=0)
     above_floor = left[1:] > FLOOR
     assert above_floor[:6].all()  # the first six halvings at least
-    assert not above_floor[-1].any()  # and on, until only float64's rounding is left
+    assert not above_floor[-1].any()  # later ones end in float64's rounding
     assert_close(slopes[above_floor], torch.full_like(slopes[above_floor], 2.0), atol=0.1)
 
 
@@ -206,7 +206,7 @@ def test_the_smallest_variations_cost_at_most_the_spread_of_sensitivities_times_
 
 
 def spread_updates(point: DropPoint) -> DropPoint:
-    """The same directions, with lengths from 2^-30 to 2^-8 in no order of place."""
+    """The same directions with lengths from 2^-30 to 2^-8, in shuffled order."""
     lengths = 2.0 ** torch.linspace(-30, -8, TOKENS, dtype=torch.float64)[torch.arange(TOKENS) * 5 % TOKENS]
     return with_updates(point, lengths[:, None] * F.normalize(point.updates, dim=-1))
 
@@ -262,7 +262,7 @@ def test_alignment_lies_between_zero_and_one(layer):
     alignments = sensitivities / operator_norms(point)
     assert (alignments > 0).all()
     assert (alignments <= 1).all()
-    assert alignments.max() < 0.7  # for no token is the published equality near
+    assert alignments.max() < 0.7  # the published equality is far off for every token
 
 
 def test_behind_the_last_layer_no_vision_token_matters():
@@ -302,10 +302,10 @@ def test_a_token_without_an_update_can_be_the_one_whose_removal_changes_most(lay
 
 
 def looking_at_one_axis(layer: int) -> tuple[Decoder, Tensor]:
-    """A decoder in which all queries of a layer are alike, and the axis (D,) of normed states by which they choose."""
+    """A decoder with equal queries in each layer, and the axis (D,) of normed states that they look for."""
     decoder = tiny_decoder(qkv_bias=True).double().requires_grad_(False)
     attention, axis = decoder.layers[layer].self_attn, F.normalize(random_rows(32)[0], dim=0)
-    slowest = 3  # of head_dim 8 the value that positions hardly turn
+    slowest = 3  # positions hardly rotate this one of 8 values
     for projection, heads in ((attention.q_proj, 4), (attention.k_proj, 2)):
         projection.weight.zero_()
         projection.bias.zero_().view(heads, 8)[:, slowest] = 10.0 if heads == 4 else 0.0
@@ -324,7 +324,7 @@ def test_a_token_that_everybody_looks_at_can_have_no_update_at_all(layer):
     point = replace(point, hidden_states=states, previous=before)
     rotary, rows = rotary_table(decoder.config, point.position_ids, torch.float64), torch.arange(row, len(states))
     weights = attention_weights(*decoder.layers[layer].row_queries_and_keys(states, rotary, rows), rows)
-    assert (weights[..., row] > 0.99).all()  # in every head, from its own place on
+    assert (weights[..., row] > 0.99).all()  # in every head and from its own position on
     assert (point.variations[token], directional_sensitivities(point)[token]) == (0, 0)
     assert reversion_impacts(point)[token] < 1e-12
     removals = impacts(point, removed_outputs(point))
