@@ -1,18 +1,21 @@
 """The command line as users run it, on the shipped demo."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_tasks import OWN_METHOD, mme_rows, pope_rows, write_shards
 
 from nanovlm_v2drop import cli
 from nanovlm_v2drop.dropping import DROPPERS
 
 ROOT = Path(__file__).parents[1]
+FILE = "model.safetensors"
 
 
 ROW_KEYS = {
@@ -107,9 +110,13 @@ def test_answers_made_with_other_frames_or_other_weights_are_not_gone_on_with(tm
     assert "sampling UniformSampling(num_frames=8), not UniformSampling(num_frames=4); choose another --output" in error
     copy = tmp_path / "copies" / "demo-video"
     shutil.copytree(ROOT / "weights" / "demo-video", copy)
-    code, _, error = run(capsys, *options, "--model", copy, "--frames", 8, "--resume")
+    resumed = [*options, "--model", copy, "--frames", 8, "--resume"]
+    assert run(capsys, *resumed)[0] == 0  # the same weights in another folder are the same weights
+    changed = {name: tensor + 0.5 if "layers.3.mlp" in name else tensor for name, tensor in load_file(copy / FILE).items()}
+    save_file(changed, copy / FILE)
+    code, _, error = run(capsys, *resumed)
     assert code == 2
-    assert f"not {copy}; choose another --output" in error
+    assert re.search(r"holds answers made with weights sha256:\w+, not sha256:\w+; choose another --output", error)
 
 
 def test_answers_whose_settings_were_noted_before_sampling_was_are_not_gone_on_with(tmp_path, capsys):

@@ -27,8 +27,10 @@ def write_run(folder: Path, rights: dict[str, list[int]], question: str = "Is it
     for key, right in rights.items():
         row, _, seed = key.partition(" seed ")
         label, _, asked = row.partition(" ")
-        rows.setdefault(row, {"task": "demo", "label": label, "asked_tokens": float(asked) if asked else None, "seeds": []})
+        fields = {"task": "demo", "label": label, "asked_tokens": float(asked) if asked else None, "seeds": [], "plans": []}
+        rows.setdefault(row, fields)
         rows[row]["seeds"].append(int(seed or 0))
+        rows[row]["plans"].append(key)
         for number, correct in enumerate(right):
             asked_for = question.format(number), "yes"
             record = Record("demo", key, f"digit-{number}", "digit", "", *asked_for, "yes", correct, **EMPTY)

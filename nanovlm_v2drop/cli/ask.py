@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..demo.scenes import IMAGE_SIZE
-from ..evaluation.evaluate import run_summary, timestamp
-from ..evaluation.plans import Plan, find_methods, first_seeds, prompt_shape
+from ..evaluation.evaluate import timestamp
+from ..evaluation.methods import find_methods
+from ..evaluation.plans import Plan, first_seeds, prompt_shape
+from ..evaluation.summary import run_summary
 from ..inference import MAX_NEW_TOKENS, decode_tokens, decode_until, prefill
 from ..loading.specs import PICTURE, VIDEO
 from ..loading.zoo import VisionLanguageModel
@@ -73,10 +75,10 @@ def answers_of(vlm: VisionLanguageModel, request: Request, plans: Sequence[Plan]
 def answer_with(vlm: VisionLanguageModel, packed: PackedInputs, plan: Plan, vision_ms: float) -> tuple[Row, GalleryRow]:
     decoder = vlm.model.language_model
     started = timestamp(vlm.device)
-    with plan.floor_allowed():
+    with plan.answering():
         prefilled = prefill(decoder, packed, plan.dropper)
-    filled = timestamp(vlm.device)
-    (token_ids,) = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, MAX_NEW_TOKENS)
+        filled = timestamp(vlm.device)
+        (token_ids,) = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, MAX_NEW_TOKENS)
     finished = timestamp(vlm.device)
     text = vlm.tokenizer.decode(token_ids).strip()
     entering = plan.schedule.vision_tokens_per_layer(packed.vision_counts[0], vlm.config.text_config.num_hidden_layers)
@@ -90,7 +92,7 @@ def answer_with(vlm: VisionLanguageModel, packed: PackedInputs, plan: Plan, visi
         "final_vision_tokens": entering[-1],
         "prefill_ms": round((filled - started) * 1000, 3),
         "total_ms": round(vision_ms + (finished - started) * 1000, 3),
-        "note": plan.note,
+        "note": plan.note_on([plan.shape]),
     }
     return row, GalleryRow(plan.row, text, [(layer, kept[0].tolist()) for layer, kept in prefilled.kept])
 

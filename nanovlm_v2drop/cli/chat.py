@@ -6,7 +6,8 @@ The whole conversation is prefilled anew for every question, pictures included; 
 import argparse
 from dataclasses import dataclass, replace
 
-from ..evaluation.plans import Plan, find_methods, prompt_shape
+from ..evaluation.methods import find_methods
+from ..evaluation.plans import Plan, prompt_shape
 from ..inference import stream
 from ..loading.zoo import VisionLanguageModel
 from ..processing.prompts import QWEN_SYSTEM, TEMPLATES, VICUNA_SYSTEM, Request, build_prompt
@@ -67,7 +68,7 @@ def answer(vlm: VisionLanguageModel, plan: Plan, conversation: Conversation, que
     text = ""
     try:
         request = conversation.request(question)
-        with plan.floor_allowed():
+        with plan.answering():
             for piece in stream(vlm, request, plan.dropper):
                 print(printable(piece), end="", flush=True)
                 text += piece

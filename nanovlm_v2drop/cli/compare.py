@@ -35,9 +35,7 @@ class FinishedRun:
         """The answers behind a row, one list a seed; empty where the run has no such row."""
         if key not in self.rows:
             return []
-        task, label, asked = key
-        name = label if asked is None else f"{label} {asked:g}"
-        plans = [(task, name), *((task, f"{name} seed {seed}") for seed in self.rows[key]["seeds"])]
+        plans = [(key[0], plan) for plan in self.rows[key]["plans"]]
         return [[vars(record) for record in self.records[plan]] for plan in plans if plan in self.records]
 
 
@@ -71,7 +69,7 @@ def read_run(folder: Path) -> FinishedRun:
         raise ValueError(f"{folder} holds no finished run: there is no summary.json; finish it with --resume")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["results"]
-        found = {(row["task"], row["label"], row["asked_tokens"]): row for row in rows}
+        found = {(row["task"], row["label"], row["asked_tokens"]): {**row, "plans": list(row["plans"])} for row in rows}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); write it again with --resume") from error
     records: dict[tuple[str, str], list[Record]] = {}

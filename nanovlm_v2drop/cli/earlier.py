@@ -11,7 +11,9 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.plans import Plan, Shape
+from ..dropping.budget import Shape
+from ..evaluation.output import write_whole
+from ..evaluation.plans import Plan
 from ..evaluation.records import read_records
 from .planning import plans_for
 
@@ -26,9 +28,7 @@ def note_plans(arguments: argparse.Namespace, output: Path) -> None:
     if options in noted:
         return
     output.mkdir(parents=True, exist_ok=True)
-    whole = output / "plans.json.whole"
-    whole.write_text(json.dumps([*noted, options], indent=1) + "\n", encoding="utf-8")
-    whole.replace(output / "plans.json")  # at once, so that a stop at any moment leaves a whole file
+    write_whole(output / "plans.json", json.dumps([*noted, options], indent=1) + "\n")
 
 
 def absolute(method: str) -> str:

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from ..evaluation.evaluate import run_summary
+from ..evaluation.output import claimed
 from ..evaluation.plans import prompt_shape
+from ..evaluation.summary import run_summary
 from ..loading.specs import MODELS
 from ..models.parallel import ALONE
 from ..report.tables import console_for
 from ..research.ablations import ABLATIONS
-from ..research.claims import find_claims, ledger_plans, not_the_demo
+from ..research.claims import check_shape, find_claims, ledger_plans, not_the_demo
 from ..research.findings import Finding, write_ledger
 from ..tasks import load_task
 from .planning import load_model, output_folder
@@ -28,8 +29,10 @@ def run_claims(arguments: argparse.Namespace) -> dict[str, Any]:
         raise not_the_demo(arguments.model)  # before gigabytes are fetched
     vlm, task, output = load_model(arguments), load_task("demo"), output_folder(arguments)
     shape = prompt_shape(vlm, task.first_sample().request)
+    check_shape(vlm.name, shape)  # before the folder is made
     print(f"output: {output}", flush=True)
-    findings = print_each(find_claims(vlm, task, output, arguments.limit))
+    with claimed(output):
+        findings = print_each(find_claims(vlm, task, output, arguments.limit))
     about = provenance(vlm, arguments, ALONE)
     run = {**run_summary(vlm, [asdict(finding) for finding in findings]), **about}
     (output / "claims.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")

@@ -4,7 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
-from ..evaluation.plans import Plan, Shape, equal_budget_plans, official_plans
+from ..dropping.budget import Budget, Shape
+from ..evaluation.plans import Plan, equal_budget_plans, official_plans
 from ..loading.zoo import VisionLanguageModel, load
 from ..processing.images import DEFAULT_ASPECT_RATIO
 from ..processing.video import UniformSampling
@@ -41,7 +42,7 @@ def plans_for(shape: Shape, arguments: argparse.Namespace) -> list[Plan]:
     if arguments.accounting == "official":
         return official_plans(arguments.methods, shape, seeds)
     shares = arguments.retain or (RETAIN_OF_VIDEO if shape.frames > 1 else RETAIN)
-    budgets = arguments.tokens or [round(share * shape.num_vision_tokens, 2) for share in shares]
+    budgets = [Budget(tokens=count) for count in arguments.tokens or ()] or [Budget(retain=share) for share in shares]
     return equal_budget_plans(arguments.methods, budgets, shape, seeds)
 
 

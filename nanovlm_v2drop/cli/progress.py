@@ -89,7 +89,7 @@ def plan_line(task: str, questions: int, plans: Sequence[Plan], seeds: int) -> s
     """What one task will cost: questions x runs, and how often methods that draw at random do so."""
     runs = "1 run" if len(plans) == 1 else f"{len(plans)} runs"
     line = f"{task}: {questions:,} questions x {runs} = {questions * len(plans):,} answers"
-    if not any(plan.dropper is not None and plan.dropper.seeded for plan in plans):
+    if not any(plan.kind is not None and plan.kind.seeded for plan in plans):
         return line
     return f"{line}; 1 seed (see --seeds)" if seeds == 1 else f"{line}; {seeds} seeds"
 

@@ -11,9 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.evaluate import machine_name, run_summary, summarise, summarise_bias
+from ..evaluation.evaluate import machine_name
+from ..evaluation.output import write_whole
 from ..evaluation.plans import Plan, first_seeds
 from ..evaluation.records import Record, read_records
+from ..evaluation.summary import run_summary, summarise, summarise_bias
 from ..loading.zoo import VisionLanguageModel
 from ..models.parallel import Processes
 from ..report.gallery import board_of, describe_gallery
@@ -47,7 +49,7 @@ def write_results(
     bias = [entry for own in answered for entry in summarise_bias(own.task, own.plans, records)]
     run = {**run_summary(vlm, rows), **about, "position_bias": bias, "output": str(output)}
     for name, content in (("summary.json", run), ("galleries.json", galleries)):
-        (output / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_whole(output / name, json.dumps(content, indent=1) + "\n")
     write_csv(rows, output / "results.csv")
     write_page(output)
     return run

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.evaluate import check_resumable, evaluate, run_summary
-from ..evaluation.plans import Plan, Shape, find_methods, prompt_shape
+from ..dropping.budget import Shape
+from ..evaluation.evaluate import check_resumable, evaluate
+from ..evaluation.methods import find_methods
+from ..evaluation.output import claimed
+from ..evaluation.plans import Plan, prompt_shape
 from ..evaluation.records import read_records
+from ..evaluation.summary import run_summary
 from ..loading.zoo import VisionLanguageModel
 from ..models.parallel import Processes
 from ..processing.prompts import Request
@@ -23,11 +27,24 @@ PICTURES = 4  # samples whose kept tokens are drawn
 
 
 def evaluate_tasks(arguments: argparse.Namespace, processes: Processes) -> dict[str, Any]:
-    """Run every task; the first process prints the tables, writes the results, and returns the object that ends the run."""
+    """Run every task in a folder that no other run writes to; the first process returns the object that ends the run."""
     tasks = [load_task(name, arguments.data) for name in arguments.tasks]
     output = processes.agreed(output_folder(arguments))  # its default name holds the time
     requests = check_before_loading(tasks, output, arguments)
     vlm = load_model(arguments)
+    with claimed(output, processes):
+        return run_tasks(vlm, tasks, requests, output, arguments, processes)
+
+
+def run_tasks(
+    vlm: VisionLanguageModel,
+    tasks: Sequence[Task],
+    requests: Mapping[str, Request],
+    output: Path,
+    arguments: argparse.Namespace,
+    processes: Processes,
+) -> dict[str, Any]:
+    """Answer every task; the first process prints the tables and writes the results."""
     shapes = {task.name: prompt_shape(vlm, requests[task.name]) for task in tasks}
     plans = {name: plans_for(shape, arguments) for name, shape in shapes.items()}
     progress = announce(vlm, tasks, plans, output, arguments, processes)

@@ -57,6 +57,7 @@ def summary_row(
         "samples": len(by_seed[0]),
         "seed": plan.seed,
         "seeds": [plan.seed for plan in plans],
+        "plans": [plan.key for plan in plans],
         "scores_by_seed": [round(values["score"], 3) for values in metrics],
         **cost_fields(vlm, plan, records, shapes),
         **time_fields(records),

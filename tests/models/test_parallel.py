@@ -237,7 +237,7 @@ def test_an_error_in_one_process_ends_the_run_and_is_shown(tmp_path):
     method.write_text(FAILING.format(action='raise ValueError("these tokens cannot be dropped")'))
     done = evaluation(tmp_path / "run", "--tensor-parallel", 2, "--methods", f"dense,{method}:Failing")
     assert done.returncode != 0
-    assert "nanovlm-v2drop: process 1: these tokens cannot be dropped" in done.stderr
+    assert f"nanovlm-v2drop: process 1: {method}:12: ValueError: these tokens cannot be dropped" in done.stderr
     assert not done.stdout.strip().endswith("}")
 
 
