@@ -139,9 +139,9 @@ class DyCoke(TokenDropper):
         return keeping(max(whole, round(mean_tokens)), num_vision_tokens)
 
     def begin(self, state: PrefillState) -> PrefillState:
-        if isinstance(self.schedule, ReleasedFrames):
-            for grids in state.vision_grids:
-                self.schedule.check_prompt(grids)
+        for index, grids in enumerate(state.vision_grids):
+            if isinstance(schedule := self.schedule.of(index), ReleasedFrames):
+                schedule.check_prompt(grids)
         return state
 
     def kept_counts(self, state: PrefillState) -> tuple[int, ...]:
@@ -152,9 +152,11 @@ class DyCoke(TokenDropper):
             count if video else before for count, before, video in zip(counts, state.vision_counts, has_video, strict=True)
         )
 
-    def frames(self, rows: Tensor, grids: Sequence[Grid]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    def frames(
+        self, rows: Tensor, grids: Sequence[Grid], schedule: DropSchedule
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """The rows of a sequence's whole frames, and of its other frames, each with the rows of its earlier frame."""
-        compared = released_frames if isinstance(self.schedule, ReleasedFrames) else compared_frames
+        compared = released_frames if isinstance(schedule, ReleasedFrames) else compared_frames
         whole, reduced = [], []
         for (count, _, _), video in zip(grids, rows.split([prod(grid) for grid in grids]), strict=True):
             frames = video.unflatten(0, (count, -1))
@@ -166,8 +168,8 @@ class DyCoke(TokenDropper):
     def select(self, state: PrefillState, vision_counts: Sequence[int]) -> Tensor:
         kept = []
         sequences = zip(state.vision_rows(), state.text_rows(), state.vision_grids, vision_counts, strict=True)
-        for rows, text, grids, count in sequences:
-            whole, reduced = self.frames(rows, grids)
+        for index, (rows, text, grids, count) in enumerate(sequences):
+            whole, reduced = self.frames(rows, grids, self.schedule.of(index))
             whole_count = sum(map(len, whole))
             if count < whole_count:
                 raise ValueError(f"{self.name} cannot keep {count} of {len(rows)} tokens: {whole_count} stand in whole frames")

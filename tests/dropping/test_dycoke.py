@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from golden import Golden
 from tiny import one_prompt, pack_together, tiny_decoder, tiny_prompts
 
-from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
+from nanovlm_v2drop.dropping import DROPPERS, BatchSchedule, DropSchedule
 from nanovlm_v2drop.dropping.dycoke import ReleasedFrames, compared_frames, released_frames
 from nanovlm_v2drop.dropping.schedule import OutOfReach
 from nanovlm_v2drop.inference import NothingDropped, decode_one_token, initial_state, prefill
@@ -356,3 +356,12 @@ def test_decode_pruning_is_on_as_published_and_can_be_turned_off():
 def test_a_decode_setting_out_of_range_is_refused(bad):
     with pytest.raises(ValueError, match="must be 1 or more, for the attention before it, and prune"):
         DyCoke(DropSchedule({0: 0.5}), **bad)
+
+
+def test_videos_of_a_batch_may_have_frames_of_several_sizes_with_a_released_setting_for_each():
+    parts = [random_video(8, 6), random_video(5, 10, seed=2)]
+    schedules = [ReleasedFrames(0.3, size) for size in (6, 10)]
+    together = prefill(tiny_decoder(), pack_together(parts), DyCoke(BatchSchedule(schedules)))
+    for index, (part, schedule) in enumerate(zip(parts, schedules, strict=True)):
+        alone = prefill(tiny_decoder(), part, DyCoke(schedule))
+        assert torch.equal(together.kept[0][1][index], alone.kept[0][1][0])
