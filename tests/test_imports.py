@@ -22,7 +22,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
     "tasks": (),
     "evaluation": (
-        "records", "methods", "plans", "fingerprints", "output", "position_bias", "bootstrap", "summary", "evaluate",
+        "records", "method_names", "methods", "plans", "fingerprints", "output", "position_bias", "bootstrap", "summary",
+        "evaluate",
     ),
     "benchmark": ("workload", "contenders", "measure", "loading", "run", "__main__"),
     "research": ("ablations", "theory", "findings", "costs", "claims"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..evaluation.method_names import parse_methods
 from ..loading.specs import MODELS
 from . import choices
 
@@ -202,9 +203,13 @@ def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def methods(text: str) -> list[str]:
-    """Names of methods; one of a user's own is FILE.py:CLASS, whose file must be there."""
+    """Methods with options and chains of them; one of a user's own is FILE.py:CLASS, whose file must be there."""
     known, found = choices.methods(), names(text)
-    for name in found:
+    try:
+        parts = [part.name for name in found for part in parse_methods(name).methods]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    for name in parts:
         source, colon, _ = name.rpartition(":")
         if colon and source.endswith(".py"):
             if not Path(source).is_file():

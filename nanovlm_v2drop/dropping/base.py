@@ -90,27 +90,29 @@ class TokenDropper:
         return cls(schedule, **{**published, **options})
 
     @classmethod
-    def option_names(cls) -> list[str]:
-        """Names of the options that its constructor takes besides the schedule."""
-        names: list[str] = []
-        for ancestor in cls.__mro__[:-1]:
-            if "__init__" not in vars(ancestor):
-                continue
+    def option_defaults(cls) -> dict[str, Any]:
+        """The options that its constructor takes besides the schedule, and `cut_cache`, with their defaults."""
+        defaults: dict[str, Any] = {"cut_cache": False}
+        for ancestor in (item for item in cls.__mro__[:-1] if "__init__" in vars(item)):
             parameters = list(inspect.signature(vars(ancestor)["__init__"]).parameters.values())[2:]
-            names += [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            own = {each.name: each.default for each in parameters if each.kind is not each.VAR_KEYWORD}
+            defaults = {**own, **defaults}
+            if len(own) == len(parameters):  # it passes no further options to its parent
                 break
-        return names
+        return defaults
 
     @classmethod
     def configured(cls, **options: Any) -> type[Self]:
         """The method with some options fixed, as a class with the name "method:option=value", for tables and `Chain.of`.
 
-        Raises ValueError for an unknown option.
+        Raises ValueError for an unknown option, and for a value of another type than the default.
         """
-        if unknown := options.keys() - {*cls.option_names(), "cut_cache"}:
-            known = ", ".join(sorted({*cls.option_names(), "cut_cache"}))
-            raise ValueError(f"{cls.name} has no option {min(unknown)}; it has: {known}")
+        defaults = cls.option_defaults()
+        for option, value in options.items():
+            if option not in defaults:
+                raise ValueError(f"{cls.name} has no option {option}; it has: {', '.join(sorted(defaults))}")
+            if not has_type_of(value, defaults[option]):
+                raise ValueError(f"{cls.name}: {option} must be a value like {defaults[option]}, not {value!r}")
 
         def fixed(self: Any, schedule: DropSchedule, **more: Any) -> None:
             cls.__init__(self, schedule, **{**given, **more})  # type: ignore[misc]
@@ -194,6 +196,14 @@ class TokenDropper:
     def decode_pruning(self, state: PrefillState) -> DecodePruning | None:
         """The function that chooses the cache slots of a decoded token, from the end of prefill; None for all slots."""
         return None
+
+
+def has_type_of(value: Any, default: Any) -> bool:
+    """Whether an option's value has the type of its default. Options without a default, or with None, take any value."""
+    if default is None or default is inspect.Parameter.empty:
+        return True
+    wanted = (int, float) if type(default) is float else type(default)
+    return isinstance(value, wanted) and isinstance(value, bool) == isinstance(default, bool)
 
 
 def check_numbers(name: str, ranked: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models.decoder import ModuleOutputs
 from .base import PrefillState, TokenDropper
+from .contract import check_kept, is_own
 from .schedule import BatchSchedule, DropSchedule, OutOfReach
 
 CLOSE = 0.5  # tokens between a mean and its target that count as met
@@ -80,7 +81,8 @@ class Chain(TokenDropper):
             raise ValueError(f"{len(methods)} methods need {last} shares from 0 to 1, together at most 1, not {list(shares)}")
         if late := [method.name for method in methods[1:] if method.latest_layer == 0]:
             raise ValueError(f"{late[0]} acts before the decoder: it must be the first of a chain")
-        names = {"name": "+".join(method.name for method in methods), "__module__": cls.__module__}
+        own_share = "" if share is None else ":share=" + "/".join(f"{part:g}" for part in shares)
+        names = {"name": "+".join(method.name for method in methods) + own_share, "__module__": cls.__module__}
         flags = {flag: any(getattr(method, flag) for method in methods) for flag in ("merges", "renumbers", "seeded")}
         parts = {"methods": tuple(methods), "levels": (*accumulate(shares), 1.0)}
         return type("ChainFor", (ChainFor,), {**names, **flags, **parts})
@@ -122,6 +124,8 @@ class Chain(TokenDropper):
         """The state after a step of one method, which sees its own marks; those of the others follow their rows."""
         seen = replace(state, marks=state.carried.get(marks_of(number)))
         after = step(seen)
+        if step is self.droppers[number] and not is_own(type(step)):
+            check_kept(self.droppers[number], seen, after)
         return replace(after, marks=None, carried=carrying(after, number))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..models.attention import attention_weights
 from ..models.decoder import ModuleOutputs
 from .base import PrefillState, Published, TokenDropper
-from .schedule import PromptShares
+from .schedule import DropSchedule, PromptShares
 
 EPSILON = 1e-8
 
@@ -41,8 +41,7 @@ class TransPrune(TokenDropper):
 
     @property
     def layers_observed(self) -> frozenset[int]:
-        layers = list(self.schedule)
-        return frozenset(range(layers[0] - 1, layers[-1])) if layers else frozenset()
+        return frozenset(layers_summed(self.schedule))
 
     def begin(self, state: PrefillState) -> PrefillState:
         state.marks = torch.zeros(len(state.hidden_states), device=state.hidden_states.device)
@@ -50,7 +49,10 @@ class TransPrune(TokenDropper):
 
     def observe(self, state: PrefillState, outputs: ModuleOutputs) -> None:
         assert state.marks is not None  # `begin` set them
-        state.marks = state.marks + transition(*outputs[:2], state.seqlens) + transition(*outputs[2:], state.seqlens)
+        values = transition(*outputs[:2], state.seqlens) + transition(*outputs[2:], state.seqlens)
+        own = enumerate(values.split(state.seqlens))  # each prompt of a batch can have its own drop points
+        counted = [part * (state.layer_idx in layers_summed(self.schedule.of(index))) for index, part in own]
+        state.marks = state.marks + torch.cat(counted)
 
     def score(self, state: PrefillState) -> Tensor:
         assert state.marks is not None
@@ -70,6 +72,12 @@ class TransPrune(TokenDropper):
         return torch.cat([
             attention_weights(own, keys[start:end], rows - start).mean((0, 1)) for own, rows, (start, end) in parts
         ])  # fmt: skip
+
+
+def layers_summed(schedule: DropSchedule) -> range:
+    """The layer before the first drop point to the layer before the last one."""
+    layers = list(schedule)
+    return range(layers[0] - 1, layers[-1]) if layers else range(0)
 
 
 def transition(inputs: Tensor, outputs: Tensor, seqlens: tuple[int, ...]) -> Tensor:

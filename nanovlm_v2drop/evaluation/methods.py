@@ -4,14 +4,16 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from ..dropping import DROPPERS, NotANumber, TokenDropper, by_name
+from ..dropping import DROPPERS, Chain, DropSchedule, NotANumber, TokenDropper, by_name
 from ..dropping.contract import is_own
 from ..dropping.schedule import OutOfReach
+from .method_names import parse_methods
 
 DENSE, ALL = "dense", "all"
 
@@ -23,7 +25,8 @@ class MethodFailed(ValueError):
 def find_methods(names: Sequence[str]) -> list[type[TokenDropper] | None]:
     """The classes that the names stand for, None for dense; "all" is dense and every entry of DROPPERS.
 
-    "path/to/file.py:Class" is a user's own. Raises ValueError for any other name, and for two methods that would share a row.
+    "path/to/file.py:Class" is a user's own; options and chains are written as in `method_names`. Raises ValueError for any
+    other name, and for two methods that would share a row.
     """
     expanded = [name for given in names for name in ([DENSE, *DROPPERS] if given == ALL else [given])]
     methods = [None if name == DENSE else find_method(name) for name in dict.fromkeys(expanded)]
@@ -32,6 +35,27 @@ def find_methods(names: Sequence[str]) -> list[type[TokenDropper] | None]:
 
 
 def find_method(name: str) -> type[TokenDropper]:
+    """The class that a text of `method_names` stands for."""
+    written = parse_methods(name)
+    methods = [with_options(named_method(part.name), part.options) for part in written.methods]
+    return methods[0] if len(methods) == 1 else Chain.of(methods, written.shares)
+
+
+def with_options(method: type[TokenDropper], options: Mapping[str, Any]) -> type[TokenDropper]:
+    """The method with these options; raises ValueError for an option that it does not have or a value that it refuses."""
+    if not options:
+        return method
+    if method.seeded and "seed" in options:
+        raise ValueError(f"{method.name}: give the seed as --seed, and how many as --seeds")
+    configured = method.configured(**options)
+    try:
+        configured(DropSchedule({}))
+    except TypeError as error:
+        raise ValueError(f"{configured.name} cannot be made: {error}") from error
+    return configured
+
+
+def named_method(name: str) -> type[TokenDropper]:
     path, colon, class_name = name.rpartition(":")
     if colon and path.endswith(".py"):
         return load_method(Path(path), class_name)
@@ -79,18 +103,20 @@ def naming_errors(method: type[TokenDropper] | None) -> Iterator[None]:
     except (NotANumber, OutOfReach):
         raise
     except (Exception, SystemExit) as error:
-        if method is None or is_own(method):
+        if method is None or all(map(is_own, (method, *parts_of(method)))):
             raise
         raise MethodFailed(f"{place_in(error, method)}: {described(error)}") from error
 
 
 def place_in(error: BaseException, method: type[TokenDropper]) -> str:
     """File and line of a user's classes at which an error came up, or else those of the method's class."""
-    classes = [item for item in method.__mro__ if issubclass(item, TokenDropper) and not is_own(item)]
+    own = [item for part in (method, *parts_of(method)) for item in part.__mro__ if issubclass(item, TokenDropper)]
+    classes = [item for item in own if not is_own(item)]
     files = {str(path) for path in map(source_of, classes) if path is not None}
     found = innermost_line(error, files)
     if found is not None:
         return found
+    method = next((part for part in parts_of(method) if not is_own(part)), method)
     file = source_of(method)
     return method.__name__ if file is None else f"{file}:{inspect.getsourcelines(method)[1]}"
 
@@ -118,5 +144,10 @@ def source_of(item: type) -> Path | None:
 
 def sources_of(method: type[TokenDropper]) -> list[Path]:
     """The files of a method and of the classes that it is made of."""
-    found = [source_of(item) for item in method.__mro__ if item is not object]
+    found = [source_of(item) for part in (method, *parts_of(method)) for item in part.__mro__ if item is not object]
     return list(dict.fromkeys(path for path in found if path is not None and path.is_file()))
+
+
+def parts_of(method: type[TokenDropper]) -> tuple[type[TokenDropper], ...]:
+    """The methods of a chain; none for a single method."""
+    return method.methods if issubclass(method, Chain) else ()

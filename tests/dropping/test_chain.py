@@ -148,7 +148,7 @@ def test_a_chain_names_what_it_cannot_do():
         Chain.of([DivPrune, V2Drop], 1.5)
     with pytest.raises(TypeError, match="a chain of 2 methods takes a ChainSchedule of 2 parts, not DropSchedule"):
         Chain.of([DivPrune, V2Drop])(DropSchedule({1: 0.5}))
-    with pytest.raises(OutOfReach, match=r"divprune\+v2drop: a mean of .* is out of reach") as caught:
+    with pytest.raises(OutOfReach, match=r"divprune\+v2drop:share=0: a mean of .* is out of reach") as caught:
         Chain.of([DivPrune, V2Drop], 0.0).schedule_for(40, 576, 32)
     assert isinstance(caught.value.floor, ChainSchedule)
     with pytest.raises(ValueError, match="drop layer 3 cannot act: this method works at layers 0 to 0"):

@@ -55,7 +55,7 @@ def broken_by(dropper) -> set[str]:
             found.add(POSITIONS)
         return after
 
-    watching = type("Watching", (type(dropper),), {"__call__": watched})
+    watching = type("Watching", (type(dropper),), {"__call__": watched, "__module__": type(dropper).__module__})
     dropper.__class__ = watching
     out = prefill(decoder, packed, dropper)
     if out.cache.seqlens[0] != (48,) and min(dropper.schedule) > 0:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from golden import Golden, check_run, fingerprint
 from golden_inputs import drawn
+from tiny import one_prompt, pack_together, tiny_decoder
 
-from nanovlm_v2drop.dropping import DROPPERS
+from nanovlm_v2drop.dropping import DROPPERS, BatchSchedule, DropSchedule
 from nanovlm_v2drop.dropping.schedule import PromptShares
+from nanovlm_v2drop.inference import prefill
 from nanovlm_v2drop.models.vlm import PackedInputs
 
 TransPrune = DROPPERS["transprune"]
@@ -20,7 +22,7 @@ class Noting(TransPrune):
 
     def score(self, state):
         scores = super().score(state)
-        shares = [self.normed(numbers, state) for numbers in (state.marks, self.question_attention(state), )]
+        shares = [self.normed(numbers, state) for numbers in (state.marks, self.question_attention(state))]
         self.noted.append([values[state.vision_mask] for values in (scores, *shares)])
         return scores
 
@@ -53,3 +55,12 @@ def test_on_a_shallow_decoder_drop_points_move_to_neighbouring_layers():
     assert dict(TransPrune.official().schedule.mapped(12, 144)) == {3: 0.875, 4: 0.625, 5: 0.125}
     with pytest.raises(TypeError, match="need the prompt's count"):
         PromptShares({3: 0.5}).kept_count(3, 10)
+
+
+def test_prompts_of_a_batch_with_other_drop_points_sum_their_own_layers():
+    parts = [one_prompt(5, 24, 7), one_prompt(3, 24, 4, seed=2)]
+    schedules = [DropSchedule({1: 0.9, 4: 0.5}), DropSchedule({3: 0.4})]
+    together = prefill(tiny_decoder(), pack_together(parts), TransPrune(BatchSchedule(schedules)))
+    for index, (part, schedule) in enumerate(zip(parts, schedules, strict=True)):
+        alone = prefill(tiny_decoder(), part, TransPrune(schedule))
+        torch.testing.assert_close(together.logits[index], alone.logits[0], atol=1e-4, rtol=0)

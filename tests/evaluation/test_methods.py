@@ -9,7 +9,7 @@ from tiny_tasks import OWN_METHOD
 
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
 from nanovlm_v2drop.dropping.budget import Budget, Shape
-from nanovlm_v2drop.evaluation.methods import MethodFailed, find_methods
+from nanovlm_v2drop.evaluation.methods import MethodFailed, find_method, find_methods, naming_errors, sources_of
 from nanovlm_v2drop.evaluation.plans import Plan, equal_budget_plans, official_plans
 from nanovlm_v2drop.inference import prefill
 
@@ -156,3 +156,63 @@ def test_a_users_file_that_fails_when_it_is_read_is_named_with_its_line(text: st
     (tmp_path / "own.py").write_text(text)
     with pytest.raises(ValueError, match=message):
         find_methods([f"{tmp_path}/own.py:Own"])
+
+
+MINE = '''
+import torch
+from nanovlm_v2drop import TokenDropper
+class Mine(TokenDropper):
+    name = "mine"
+    earliest_layer = 1
+    def __init__(self, schedule, power=1.0):
+        super().__init__(schedule)
+        self.power = power
+    def score(self, state):
+        return state.hidden_states.float().norm(dim=-1) ** self.power
+class Wrong(Mine):
+    name = "wrong"
+    def select(self, state, vision_counts):
+        return super().select(state, vision_counts).flip(0)
+'''
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    return tmp_path / "mine.py"
+
+
+def test_options_and_chains_of_methods_are_found_by_their_text(mine):
+    cosine, own, pair = find_methods(["v2drop:metric=cosine", f"{mine}:Mine:power=2", "divprune+v2drop:metric=l1:share=0.3"])
+    assert (cosine.name, cosine(DropSchedule({1: 0.5})).metric) == ("v2drop:metric=cosine", "cosine")
+    assert (own.name, own(DropSchedule({1: 0.5})).power) == ("mine:power=2", 2)
+    assert (pair.name, pair.levels) == ("divprune+v2drop:metric=l1:share=0.3", (0.3, 1.0))
+    assert mine.resolve() in sources_of(find_method(f"divprune+{mine}:Mine"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v2drop:metrik=l1", "v2drop has no option metrik; it has: cut_cache, metric"),
+        ("v2drop:metric=2", "v2drop: metric must be a value like l2, not 2"),
+        ("v2drop:metric=l3", "unknown metric 'l3'; choose one of: l2, l1, cosine"),
+        ("dycoke:prune=often", "dycoke: prune must be a value like 0.7, not 'often'"),
+        ("dycoke:layer=1.5", "dycoke: layer must be a value like 3, not 1.5"),
+        ("v2drop:cut_cache=1", "v2drop: cut_cache must be a value like False, not 1"),
+        ("sparsevlm:cut_cache=true", "sparsevlm:cut_cache=True averages tokens, which earlier caches do not hold"),
+        ("random:seed=3", "random: give the seed as --seed"),
+        ("v2drop+divprune", "divprune acts before the decoder: it must be the first of a chain"),
+        ("divprune+v2drop:share=2", r"2 methods need 1 shares from 0 to 1, together at most 1, not \[2.0\]"),
+        ("divprune+nobody", "unknown method 'nobody'; choose from: dense"),
+    ],
+)
+def test_a_wrong_option_or_chain_is_one_clear_line(text, message):
+    with pytest.raises(ValueError, match=message):
+        find_method(text)
+
+
+def test_a_users_method_in_a_chain_is_checked_and_named(mine):
+    method = find_method(f"divprune+{mine}:Wrong")
+    dropper = method(method.schedule_for(8, 24, 6))
+    with pytest.raises(MethodFailed, match=r"mine\.py:.*wrong"), naming_errors(method):
+        prefill(tiny_decoder(), one_prompt(5, 24, 7), dropper)
