@@ -15,9 +15,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "dropping": (),
     "processing": (
         *("opening", "video_file", "video", "preprocessor", "image_settings"),
-        *("images", "images_onevision", "images_qwen2", "prompts"),
+        *("images", "images_onevision", "images_qwen2", "tokenizer", "prompts", "chat_template"),
     ),
-    "loading": ("specs", "tensor_parallel", "checkpoint", "zoo"),
+    "loading": ("specs", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo"),
     "inference": ("prefill_loop", "decoding", "generation"),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
     "tasks": (),

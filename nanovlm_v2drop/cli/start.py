@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..dropping import NotANumber
-from ..loading.checkpoint import CheckpointError
-from ..loading.zoo import WeightsUnavailable
+from ..loading.files import CheckpointError
+from ..loading.specs import WeightsUnavailable
 from ..models.parallel import ALONE, Processes, join_processes, leave_processes
 from ..tasks import DatasetUnavailable
 from .ask import answer_one

@@ -19,7 +19,8 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
 from ..models.config import VisionConfig
-from ..processing.prompts import DEFAULT_TEMPLATE, LLAMA_DECODER, TEMPLATES
+from ..processing.prompts import DEFAULT_TEMPLATE, TEMPLATES
+from ..processing.tokenizer import LLAMA_DECODER
 from . import clips, scenes
 
 BACKGROUND = "background"  # the word of a patch that shows no thing

@@ -20,7 +20,8 @@ from .prefill_loop import MAX_NEW_TOKENS, NotFinite, Prefilled, advice, prefill
 
 if TYPE_CHECKING:
     from ..loading.zoo import VisionLanguageModel
-    from ..processing.prompts import Request, Tokenizer
+    from ..processing.prompts import Request
+    from ..processing.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

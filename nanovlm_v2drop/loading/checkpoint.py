@@ -8,19 +8,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from ..models.config import LlavaConfig, VLMConfig, read_json_object
-from ..models.config.settings import MapOf, Text
+from ..models.config import LlavaConfig, Qwen2VLConfig, VLMConfig
 from ..models.decoder import Decoder
 from ..models.linear import as_bfloat16, can_prepack, packable, prepack
 from ..models.vlm import MODEL_CLASSES, VLM
+from .files import SAFETENSORS_TWINS, CheckpointError, StoredTensor, check_names, list_tensors, listed, open_safetensors
 from .tensor_parallel import split_decoder
 
 if TYPE_CHECKING:
@@ -51,19 +50,11 @@ RENAMES: tuple[tuple[str, str | None], ...] = (
     (r"lm_head\.", "language_model.lm_head."),  # new, original
 )
 DECODER_LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
-VISION_BLOCK = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
+VISION_BLOCK = re.compile(r"(?:vision_tower\.encoder\.layers|visual\.blocks)\.(\d+)\.")
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
-WEIGHT_MAP = MapOf(Text(r"[^\0]{1,255}"))  # tensor name -> file name
 DRAWS = (init.normal_, init.uniform_, init.kaiming_uniform_)
-STORED_DTYPES = ("F64", "F32", "F16", "BF16")
-PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
-SAFETENSORS_TWINS = (
-    "liuhaotian/llava-v1.5-7b is llava-hf/llava-1.5-7b-hf there, liuhaotian/llava-v1.5-13b is llava-hf/llava-1.5-13b-hf"
-)
-
-
-class CheckpointError(ValueError):
-    """The files do not hold exactly the tensors of the model; the message names them and the file."""
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+IN_MEMORY = Path("model in memory")  # the file of tensors that come from none
 
 
 class Uninitialised(TorchFunctionMode):
@@ -78,18 +69,6 @@ class Uninitialised(TorchFunctionMode):
         if func in DRAWS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs or {})
-
-
-class StoredTensor(NamedTuple):
-    """One entry of a file's header."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.file.name})"
 
 
 def load_model(
@@ -118,103 +97,80 @@ def load_model(
         ValueError: the decoder cannot be split over so many processes.
         CheckpointError: the weights are not exactly the model's, are not finite, or cannot be read.
     """
-    stored = list_tensors(Path(folder))
-    check_depth(stored, config.text_config.num_hidden_layers, Path(folder))
-    with torch.device("meta"), Uninitialised():
-        model = MODEL_CLASSES[type(config)](config, attention)
-    sources = match_tensors(stored, model, Path(folder))
+    model, sources = matched_model(list_tensors(Path(folder)), config, attention, Path(folder))
     parts = {} if mesh is None else split_parts(model.language_model, mesh)
     prepacks = can_prepack(device, dtype)
     as_stored = {f"{name}.weight" for name in packable(model)} if prepacks else set()
-    state = dict(read_tensors(sources, parts, device, dtype, as_stored))
-    if config.text_config.tie_word_embeddings:
-        state[HEAD] = tied_head(state, parts)
-    model.load_state_dict(state, strict=True, assign=True)
-    if config.text_config.tie_word_embeddings and mesh is None:
-        model.language_model.lm_head.weight = model.language_model.embed_tokens.weight  # assigning has made two of them
-    check_materialised(model)
-    model.eval().requires_grad_(False)
+    fill(model, dict(read_tensors(sources, parts, device, dtype, as_stored)), parts)
     if prepacks:
         prepack(model)
     return model
 
 
-def list_tensors(folder: Path) -> list[StoredTensor]:
-    """What the headers of a folder's safetensors files announce; raises CheckpointError where the index disagrees."""
-    stored = []
-    for file, promised in weight_files(folder).items():
-        with open_safetensors(file) as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            stored += [StoredTensor(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
-        if absent := sorted(promised - slices.keys()):
-            raise CheckpointError(f"{file} lacks {listed(absent)}, which the index places there; download both again")
-    return stored
+def share_model(tensors: Mapping[str, Tensor], config: VLMConfig, attention: str = "auto") -> VLM:
+    """Make a model of weights that are in memory under official names; they are shared, not copied.
+
+    Raises CheckpointError where they are not exactly the model's, or are not finite.
+    """
+    names = {dtype: name for name, dtype in STORED_DTYPES.items()}
+    stored = [
+        StoredTensor(IN_MEMORY, name, tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)))
+        for name, tensor in tensors.items()
+    ]
+    check_names(IN_MEMORY, stored)
+    model, sources = matched_model(stored, config, attention, IN_MEMORY)
+    for source in sources.values():
+        check_finite(tensors[source.name], source, tensors[source.name].dtype)
+    fill(model, {name: tensors[source.name] for name, source in sources.items()}, {})
+    return model
 
 
-def weight_files(folder: Path) -> dict[Path, set[str]]:
-    """The folder's safetensors files, in order, with the tensor names that an index promises in each (or none)."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():  # before the index, as transformers decides it
-        return {single: set()}
-    if index.is_file():
-        return indexed_files(index)
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) > 1:
-        raise CheckpointError(f"{folder} has {len(files)} safetensors files but no {index.name}; download that too")
-    if not files:
-        raise missing_weights(folder)
-    return {files[0]: set()}
+def matched_model(
+    stored: Sequence[StoredTensor], config: VLMConfig, attention: str, folder: Path
+) -> tuple[VLM, dict[str, StoredTensor]]:
+    """A model without values, and the stored tensor of each of its parameters; raises CheckpointError as `match_tensors`."""
+    check_depth(stored, config, folder)
+    with torch.device("meta"), Uninitialised():
+        model = MODEL_CLASSES[type(config)](config, attention)
+    return model, match_tensors(stored, model, folder)
 
 
-def indexed_files(index: Path) -> dict[Path, set[str]]:
-    """The shards that an index names, each with its tensor names; raises CheckpointError for one that is not there."""
-    try:
-        weight_map = read_json_object(index).get("weight_map")
-    except ValueError as error:
-        raise CheckpointError(f"{error}; download it again") from error
-    if not weight_map or not WEIGHT_MAP.accepts(weight_map):
-        raise CheckpointError(f"{index} has no weight_map (tensor name -> file name); download it again")
-    shards: dict[Path, set[str]] = {index.parent / name: set() for name in sorted(set(weight_map.values()))}
-    if absent := [shard.name for shard in shards if not shard.is_file()]:
-        raise CheckpointError(f"{index} names shards that are not there: {listed(absent)}; finish the download")
-    for name, shard in weight_map.items():
-        shards[index.parent / shard].add(name)
-    return shards
+def fill(model: VLM, state: dict[str, Tensor], parts: Parts) -> None:
+    """Give a model its values, and make it ready for inference."""
+    tied = model.config.text_config.tie_word_embeddings
+    if tied:
+        state[HEAD] = tied_head(state, parts)
+    model.load_state_dict(state, strict=True, assign=True)
+    if tied and not parts:
+        model.language_model.lm_head.weight = model.language_model.embed_tokens.weight  # assigning has made two of them
+    check_materialised(model)
+    model.eval().requires_grad_(False)
 
 
-def missing_weights(folder: Path) -> Exception:
-    """Why a folder without safetensors cannot be loaded."""
-    if not folder.is_dir():
-        return FileNotFoundError(f"no checkpoint folder at {str(folder)!r}")
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
-    if not pickles:
-        return FileNotFoundError(f"{folder} has no *.safetensors file; is the download complete?")
-    return CheckpointError(
-        f"{folder} has only pickles ({listed(pickles)}), which are never loaded since they can run code; "
-        f"use the safetensors twin from llava-hf: {SAFETENSORS_TWINS}"
-    )
+def check_depth(stored: Sequence[StoredTensor], config: VLMConfig, folder: Path) -> None:
+    """Compare the number of layers with config.json before they are built: a million layers would take minutes.
 
-
-def open_safetensors(file: Path) -> Any:
-    """Map a file; raises CheckpointError for one that is damaged."""
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+    Raises CheckpointError where the files hold fewer, or no vision tower.
+    """
+    names = [name for tensor in stored if (name := our_name(tensor.name)) is not None]
+    if isinstance(config, LlavaConfig) and not any(name.startswith("vision_tower.") for name in names):
         raise CheckpointError(
-            f"{file} ({file.stat().st_size} bytes) is no complete safetensors file: {error}; "
-            "download it again (a Git LFS pointer needs git lfs pull)"
-        ) from error
-
-
-def check_depth(stored: Sequence[StoredTensor], num_hidden_layers: int, folder: Path) -> None:
-    """Raise CheckpointError where config.json promises far more layers than are stored, before any of them is built."""
-    layers = {match[1] for tensor in stored if (match := DECODER_LAYER.match(our_name(tensor.name) or ""))}
-    # A missing layer or two is an incomplete download, which is named tensor by tensor later.
-    if num_hidden_layers > 2 * len(layers) + 8:
-        raise CheckpointError(
-            f"{folder}: config.json says num_hidden_layers {num_hidden_layers}, but the weights hold {len(layers)} decoder "
-            "layers; is config.json the one of this checkpoint, and is the download complete?"
+            f"{folder} stores no vision tower: the original LLaVA checkpoints leave CLIP's weights out; "
+            f"use the twin from llava-hf, which has them: {SAFETENSORS_TWINS}"
         )
+    depths = [("the decoder", DECODER_LAYER, config.text_config.num_hidden_layers)]
+    match config:
+        case LlavaConfig():
+            depths.append(("the vision tower", VISION_BLOCK, config.vision_layers_run))
+        case Qwen2VLConfig(vision_config=vision):
+            depths.append(("the vision tower", VISION_BLOCK, vision.depth))
+    for what, pattern, wanted in depths:
+        held = 1 + max((int(match[1]) for name in names if (match := pattern.match(name))), default=-1)
+        if held < wanted:
+            raise CheckpointError(
+                f"{folder} lacks tensors of the model: config.json says that {what} has {wanted} layers, but the weights hold "
+                f"{held}; is it the config.json of this checkpoint, and is the download complete?"
+            )
 
 
 def our_name(stored_name: str) -> str | None:
@@ -247,7 +203,7 @@ def match_tensors(stored: Sequence[StoredTensor], model: VLM, folder: Path) -> d
 
 
 def is_unused(name: str, config: VLMConfig) -> bool:
-    """Whether this is a block of the tower behind the layer that LLaVA reads, which our tower does not build."""
+    """Whether this is a block of the tower behind the layer that LLaVA reads; our tower does not build it."""
     block = VISION_BLOCK.match(name)
     if not isinstance(config, LlavaConfig):
         return False
@@ -269,11 +225,6 @@ def check_nothing_missing(sources: dict[str, StoredTensor], model: VLM, folder: 
     missing = [name for name in model.state_dict() if name not in sources and name not in optional]
     if not missing:
         return
-    if isinstance(model.config, LlavaConfig) and not any(name.startswith("vision_tower.") for name in sources):
-        raise CheckpointError(
-            f"{folder} stores no vision tower: the original LLaVA checkpoints leave CLIP's weights out; "
-            f"use the twin from llava-hf, which has them: {SAFETENSORS_TWINS}"
-        )
     raise CheckpointError(f"{folder} lacks tensors of the model: {listed(missing)}; is the download complete?")
 
 
@@ -342,8 +293,3 @@ def check_materialised(model: VLM) -> None:
     if left := [name for name, tensor in tensors if tensor.is_meta]:
         raise CheckpointError(f"never filled from the checkpoint: {listed(left)}")
 
-
-def listed(names: Sequence[str], limit: int = 3) -> str:
-    """A few names, and how many more there are."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

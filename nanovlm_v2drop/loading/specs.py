@@ -3,7 +3,8 @@
 A new model of a known family is one entry in MODELS.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 INSTALLED_WEIGHTS = Path(__file__).parents[1] / "weights"  # where a wheel holds the demo models
@@ -11,6 +12,10 @@ WEIGHTS_FOLDER = INSTALLED_WEIGHTS if INSTALLED_WEIGHTS.is_dir() else Path(__fil
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 PICTURE, SEVERAL, VIDEO = "one picture", "several pictures", "video"
 STILLS, ALL_MEDIA = (PICTURE, SEVERAL), (PICTURE, SEVERAL, VIDEO)
+
+
+class WeightsUnavailable(RuntimeError):
+    """The weights of a model cannot be had; the message says what was tried, and on a second line what to do."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,13 @@ class ModelSpec:
     def folder(self) -> Path:
         """Where a local copy is looked for before the Hub is asked."""
         return WEIGHTS_FOLDER / self.name
+
+    @property
+    def has_local_copy(self) -> bool:
+        """Whether `folder` holds this model: one of the table, at no special revision."""
+        listed = MODELS.get(self.name)
+        is_listed = listed is not None and listed.repository == self.repository and self.revision is None
+        return is_listed and (self.folder / "config.json").is_file()
 
     @property
     def download_size(self) -> float | None:
@@ -164,3 +176,27 @@ MODELS: dict[str, ModelSpec] = {
         ),
     )
 }
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")
+
+
+def find_spec(model: str) -> ModelSpec:
+    """What is known about a model by its name in MODELS or by its id on the Hugging Face Hub, each perhaps with @REVISION.
+
+    Raises ValueError for anything else. An id of the Hub that is not in the table is not looked up.
+    """
+    name, at, revision = model.partition("@")
+    by_repository = {spec.repository: spec for spec in MODELS.values() if spec.repository is not None}
+    spec = MODELS.get(name) or by_repository.get(name)
+    if spec is None and HUB_ID.fullmatch(name):
+        spec = ModelSpec(name.rpartition("/")[2], "from the Hugging Face Hub", name)
+    if spec is None:
+        raise ValueError(
+            f"unknown model {name!r}; choose one of: {', '.join(MODELS)}; or give the folder of a checkpoint, or an id "
+            "of the Hugging Face Hub as OWNER/NAME"
+        )
+    if at and (spec.repository is None or ".." in revision or not REVISION.fullmatch(revision)):
+        raise ValueError(f"{model!r} has no usable revision behind the @; give a branch, tag or commit of a model on the Hub")
+    return replace(spec, revision=revision) if at else spec

@@ -1,85 +1,41 @@
-"""The models by name, and `load`: from a name or a folder to something that takes requests.
+"""`load`: from a name, a folder or a model in memory to something that takes requests."""
 
-A new model of a known family is one entry in MODELS.
-"""
-
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..models.attention import resolve_backend
-from ..models.config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, VLMConfig
+from ..models.config import Qwen2VLConfig, VLMConfig
 from ..models.parallel import join_processes, tensor_mesh
 from ..models.vlm import VLM, PackedInputs, VisionInput
-from ..processing.images import DEFAULT_ASPECT_RATIO, ImageProcessor, PlannedMedium
-from ..processing.images_onevision import NextImageProcessor, OnevisionImageProcessor
-from ..processing.images_qwen2 import Qwen2VLImageProcessor
-from ..processing.opening import ImageSource
-from ..processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, Tokenizer, build_prompt, encode_prompt, load_tokenizer
-from ..processing.video import FpsSampling, FrameSampling, SampledVideo, UniformSampling, sample_video
-from .checkpoint import load_model
-from .specs import DTYPE_NAMES, MODELS, ModelSpec
+from ..processing.images import DEFAULT_ASPECT_RATIO, PlannedMedium
+from ..processing.prompts import Conversation, Request, build_prompt, encode_prompt, named_template
+from ..processing.tokenizer import Tokenizer, load_tokenizer
+from ..processing.video import FrameSampling, UniformSampling, sample_video
+from .checkpoint import load_model, share_model
+from .families import FAMILIES, OWN_TEMPLATE, MediaProcessor, find_conversation, media_processor
+from .files import check_folder
+from .in_memory import HeldModel, held_name, held_weights, is_held_model, write_settings
+from .specs import DTYPE_NAMES, MODELS, ModelSpec, WeightsUnavailable, find_spec
 
-# Safetensors only: a repository may hold the same weights as pickles too.
-DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
-
-
-class WeightsUnavailable(RuntimeError):
-    """The weights of a named model cannot be had; the message says what was tried, and on a second line what to do."""
-
-
-class MediaProcessor(Protocol):
-    """Turns pictures and frames into what a model's tower reads."""
-
-    def plan_image(self, picture: ImageSource, alone: bool = True) -> PlannedMedium:
-        """One picture; `alone`: it is the only one of its request, where a video may be too."""
-
-    def plan_video(self, video: SampledVideo) -> PlannedMedium:
-        """The sampled frames of one video; raises ValueError where the model takes none."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """How models of one kind are asked: the template in prompts.TEMPLATES, and which frames of a video they see."""
-
-    template: str
-    sampling: FrameSampling
-
-
-FAMILIES: dict[type[VLMConfig], Family] = {
-    LlavaConfig: Family(DEFAULT_TEMPLATE, UniformSampling()),
-    LlavaNextConfig: Family(DEFAULT_TEMPLATE, UniformSampling()),
-    LlavaOnevisionConfig: Family("qwen_1_5", UniformSampling()),
-    Qwen2VLConfig: Family("qwen2_vl", FpsSampling()),
-}
-
-
-def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, max_pixels: int | None) -> MediaProcessor:
-    """What makes pictures ready for a model of this family, with the settings of its folder."""
-    match config:
-        case Qwen2VLConfig():
-            return Qwen2VLImageProcessor.from_folder(folder, config.vision_config, max_pixels)
-        case LlavaOnevisionConfig():
-            return OnevisionImageProcessor.from_folder(folder, config)
-        case LlavaNextConfig():
-            return NextImageProcessor.from_folder(folder, config)
-        case LlavaConfig(vision_config=vision):
-            return ImageProcessor.from_folder(folder, vision.image_size, image_aspect_ratio, vision.patch_size)
-    raise TypeError(f"{type(config).__name__} has no image processor")
 
 
 @dataclass(eq=False)
 class VisionLanguageModel:
-    """A model with everything between it and a request: tokenizer, image processor, chat template, frame sampling.
+    """A model with everything between it and a request: tokenizer, image processor, conversation, frame sampling.
 
-    `folder` is where its weights were read.
+    `template` names the conversation: a name in prompts.TEMPLATES, or the file in which the checkpoint stores its own.
+    `folder` is where its weights were read; None for a model in memory.
     """
 
     name: str
@@ -87,8 +43,9 @@ class VisionLanguageModel:
     tokenizer: Tokenizer
     image_processor: MediaProcessor
     template: str
+    conversation: Conversation
     sampling: FrameSampling
-    folder: Path
+    folder: Path | None
 
     @property
     def config(self) -> VLMConfig:
@@ -121,10 +78,10 @@ class VisionLanguageModel:
         return self.tokens_and_media(request)[0]
 
     def tokens_and_media(self, request: Request) -> tuple[list[int], list[VisionInput]]:
-        """A request's token ids, and its pictures and video in the order of their tokens; raises as `prepare`."""
+        """A request's token ids, and its pictures and videos in the order of their tokens; raises as `prepare`."""
         # Tokens are counted before pixels are decoded: a prompt that does not fit costs nothing.
         planned = self.planned_media(request)
-        prompt = build_prompt(request, self.template)
+        prompt = build_prompt(request, self.conversation, tuple(self.config.vision_tokens))
         token_ids, ordered = encode_prompt(self.tokenizer, prompt, planned)
         self.check_prompt(token_ids, sum(medium.num_tokens for medium in ordered))
         media = {token_id: [medium.read() for medium in given] for token_id, given in planned.items()}
@@ -133,12 +90,13 @@ class VisionLanguageModel:
 
     def planned_media(self, request: Request) -> dict[int, list[PlannedMedium]]:
         """A request's pictures and videos by the id of the token that stands for them, not decoded yet; raises as `prepare`."""
-        alone = len(request.images) == 1
-        media = {self.config.image_token_id: [self.image_processor.plan_image(image, alone) for image in request.images]}
-        if request.video is not None:
-            if self.config.video_token_id is None:
-                raise ValueError(f"{self.name} takes pictures only, not a video; give its frames as images")
-            media[self.config.video_token_id] = [self.image_processor.plan_video(sample_video(request.video, self.sampling))]
+        processor, alone = self.image_processor, len(request.images) == 1
+        media = {self.config.image_token_id: [processor.plan_image(image, alone) for image in request.images]}
+        if self.config.video_token_id is not None:
+            sampled = [sample_video(video, self.sampling) for video in request.videos]
+            media[self.config.video_token_id] = list(map(processor.plan_video, sampled))
+        elif request.videos:
+            raise ValueError(f"{self.name} takes pictures only, not a video; give its frames as images")
         return media
 
     def check_prompt(self, token_ids: Sequence[int], num_vision_tokens: int) -> None:
@@ -168,11 +126,22 @@ def content_seed(token_ids: Sequence[int], media: Sequence[VisionInput]) -> int:
     return seed
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a model is surrounded; see `load`."""
+
+    image_aspect_ratio: str = DEFAULT_ASPECT_RATIO
+    template: str | None = None
+    max_pixels: int | None = None
+    sampling: FrameSampling | None = None
+
+
 def load(
-    name_or_folder: str | Path,
+    model: "str | Path | HeldModel",
     *,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = torch.float32,
+    processor: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     image_aspect_ratio: str = DEFAULT_ASPECT_RATIO,
     template: str | None = None,
     attention: str = "auto",
@@ -181,13 +150,17 @@ def load(
     sampling: FrameSampling | None = None,
     tensor_parallel: int = 1,
 ) -> VisionLanguageModel:
-    """Load a model by its name in MODELS, or from a folder in the layout of the official checkpoints.
+    """Load a model by name, from the Hub, from a folder, or around a transformers model that is in memory.
 
     Args:
-        name_or_folder: a directory with a config.json is taken as a folder, everything else as a name.
-        dtype: a floating torch.dtype, or its name.
+        model: a name in MODELS; an id on the Hugging Face Hub (OWNER/NAME); either may end with @REVISION; a folder in the
+            layout of the official checkpoints; or a transformers model, whose weights are shared and not copied.
+        processor: of a transformers model, with its tokenizer and its image_processor.
+        device: None is "cpu", or where a transformers model lies.
+        dtype: a floating torch.dtype, or its name; None is float32, or that of a transformers model.
         image_aspect_ratio: how LLaVA-1.5 makes a picture square: "pad" (as the papers do) or "crop" (as llava-hf does).
-        template: name in prompts.TEMPLATES; None is the model's own.
+        template: a name in prompts.TEMPLATES, or "checkpoint" for the chat template in the folder; None is the papers' where
+            their decoder is this one, else the folder's.
         attention: back end, see attention.resolve_backend; model.language_model.attention names the one that runs.
         weights: for a named model, a local folder of its official checkpoint that is read instead of the Hub.
         max_pixels: the most that Qwen2-VL leaves of a picture or frame; None is the checkpoint's own bound.
@@ -199,73 +172,104 @@ def load(
     Raises:
         ValueError: an unknown name or option, a back end that cannot run here, a checkpoint that is not exactly right.
         FileNotFoundError: a folder without config.json, weights or tokenizer.
-        WeightsUnavailable: a named model that can be neither found nor downloaded.
+        WeightsUnavailable: a model that can be neither found nor downloaded.
     """
-    mesh = None
-    if tensor_parallel != 1:
-        processes = join_processes(torch.device(device).type, tensor_parallel)
-        mesh, device = tensor_mesh(torch.device(device).type, tensor_parallel), processes.device(str(device))
-    device, dtype = as_device(device), as_dtype(dtype)
-    attention = resolve_backend(attention, device, dtype)
-    if template is not None and template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}; choose one of: {', '.join(sorted(TEMPLATES))}")
-    spec, folder = locate(name_or_folder, weights)
-    config = VLMConfig.from_folder(folder)
-    family = FAMILIES[type(config)]
-    if max_pixels is not None and not isinstance(config, Qwen2VLConfig):
-        raise ValueError(f"max_pixels {max_pixels} has no meaning for {spec.name}: only Qwen2-VL's pictures come in any size")
-    if sampling is not None and config.video_token_id is None:
-        raise ValueError(f"{spec.name} takes pictures only: no frames of a video can be chosen for it")
+    options = Options(image_aspect_ratio, template, max_pixels, sampling)
+    if template not in (None, OWN_TEMPLATE):
+        named_template(str(template))
+    if not isinstance(model, str | Path):
+        return share(model, processor, device, dtype, attention, options)
+    if processor is not None:
+        raise ValueError(f"a processor belongs to a model in memory; {str(model)!r} comes with its own files")
+    place, mesh = find_place(device or "cpu", tensor_parallel)
+    number_format = as_dtype(torch.float32 if dtype is None else dtype)
+    attention = resolve_backend(attention, place, number_format)
+    spec, folder = locate(model, weights)
+    config, surroundings = surround(spec, folder, options)
     # The weights come last: everything else fails in milliseconds.
-    image_processor = media_processor(folder, config, image_aspect_ratio, max_pixels)
-    tokenizer = load_tokenizer(folder, config.vision_tokens)
-    model = load_model(folder, config, device=device, dtype=dtype, attention=attention, mesh=mesh)
-    template = template or spec.template or family.template
-    frames = sampling or (family.sampling if spec.frames is None else UniformSampling(spec.frames))
-    return VisionLanguageModel(spec.name, model, tokenizer, image_processor, template, frames, folder.resolve())
+    network = load_model(folder, config, device=place, dtype=number_format, attention=attention, mesh=mesh)
+    return VisionLanguageModel(model=network, folder=folder.resolve(), **surroundings)
 
 
-def locate(name_or_folder: str | Path, weights: str | Path | None = None) -> tuple[ModelSpec, Path]:
-    """Find what to load and its folder, downloading a named model that is not here; raises as `load`."""
-    name, folder = str(name_or_folder), Path(name_or_folder).expanduser()
-    is_folder = (folder / "config.json").is_file() or (name not in MODELS and folder.is_dir())
+def share(
+    model: HeldModel,
+    processor: Any,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    attention: str,
+    options: Options,
+) -> VisionLanguageModel:
+    """A transformers model in memory, with its own weights; raises as `load`."""
+    if not is_held_model(model):
+        raise ValueError(f"a model is a name, a folder or a transformers model, not {type(model).__name__}")
+    tensors, place, number_format = held_weights(model)
+    if device is not None and as_device(device) != place:
+        raise ValueError(f"the model in memory lies on {place}; move it with model.to({str(device)!r}) first")
+    if dtype is not None and as_dtype(dtype) != number_format:
+        raise ValueError(f"the model in memory is in {number_format}; convert it with model.to({as_dtype(dtype)}) first")
+    attention = resolve_backend(attention, place, number_format)
+    with TemporaryDirectory() as folder:
+        write_settings(model, processor, Path(folder))
+        spec = ModelSpec(held_name(model), "in memory")
+        config, surroundings = surround(spec, Path(folder), options)
+    return VisionLanguageModel(model=share_model(tensors, config, attention), folder=None, **surroundings)
+
+
+def surround(spec: ModelSpec, folder: Path, options: Options) -> tuple[VLMConfig, dict[str, Any]]:
+    """Everything but the weights, from the small files of a folder: the config, and fields of VisionLanguageModel."""
+    check_folder(folder)
+    config = VLMConfig.from_folder(folder)
+    if options.max_pixels is not None and not isinstance(config, Qwen2VLConfig):
+        raise ValueError(
+            f"max_pixels {options.max_pixels} has no meaning for {spec.name}: only Qwen2-VL's pictures come in any size"
+        )
+    if options.sampling is not None and config.video_token_id is None:
+        raise ValueError(f"{spec.name} takes pictures only: no frames of a video can be chosen for it")
+    template, conversation = find_conversation(folder, config, options.template or spec.template)
+    sampling = FAMILIES[type(config)].sampling if spec.frames is None else UniformSampling(spec.frames)
+    return config, {
+        "name": spec.name,
+        "tokenizer": load_tokenizer(folder, config.vision_tokens),
+        "image_processor": media_processor(folder, config, options.image_aspect_ratio, options.max_pixels),
+        "template": template,
+        "conversation": conversation,
+        "sampling": options.sampling or sampling,
+    }
+
+
+def find_place(device: str | torch.device, tensor_parallel: int) -> "tuple[torch.device, DeviceMesh | None]":
+    """Where this process computes, and the processes that it shares the decoder with."""
+    if tensor_parallel == 1:
+        return as_device(device), None
+    kind = torch.device(device).type
+    processes = join_processes(kind, tensor_parallel)
+    return as_device(processes.device(str(device))), tensor_mesh(kind, tensor_parallel)
+
+
+def locate(model: str | Path, weights: str | Path | None = None) -> tuple[ModelSpec, Path]:
+    """Find what to load and its folder, downloading a model that is not here; raises as `load`."""
+    folder = Path(model).expanduser()
+    is_folder = (folder / "config.json").is_file() or (str(model) not in MODELS and folder.is_dir())
     if is_folder and weights is None:
         return ModelSpec(folder.resolve().name, "local folder"), folder
-    if name not in MODELS:
-        raise ValueError(
-            f"unknown model {name!r}; choose one of: {', '.join(MODELS)}; or give the folder of a checkpoint"
-            + ("" if weights is None else " without naming other weights")
-        )
-    spec = MODELS[name]
-    return spec, download(spec) if weights is None else Path(weights).expanduser()
+    if is_folder:
+        raise ValueError(f"{folder} is a folder; choose one of: {', '.join(MODELS)}; or give the folder without other weights")
+    spec = find_spec(str(model))
+    return spec, find_folder(spec) if weights is None else Path(weights).expanduser()
 
 
-def download(spec: ModelSpec) -> Path:
-    """The folder of a named model: weights/NAME where that is there, else the Hub's, in its cache.
-
-    What is in the cache is not fetched again, so an interrupted download goes on with the file that it had come to. The
-    Hub is the one that huggingface_hub is set to (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE).
-    Raises WeightsUnavailable where neither has it.
-    """
-    if (spec.folder / "config.json").is_file():
+def find_folder(spec: ModelSpec) -> Path:
+    """The folder of a model: weights/NAME where that is there, else the Hub's; raises WeightsUnavailable where neither is."""
+    if spec.has_local_copy:
         return spec.folder
     if spec.repository is None:
         raise WeightsUnavailable(
             f"{spec.name}: its weights come with the repository, but {spec.folder} is not there\n"
             "work in a clone of the repository (pip install -e .), or give a copy of the folder with --weights DIR"
         )
-    import huggingface_hub  # here: it takes a second to import, and the shipped model never needs it
+    from .hub import download  # here: it takes a second to import, and the shipped models never need it
 
-    try:
-        return Path(huggingface_hub.snapshot_download(spec.repository, allow_patterns=list(DOWNLOADED_FILES)))
-    except Exception as error:  # the library's HTTP client, and so its errors, changed from release to release
-        reason = str(error).strip().partition("\n")[0]
-        raise WeightsUnavailable(
-            f"{spec.name}: cannot get {spec.repository} from {huggingface_hub.constants.ENDPOINT} "
-            f"({type(error).__name__}: {reason})\n"
-            "give a local copy with --weights DIR, or fetch it where there is a network: "
-            f"hf download {spec.repository} --local-dir {os.path.relpath(spec.folder)}"
-        ) from error
+    return download(spec)
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -78,12 +78,12 @@ def newline_columns(vlm: VisionLanguageModel, medium: VisionInput) -> int:
 
 
 def seen_pictures(vlm: VisionLanguageModel, request: Request, media: Sequence[VisionInput]) -> list[Image.Image]:
-    """The pictures of a request, and those frames of its video that have tokens of their own, in the order of the tokens."""
-    processor, pictures = vlm.image_processor, iter(request.images)
+    """The pictures of a request, and those frames of its videos that have tokens of their own, in the order of the tokens."""
+    processor, pictures, videos = vlm.image_processor, iter(request.images), iter(request.videos)
     seen: list[Image.Image] = []
     for medium in media:
-        if medium.is_video and request.video is not None:
-            frames = read_frames(request.video, vlm.sampling, shrink)
+        if medium.is_video:
+            frames = read_frames(next(videos), vlm.sampling, shrink)
             seen += frames[:: -(-len(frames) // medium.grids[0][0])]
         else:
             picture = open_image(next(pictures))

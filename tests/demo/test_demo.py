@@ -16,7 +16,8 @@ from nanovlm_v2drop.demo.steps import initialise, train_instruct, train_tower, t
 from nanovlm_v2drop.demo.train import DEMOS
 from nanovlm_v2drop.inference import prefill
 from nanovlm_v2drop.loading.zoo import MODELS, load
-from nanovlm_v2drop.processing.prompts import Request, load_tokenizer
+from nanovlm_v2drop.processing.prompts import Request
+from nanovlm_v2drop.processing.tokenizer import load_tokenizer
 from nanovlm_v2drop.tasks import load_task
 
 THINGS = (scenes.Thing("red", "circle", 3, 40, 40, 28), scenes.Thing("blue", "star", 8, 100, 110, 30))

@@ -18,7 +18,8 @@ from nanovlm_v2drop.demo.train_video import clip_features
 from nanovlm_v2drop.demo.warm_start import warm_start
 from nanovlm_v2drop.inference import generate, prefill
 from nanovlm_v2drop.loading.zoo import MODELS, load
-from nanovlm_v2drop.processing.prompts import Request, load_tokenizer
+from nanovlm_v2drop.processing.prompts import Request
+from nanovlm_v2drop.processing.tokenizer import load_tokenizer
 from nanovlm_v2drop.tasks.demo_video import DemoVideo, chance, held_out
 
 DEMO = DEMOS["demo-video"]

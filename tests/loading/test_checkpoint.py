@@ -15,7 +15,8 @@ from tiny import logits_of
 from torch import Tensor
 
 from nanovlm_v2drop.loading import checkpoint
-from nanovlm_v2drop.loading.checkpoint import CheckpointError, load_model
+from nanovlm_v2drop.loading.checkpoint import load_model
+from nanovlm_v2drop.loading.files import CheckpointError
 from nanovlm_v2drop.models.config import VLMConfig
 from nanovlm_v2drop.models.linear import PrepackedLinear, can_prepack
 from nanovlm_v2drop.models.vlm import LlavaModel, VisionInput
@@ -270,8 +271,13 @@ EDITS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     ),
     "quantised": (
         lambda t: t.update({DOWN_PROJ: t[DOWN_PROJ].to(torch.int8), f"{DOWN_PROJ}_scale": torch.ones(48)}),
-        r"quantised weights are not supported: language_model\.model\.layers\.3\.mlp\.down_proj\.weight "
-        r"\(model\.safetensors\) is I8; use a checkpoint in one of F64, F32, F16, BF16",
+        r"is a quantised checkpoint \(FP8 or INT8: it stores language_model\.model\.layers\.3\.mlp\.down_proj\.weight_scale "
+        r"\(model\.safetensors\)\), which is not supported; use the original checkpoint with 16- or 32-bit weights",
+    ),
+    "integers": (
+        lambda t: t.update({DOWN_PROJ: t[DOWN_PROJ].to(torch.int8)}),
+        r"quantised weights are not supported: .*down_proj\.weight \(model\.safetensors\) is I8; use a checkpoint in one of "
+        r"F64, F32, F16, BF16",
     ),
     "float8": (
         lambda t: t.update({DOWN_PROJ: t[DOWN_PROJ].to(torch.float8_e4m3fn)}),
@@ -293,7 +299,7 @@ def test_layers_that_are_not_stored_are_refused_before_any_is_built(
     raw["text_config"]["num_hidden_layers"] = 1000
     (folder / "config.json").write_text(json.dumps(raw))
     monkeypatch.setattr(checkpoint, "MODEL_CLASSES", {})  # building any model would now be a KeyError
-    with pytest.raises(CheckpointError, match=r"num_hidden_layers 1000, but the weights hold 6 decoder layers"):
+    with pytest.raises(CheckpointError, match=r"the decoder has 1000 layers, but the weights hold 6;"):
         load_folder(folder)
 
 

@@ -1,10 +1,5 @@
 """Loading by name and by folder, downloads from a Hub of our own, and requests that become packed inputs."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_hub import serve
 from PIL import Image
 from safetensors.torch import save_file
-from test_checkpoint import write_shards
 from torch import Tensor
 
 from nanovlm_v2drop.loading import specs, zoo
 from nanovlm_v2drop.loading.specs import MODELS, ModelSpec
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, WeightsUnavailable, load
-from nanovlm_v2drop.models.config import LlavaConfig, LlavaNextConfig
-from nanovlm_v2drop.processing import prompts
 from nanovlm_v2drop.processing.prompts import Request, build_prompt
 
 ROOT = Path(__file__).parents[2]
@@ -76,14 +67,6 @@ def test_a_folder_below_weights_comes_before_the_hub(name: str, empty_weights_fo
     assert load(name).name == name
 
 
-def test_llava_1_5_and_1_6_are_asked_by_the_one_default_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "DEFAULT_TEMPLATE", "hub")
-    spec = importlib.util.spec_from_file_location("nanovlm_v2drop.loading.zoo_anew", zoo.__file__)
-    anew = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(anew)
-    assert {anew.FAMILIES[kind].template for kind in (LlavaConfig, LlavaNextConfig)} == {"hub"}
-
-
 def test_a_folder_of_the_same_name_counts_only_with_a_config(
     empty_weights_folder: Path, tiny_llava_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +80,7 @@ def test_a_folder_of_the_same_name_counts_only_with_a_config(
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "name": (
-        {"name_or_folder": "llava-9"},
+        {"model": "llava-9"},
         "unknown model 'llava-9'; choose one of: demo, demo-video, llava-1.5-7b, llava-1.5-13b, .*qwen2-vl-72b;",
     ),
     "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'; choose one of: float32, bfloat16, float16, float64"),
@@ -106,7 +89,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "flash on a CPU": ({"attention": "flash-attn"}, "'flash-attn' cannot run: it needs a CUDA device, not cpu"),
     "template": ({"template": "chatml"}, "unknown template 'chatml'; choose one of: hub, qwen2_vl, qwen_1_5, qwen_hub, vic"),
     "aspect ratio": ({"image_aspect_ratio": "anyres"}, "unknown image_aspect_ratio 'anyres'; choose one of: pad, crop"),
-    "folder and weights": ({"weights": "elsewhere"}, "or give the folder of a checkpoint without naming other weights"),
+    "folder and weights": ({"weights": "elsewhere"}, "or give the folder without other weights"),
 }
 
 
@@ -117,7 +100,7 @@ def test_a_wrong_option_fails_before_any_weight_is_read(
     arguments, message = OPTIONS[option]
     monkeypatch.setattr(zoo, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match=message):
-        load(**{"name_or_folder": tiny_llava_folder, **arguments})
+        load(**{"model": tiny_llava_folder, **arguments})
 
 
 def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
@@ -220,88 +203,6 @@ def test_a_missing_shipped_model_says_what_to_do(empty_weights_folder: Path) -> 
     with pytest.raises(WeightsUnavailable, match=r"weights/demo is not there\n.*--weights DIR") as caught:
         load("demo")
     assert str(caught.value).count("\n") == 1
-
-
-def run_load(name: str, endpoint: str, cache: Path, offline: bool = False) -> list[Any]:
-    """Load a model in a fresh process, as huggingface_hub reads its environment on import: its total, or the error."""
-    cache.mkdir(exist_ok=True)
-    script = (
-        "import json, sys\n"
-        "from nanovlm_v2drop.loading import specs, zoo\n"
-        "specs.WEIGHTS_FOLDER = zoo.Path('weights').absolute()\n"
-        "zoo.MODELS['absent'] = zoo.ModelSpec('absent', 'not on the hub', 'nobody/absent')\n"
-        "try:\n"
-        "    vlm = zoo.load(sys.argv[1])\n"
-        "    print(json.dumps(float(sum(p.double().sum() for p in vlm.model.parameters()))))\n"
-        "except zoo.WeightsUnavailable as error:\n"
-        "    print(json.dumps(str(error)))\n"
-    )
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment = kept | {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(cache),
-        "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "no_proxy": "*",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script, name], env=environment, cwd=cache, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def total(vlm: VisionLanguageModel) -> float:
-    return float(sum(parameter.double().sum() for parameter in vlm.model.parameters()))
-
-
-@pytest.fixture
-def hub_folder(copy_without_weights: Callable[..., Path], tiny_hub_tensors: dict[str, Tensor]) -> Path:
-    """What llava-hf's repository holds, and a pickle that nobody should fetch."""
-    folder = copy_without_weights("served")
-    write_shards(folder, tiny_hub_tensors)
-    (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    (folder / "README.md").write_text("model card")
-    return folder
-
-
-def test_an_interrupted_download_goes_on_and_is_then_served_from_the_cache(
-    vlm: VisionLanguageModel, hub_folder: Path, tmp_path: Path
-) -> None:
-    cache, expected = tmp_path / "cache", [pytest.approx(total(vlm))]
-    shard = "model-00003-of-00003.safetensors"
-    with serve({REPO: hub_folder}) as hub:
-        hub.failing = {shard}
-        (message,) = run_load("llava-1.5-7b", hub.endpoint, cache)
-        assert "503" in message
-        complete = {file.name for file in (cache / "hub").rglob("snapshots/*/*")}
-        assert complete
-
-        hub.failing, hub.cut, hub.downloads = set(), {shard: 5000}, []
-        assert run_load("llava-1.5-7b", hub.endpoint, cache) == expected
-        fetched = set(hub.downloads)
-        assert not fetched & complete
-        assert fetched | complete == {file.name for file in hub_folder.iterdir()} - {"pytorch_model.bin", "README.md"}
-        assert hub.downloads.count(shard) == 2  # the connection was lost once
-
-    assert run_load("llava-1.5-7b", hub.endpoint, cache, offline=True) == expected
-
-
-def test_an_unreachable_hub_and_an_absent_model_are_told_in_two_lines(tmp_path: Path) -> None:
-    (unreachable,) = run_load("llava-1.5-13b", "http://127.0.0.1:9", tmp_path)
-    first, second = unreachable.split("\n")
-    assert first.startswith("llava-1.5-13b: cannot get llava-hf/llava-1.5-13b-hf from http://127.0.0.1:9 (")
-    assert "refused" in first
-    assert second == (
-        "give a local copy with --weights DIR, or fetch it where there is a network: "
-        "hf download llava-hf/llava-1.5-13b-hf --local-dir weights/llava-1.5-13b"
-    )
-    with serve({}) as hub:
-        (absent,) = run_load("absent", hub.endpoint, tmp_path)
-    assert "RepositoryNotFoundError" in absent
-    assert absent.count("\n") == 1
 
 
 def test_a_new_model_is_one_entry(empty_weights_folder: Path, tiny_llava_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,11 +34,13 @@ from torch import Tensor
 
 from nanovlm_v2drop.dropping import DropSchedule, V2Drop
 from nanovlm_v2drop.inference import decode_one_token, generate, prefill
-from nanovlm_v2drop.loading.checkpoint import CheckpointError, load_model
+from nanovlm_v2drop.loading.checkpoint import load_model
+from nanovlm_v2drop.loading.files import CheckpointError
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
 from nanovlm_v2drop.models.config import LlavaOnevisionConfig, SiglipVisionConfig, TextConfig, VLMConfig
 from nanovlm_v2drop.models.vlm import LlavaOnevisionModel, PackedInputs, VisionInput
-from nanovlm_v2drop.processing.prompts import Request, build_prompt, load_tokenizer
+from nanovlm_v2drop.processing.prompts import Request, build_prompt
+from nanovlm_v2drop.processing.tokenizer import load_tokenizer
 
 Tensors = dict[str, Tensor]
 CPU = torch.device("cpu")

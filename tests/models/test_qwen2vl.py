@@ -32,7 +32,7 @@ from torch import Tensor
 
 from nanovlm_v2drop.dropping import DropSchedule, V2Drop
 from nanovlm_v2drop.inference import decode_one_token, decode_tokens, generate, prefill
-from nanovlm_v2drop.loading.checkpoint import CheckpointError
+from nanovlm_v2drop.loading.files import CheckpointError
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
 from nanovlm_v2drop.models.config import Qwen2VLConfig, Qwen2VLVisionConfig, TextConfig, VLMConfig
 from nanovlm_v2drop.models.vlm import PackedInputs

@@ -1,143 +1,22 @@
-"""Prompts and tokenizers: literal templates, and two tokenizer formats that must agree with each other and upstream."""
+"""Prompts: literal templates, the place of pictures and videos, and requests that cannot be meant."""
 
-import io
-import json
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama import IMAGE_TOKEN_ID, llama_tokenizer, train_sentencepiece
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from nanovlm_v2drop.models.vlm import VisionInput
-from nanovlm_v2drop.processing.prompts import (
-    DEFAULT_TEMPLATE,
-    TEMPLATES,
-    Request,
-    build_prompt,
-    encode_prompt,
-    load_tokenizer,
-)
-
-SENTENCES = [
-    "A chat between a curious user and an artificial intelligence assistant.",
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    "USER: What is shown in the picture? ASSISTANT: A red square  stands left of a blue circle.",
-    "How many circles are there? Answer with one word. 0 1 2 3 4 5 6 7 8 9",
-    "Über den Straßen: café, naïve, 東京の空, привет мир.",
-] * 4
-VOCAB_SIZE = 440
-IMAGE_TOKEN_ID, PAD_TOKEN_ID = VOCAB_SIZE, VOCAB_SIZE + 1
-SPECIAL_TOKENS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": IMAGE_TOKEN_ID, "<pad>": PAD_TOKEN_ID}
-PROBES = [
-    "",
-    " ",
-    "Hello world",
-    " leading and trailing ",
-    "two  three   spaces",
-    "line\nbreak\n\n\ttab\r\n",
-    "naïve café 東京 привет",
-    "emoji 🙂👩‍👩‍👧 and unseen ∮ 𝔘",
-    "typed ▁ underscore and <0x0A> byte",
-    "12345 + 678",
-    "nul \0 byte",
-    "<image>",
-    "<image>\nWhat is this?",
-    "USER: <image>\nWhat? ASSISTANT:",
-    "<image><image> <image>x<pad>y",
-    "a</s><s> b<unk>c",
-    "<imag> <image > < image>",
-]
-
-
-def train_sentencepiece() -> bytes:
-    """A LLaMA-like model (the same trainer settings as LLaMA's own), deterministic and tiny."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES),
-        model_writer=model,
-        vocab_size=VOCAB_SIZE,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
-def merges_of(processor: sentencepiece.SentencePieceProcessor, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, best score first."""
-    merges = []
-    for piece, token_id in vocabulary.items():
-        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [(left, right) for left, right in halves if left in vocabulary and right in vocabulary]
-        merges += [(-processor.get_score(token_id), vocabulary[left], left, right) for left, right in known]
-    return [(left, right) for _, _, left, right in sorted(merges)]
-
-
-def llama_tokenizer(model: bytes) -> Tokenizer:
-    """The tokenizer.json that LLaVA-1.5 ships, made for our tiny vocabulary."""
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    vocabulary = {processor.id_to_piece(token_id): token_id for token_id in range(VOCAB_SIZE)}
-    merges = merges_of(processor, vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
-    return tokenizer
+from nanovlm_v2drop.processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, build_prompt, encode_prompt
+from nanovlm_v2drop.processing.tokenizer import JsonTokenizer
 
 
 @pytest.fixture(scope="module")
-def model() -> bytes:
-    return train_sentencepiece()
-
-
-@pytest.fixture(scope="module")
-def json_folder(tmp_path_factory: pytest.TempPathFactory, model: bytes) -> Path:
-    folder = tmp_path_factory.mktemp("json")
-    llama_tokenizer(model).save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "legacy": False,
-        "clean_up_tokenization_spaces": False,
-        "bos_token": "<s>",
-        "eos_token": {"content": "</s>", "__type": "AddedToken"},
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory, model: bytes) -> Path:
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "tokenizer.model").write_bytes(model)
-    (folder / "added_tokens.json").write_text(json.dumps({"<image>": IMAGE_TOKEN_ID, "<pad>": PAD_TOKEN_ID}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def from_json(json_folder: Path):
-    return load_tokenizer(json_folder)
-
-
-@pytest.fixture(scope="module")
-def from_sentencepiece(sentencepiece_folder: Path):
-    return load_tokenizer(sentencepiece_folder)
-
-
-@pytest.fixture(scope="module")
-def official(json_folder: Path):
-    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(json_folder)
+def from_json() -> JsonTokenizer:
+    return JsonTokenizer(llama_tokenizer(train_sentencepiece()), "<s>", "</s>")
 
 
 def picture() -> Image.Image:
@@ -222,154 +101,11 @@ def test_placeholder_count_must_match_the_pictures(text, num_images, counts):
         build_prompt(Request(text=text, images=[picture()] * num_images))
 
 
-# Tokenizers
-
-
-@pytest.mark.parametrize("text", PROBES)
-def test_both_formats_give_the_official_ids(text, from_json, from_sentencepiece, official):
-    assert from_json.encode(text) == official.encode(text)
-    assert from_sentencepiece.encode(text) == official.encode(text)
-
-
-@pytest.mark.parametrize("text", PROBES)
-def test_both_formats_decode_as_the_official_tokenizer(text, from_json, from_sentencepiece, official):
-    token_ids = official.encode(text)
-    expected = official.decode(token_ids, skip_special_tokens=True)
-    assert from_json.decode(token_ids) == expected
-    assert from_sentencepiece.decode(token_ids) == expected
-
-
-pieces = st.sampled_from([*SPECIAL_TOKENS, " ", "  ", "▁", "\n", "What", "picture", "🙂", "東", "<0x41>"]) | st.text(
-    max_size=8
-)
-
-
-@given(text=st.lists(pieces, max_size=8).map("".join))
-@settings(max_examples=300, deadline=None)
-def test_both_formats_give_equal_ids_for_any_text(text, from_json, from_sentencepiece):
-    assert from_sentencepiece.encode(text) == from_json.encode(text)
-
-
-@given(token_ids=st.lists(st.integers(0, PAD_TOKEN_ID + 5), max_size=12))
-@settings(max_examples=300, deadline=None)
-def test_both_formats_decode_any_ids_equally(token_ids, from_json, from_sentencepiece):
-    assert from_sentencepiece.decode(token_ids) == from_json.decode(token_ids)
-
-
-@given(text=st.text().filter(lambda text: not any(special in text for special in SPECIAL_TOKENS)))
-@settings(max_examples=100, deadline=None)
-def test_decode_returns_the_text_that_was_encoded(text, from_json, from_sentencepiece):
-    assert from_sentencepiece.decode(from_json.encode(text)) == text.replace("▁", " ")
-
-
-def test_word_after_a_special_token_gets_its_prefix_again(from_json, from_sentencepiece):
-    prefix = from_json.token_to_id("▁")
-    for tokenizer in (from_json, from_sentencepiece):
-        assert tokenizer.encode("<image>\nWhat")[:4] == [1, IMAGE_TOKEN_ID, prefix, tokenizer.token_to_id("<0x0A>")]
-
-
-def test_special_tokens_and_padded_rows_leave_no_trace_in_the_text(from_json, from_sentencepiece):
-    for tokenizer in (from_json, from_sentencepiece):
-        token_ids = [*tokenizer.encode("red square"), IMAGE_TOKEN_ID, PAD_TOKEN_ID, 2, PAD_TOKEN_ID + 60]
-        assert tokenizer.decode(token_ids) == "red square"
-
-
-def test_both_formats_know_the_same_tokens(from_json, from_sentencepiece, official):
-    for tokenizer in (from_json, from_sentencepiece):
-        assert len(tokenizer) == len(official) == VOCAB_SIZE + 2
-        assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (official.bos_token_id, official.eos_token_id)
-        assert {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS} == SPECIAL_TOKENS
-        assert tokenizer.token_to_id("no such token") is None
-
-
-def test_special_tokens_default_to_llamas_where_the_folder_names_none(tmp_path, json_folder):
-    (tmp_path / "tokenizer.json").write_bytes((json_folder / "tokenizer.json").read_bytes())
-    tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
-
-
-def test_special_token_set_to_null_is_absent(tmp_path, json_folder):
-    (tmp_path / "tokenizer.json").write_bytes((json_folder / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": "<pad>"}')
-    tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (None, PAD_TOKEN_ID)
-
-
-def test_cutting_and_padding_stored_in_the_file_are_ignored(tmp_path, model, from_json):
-    tokenizer = llama_tokenizer(model)
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=50)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    text = "What is shown in the picture?"
-    assert load_tokenizer(tmp_path).encode(text) == from_json.encode(text)
-
-
-# Folders
-
-
-def test_original_layout_gets_its_image_token_from_the_caller(tmp_path, model, from_json):
-    (tmp_path / "tokenizer.model").write_bytes(model)
-    tokenizer = load_tokenizer(tmp_path, {"<image>": IMAGE_TOKEN_ID})
-    assert tokenizer.encode("a <image>\nb") == from_json.encode("a <image>\nb")
-    assert len(tokenizer) == VOCAB_SIZE + 1
-
-
-def test_original_layout_without_an_image_token_id_is_refused(tmp_path, model):
-    (tmp_path / "tokenizer.model").write_bytes(model)
-    with pytest.raises(ValueError, match="does not know <image>; pass the config's vision_tokens"):
-        load_tokenizer(tmp_path)
-
-
-def test_json_without_an_image_token_takes_the_callers_as_the_next_id(tmp_path, model):
-    tokenizer = json.loads(llama_tokenizer(model).to_str())
-    tokenizer["added_tokens"] = tokenizer["added_tokens"][:3]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert load_tokenizer(tmp_path).token_to_id("<image>") is None
-    assert IMAGE_TOKEN_ID in load_tokenizer(tmp_path, {"<image>": IMAGE_TOKEN_ID}).encode("a <image>")
-    with pytest.raises(ValueError, match=f"is token {IMAGE_TOKEN_ID}, but the model's config says 500"):
-        load_tokenizer(tmp_path, {"<image>": 500})
-
-
-@pytest.mark.parametrize("folder", ["json_folder", "sentencepiece_folder"])
-def test_image_token_id_that_disagrees_with_the_folder_is_refused(folder, request):
-    folder = request.getfixturevalue(folder)
-    assert load_tokenizer(folder, {"<image>": IMAGE_TOKEN_ID}).token_to_id("<image>") == IMAGE_TOKEN_ID
-    with pytest.raises(ValueError, match=f"is token {IMAGE_TOKEN_ID}, but the model's config says 7"):
-        load_tokenizer(folder, {"<image>": 7})
-
-
-@pytest.mark.parametrize("taken_id", [300, 0, -200])
-def test_image_token_cannot_take_an_ordinary_tokens_id(tmp_path, model, taken_id):
-    (tmp_path / "tokenizer.model").write_bytes(model)
-    with pytest.raises(ValueError, match=f"token id {taken_id} cannot stand for <image>: ids 0 to {VOCAB_SIZE - 1}"):
-        load_tokenizer(tmp_path, {"<image>": taken_id})
-
-
-def test_json_is_preferred_over_sentencepiece(tmp_path, json_folder):
-    (tmp_path / "tokenizer.json").write_bytes((json_folder / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer.model").write_bytes(b"never read")
-    assert load_tokenizer(tmp_path).encode("a")[0] == 1
-
-
-def test_folder_without_a_tokenizer_is_an_error_that_names_the_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"looked for tokenizer\.json and tokenizer\.model"):
-        load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-@pytest.mark.parametrize("content", [b"", b"not a tokenizer"])
-def test_broken_tokenizer_file_is_an_error_that_names_it(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"cannot read .*{name}"):
-        load_tokenizer(tmp_path, {"<image>": IMAGE_TOKEN_ID})
-
-
 # Prompt to ids
 
 
 def medium(num_tokens: int) -> VisionInput:
     return VisionInput(torch.zeros(0), ((1, 1, num_tokens),), (1, 1))
-
 
 
 def test_each_image_token_is_repeated_once_per_feature(from_json):
@@ -399,9 +135,86 @@ def test_media_come_in_the_order_of_their_tokens(from_json):
     assert ordered == [first, video, second]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "tokens_per_image", "counts"), [("a", [4], "0 .* 1"), ("<image> <image>", [4], "2 .* 1")]
-)
+@pytest.mark.parametrize(("prompt", "tokens_per_image", "counts"), [("a", [4], "0 .* 1"), ("<image> <image>", [4], "2 .* 1")])
 def test_image_token_count_must_match_the_pictures(from_json, prompt, tokens_per_image, counts):
     with pytest.raises(ValueError, match=f"has {counts.replace(' .* ', ' image or video tokens .* but ')} pictures"):
         encode_prompt(from_json, prompt, {IMAGE_TOKEN_ID: list(map(medium, tokens_per_image))})
+
+
+# Several videos, and marks that are only text
+
+VIDEO_TEMPLATES = {"qwen_1_5": "<video>\n", "qwen2_vl": "<|vision_start|><|video_pad|><|vision_end|>"}
+
+
+@pytest.mark.parametrize("template", VIDEO_TEMPLATES)
+def test_two_videos_come_before_the_question(template):
+    prompt = build_prompt(Request(text="Which is longer?", video=["a.mp4", "b.mp4"]), template)
+    assert f"user\n{VIDEO_TEMPLATES[template] * 2}Which is longer?" in prompt
+
+
+def test_two_videos_stand_where_the_question_places_them():
+    prompt = build_prompt(Request(text="Is <video> before <video>?", video=["a.mp4", "b.mp4"]), "qwen_1_5")
+    assert "user\nIs <video> before <video>?" in prompt
+
+
+def test_pictures_and_videos_without_a_place_stand_before_the_question_in_that_order():
+    prompt = build_prompt(Request(text="What?", images=[picture()], video=["a.mp4", "b.mp4"]), "hub")
+    assert prompt == "USER: <image>\n<video>\n<video>\nWhat? ASSISTANT:"
+
+
+FRAMES = [picture(), picture()]
+SOURCES = {
+    "none": (None, []),
+    "a file": ("a.mp4", ["a.mp4"]),
+    "a path": (Path("a.mp4"), [Path("a.mp4")]),
+    "frames": (FRAMES, [FRAMES]),
+    "files of frames": (["1.png", Path("2.JPG")], [["1.png", Path("2.JPG")]]),
+    "two files": (["a.mp4", Path("b.mkv")], ["a.mp4", Path("b.mkv")]),
+    "one file in a list": (["a.mp4"], ["a.mp4"]),
+    "frames twice": ([FRAMES, FRAMES], [FRAMES, FRAMES]),
+    "a file and frames": (["a.mp4", FRAMES], ["a.mp4", FRAMES]),
+    "no frame": ([], [[]]),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_a_list_of_pictures_is_one_video_and_any_other_list_is_several(case):
+    given_video, expected = SOURCES[case]
+    assert Request(text="What?", video=given_video).videos == expected
+
+
+@pytest.mark.parametrize("text", ["What does <video> do in HTML?", "<video>", "<video> and <video>"])
+def test_a_mark_of_a_video_is_text_for_a_model_without_videos(text):
+    request = Request(text=text, images=[picture()])
+    assert build_prompt(request, "hub", ("<image>",)) == f"USER: <image>\n{text} ASSISTANT:"
+
+
+@pytest.mark.parametrize("text", ["What does <image> do in XML?", "<image>", "<image> or <video>?"])
+def test_both_marks_are_text_for_a_model_that_spells_its_tokens_otherwise(text):
+    prompt = build_prompt(Request(text=text), "qwen2_vl", ("<|image_pad|>", "<|video_pad|>"))
+    assert f"user\n{text}<|im_end|>" in prompt
+
+
+def test_a_mark_that_is_a_token_of_the_model_needs_its_picture():
+    with pytest.raises(ValueError, match="has 1 <image> but 0 pictures are given"):
+        build_prompt(Request(text="What does <image> do?"), "hub", ("<image>",))
+    with pytest.raises(ValueError, match="has 2 <image> but 1 pictures are given"):
+        build_prompt(Request(text="<image><image>", images=[picture()]), "qwen2_vl", ("<|image_pad|>", "<|video_pad|>"))
+
+
+BAD_TEXTS = {
+    "Latin-1 on a UTF-8 command line": ("text", "caf\udce9?", r"the text is not valid Unicode: character 3 is '\\udce9'"),
+    "half of a pair": ("text", "a\ud83d", r"the text is not valid Unicode: character 1 is '\\ud83d'"),
+    "half of a pair in a prompt": ("prompt", "\udc00", r"the prompt is not valid Unicode: character 0 .* not UTF-8"),
+    "bytes": ("text", b"What?", "the text must be a str, got bytes"),
+    "a number": ("text", 5, "the text must be a str, got int"),
+    "a list": ("prompt", ["What?"], "the prompt must be a str, got list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_a_text_that_is_no_unicode_is_refused_in_one_line(case):
+    field, value, message = BAD_TEXTS[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        Request(**{field: value})
+    assert "\n" not in str(caught.value)
