@@ -27,7 +27,7 @@ def test_the_choices_that_are_read_from_source_are_those_that_run():
     assert set(choices.tasks()) == set(TASKS)
     assert choices.ablations() == tuple(ABLATIONS)
     assert choices.attention_backends() == ("auto", *BACKENDS)
-    assert choices.templates() == tuple(TEMPLATES)
+    assert choices.templates() == (*TEMPLATES, "checkpoint")
     assert choices.aspect_ratios() == ASPECT_RATIOS
 
 

@@ -138,6 +138,6 @@ def beyond_demo(vlm: VisionLanguageModel, request: Request, arguments: argparse.
 
 
 def media_of(request: Request) -> list[Image.Image]:
-    """The pictures of a request, and one frame of its video."""
-    frames = [] if request.video is None else read_frames(request.video, UniformSampling(1))
+    """The pictures of a request, and one frame of each of its videos."""
+    frames = [frame for video in request.videos for frame in read_frames(video, UniformSampling(1))]
     return [open_image(picture) for picture in request.images] + frames

@@ -10,7 +10,7 @@ from ..evaluation.methods import find_methods
 from ..evaluation.plans import Plan, prompt_shape
 from ..inference import stream
 from ..loading.zoo import VisionLanguageModel
-from ..processing.prompts import QWEN_SYSTEM, TEMPLATES, VICUNA_SYSTEM, Request, build_prompt
+from ..processing.prompts import IMAGE_TOKEN, QWEN_SYSTEM, TEMPLATES, VICUNA_SYSTEM, VIDEO_TOKEN, Request, build_prompt
 from ..report.tables import printable
 from .ask import beyond_demo, question_about
 from .planning import load_model, plans_for
@@ -27,11 +27,12 @@ class Conversation:
 
     media: Request
     template: str
+    vision_tokens: tuple[str, ...] = (IMAGE_TOKEN, VIDEO_TOKEN)
     said: str = ""
 
     def request(self, question: str) -> Request:
         """What the model reads for the next question; raises ValueError as `build_prompt`."""
-        first = build_prompt(replace(self.media, text=question), self.template)
+        first = build_prompt(replace(self.media, text=question), self.template, self.vision_tokens)
         return replace(self.media, text=None, prompt=self.said + self.turn(question) if self.said else first)
 
     def turn(self, question: str) -> str:
@@ -55,7 +56,12 @@ def chat(arguments: argparse.Namespace) -> None:
     print(f"{vlm.name} answers with {plan.row}; an empty line or Ctrl-D ends the conversation")
     if note := beyond_demo(vlm, media, arguments):
         print(note)
-    conversation = Conversation(media, vlm.template)
+    if vlm.template not in TEMPLATES:
+        raise ValueError(
+            f"{vlm.name} is asked by its own {vlm.template}, which cannot continue a conversation here; "
+            f"give --template NAME, one of: {', '.join(sorted(TEMPLATES))}"
+        )
+    conversation = Conversation(media, vlm.template, tuple(vlm.config.vision_tokens))
     try:
         while question := input(PROMPT).strip():
             answer(vlm, plan, conversation, question)

@@ -8,7 +8,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-from ..loading.specs import DTYPE_NAMES, MODELS
+from ..loading.specs import DTYPE_NAMES, MODELS, OWN_TEMPLATE
 
 PACKAGE = Path(__file__).parents[1]
 DENSE, ALL = "dense", "all"
@@ -73,7 +73,7 @@ def attention_backends() -> tuple[str, ...]:
 
 
 def templates() -> tuple[str, ...]:
-    return listed_in("processing/prompts.py", "TEMPLATES")
+    return (*listed_in("processing/prompts.py", "TEMPLATES"), OWN_TEMPLATE)
 
 
 def aspect_ratios() -> tuple[str, ...]:

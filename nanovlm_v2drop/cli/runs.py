@@ -80,7 +80,8 @@ def announce(
     if processes.is_first:
         print(f"output: {output}")
         about = run_summary(vlm, [])
-        print(", ".join(f"{name} {about[name]}" for name in ("model", "device", "dtype", "attention", "decode_attention")))
+        named = ("model", "device", "dtype", "attention", "decode_attention", "template")
+        print(", ".join(f"{name} {about[name]}" for name in named))
         for name, own in plans.items():
             print(plan_line(name, questions[name], own, arguments.seeds), flush=True)
     before = ((record.task, record.plan, record.sample_id) for record in read_records(output))

@@ -139,9 +139,7 @@ def stream(
 ) -> Iterator[str]:
     """The answer to one request piece by piece, as it is decoded; the pieces joined are the answer's text.
 
-    A character is held back until all its bytes are there. (The text around an answer that ends inside a character may
-    differ from that of `generate`: the tokenizer decodes a run of bytes as a whole.)
-    Options and errors are those of `generate`.
+    A character is held back until all its bytes are there. Options and errors are those of `generate`.
     """
     budget = check_options(dropper, tokens, retain, max_new_tokens)
 

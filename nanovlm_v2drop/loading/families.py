@@ -12,8 +12,8 @@ from ..processing.images_qwen2 import Qwen2VLImageProcessor
 from ..processing.opening import ImageSource
 from ..processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Conversation, named_template
 from ..processing.video import FpsSampling, FrameSampling, SampledVideo, UniformSampling
+from .specs import OWN_TEMPLATE
 
-OWN_TEMPLATE = "checkpoint"  # the name that chooses the chat template of the folder
 VICUNA_TYPES = (None, "llama", "llava", "llava_llama")  # model_type of its decoder in config.json
 VICUNA_VOCABULARY = 33_000  # larger ones are those of Llama 3 and Yi, which are asked otherwise
 
@@ -61,7 +61,7 @@ def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, ma
 def papers_template(folder: Path, config: VLMConfig) -> str | None:
     """The named template with which the papers ask this model; None where its decoder is another than theirs."""
     raw = read_json_object(folder / "config.json")
-    text = raw.get("text_config") or raw
+    text = raw.get("text_config", raw)  # the original files are flat
     if isinstance(config, Qwen2VLConfig):
         known = True
     elif isinstance(config, LlavaOnevisionConfig):

@@ -19,10 +19,10 @@ from ..processing.prompts import Conversation, Request, build_prompt, encode_pro
 from ..processing.tokenizer import Tokenizer, load_tokenizer
 from ..processing.video import FrameSampling, UniformSampling, sample_video
 from .checkpoint import load_model, share_model
-from .families import FAMILIES, OWN_TEMPLATE, MediaProcessor, find_conversation, media_processor
+from .families import FAMILIES, MediaProcessor, find_conversation, media_processor
 from .files import check_folder
 from .in_memory import HeldModel, held_name, held_weights, is_held_model, write_settings
-from .specs import DTYPE_NAMES, MODELS, ModelSpec, WeightsUnavailable, find_spec
+from .specs import DTYPE_NAMES, MODELS, OWN_TEMPLATE, ModelSpec, WeightsUnavailable, find_spec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

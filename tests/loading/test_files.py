@@ -42,6 +42,11 @@ def change_config(folder: Path, **changes: Any) -> None:
     put(folder, "config.json", {**json.loads((folder / "config.json").read_text()), **changes})
 
 
+def change_depth(folder: Path, section: str) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    change_config(folder, **{section: {**raw[section], "num_hidden_layers": 900}})
+
+
 def rename(folder: Path, tensors: Tensors, new_name: Callable[[str], str]) -> None:
     save_file({new_name(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
 
@@ -114,11 +119,11 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         r"is a quantised checkpoint \(it holds llava-q4\.gguf\)",
     ),
     "more decoder layers than are stored": (
-        lambda f, _: change_config(f, text_config={**json.loads((f / "config.json").read_text())["text_config"], "num_hidden_layers": 900}),
+        lambda f, _: change_depth(f, "text_config"),
         r"config\.json says that the decoder has 900 layers, but the weights hold 6; is it the config\.json of this checkpoint",
     ),
     "more vision layers than are stored": (
-        lambda f, _: change_config(f, vision_config={**json.loads((f / "config.json").read_text())["vision_config"], "num_hidden_layers": 900}),
+        lambda f, _: change_depth(f, "vision_config"),
         r"config\.json says that the vision tower has 899 layers, but the weights hold 4",
     ),
 }  # fmt: skip

@@ -153,7 +153,7 @@ REFUSALS: dict[str, tuple[Refusal | None, list[str]]] = {
         Refusal(403, "", "Access to this resource is disabled."),
         ["DisabledRepoError", "Access to this resource is disabled.", "use another checkpoint"],
     ),
-    "broken/model": (Refusal(500, "", "lost the database"), ["500", "lost the database", "the Hub is out of order; try again later"]),
+    "broken/model": (Refusal(500, "", "lost the database"), ["500", "lost the database", "the Hub is out of order; try"]),
     "nobody/absent": (None, ["RepositoryNotFoundError", "check the spelling of nobody/absent", "There is no such folder here"]),
 }  # fmt: skip
 
