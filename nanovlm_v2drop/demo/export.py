@@ -35,6 +35,7 @@ def export_onevision(model: LlavaOnevisionModel, tokenizer: Tokenizer, output: P
 def write_folder(output: Path, tensors: dict[str, Tensor], tokenizer: Tokenizer, settings: dict[str, dict[str, Any]]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
+    (output / "model.safetensors").chmod(0o644)  # the library lets nobody else read it
     tokenizer.save(str(output / "tokenizer.json"))
     for name, content in settings.items():
         (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

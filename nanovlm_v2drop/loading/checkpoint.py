@@ -158,18 +158,19 @@ def check_depth(stored: Sequence[StoredTensor], config: VLMConfig, folder: Path)
             f"{folder} stores no vision tower: the original LLaVA checkpoints leave CLIP's weights out; "
             f"use the twin from llava-hf, which has them: {SAFETENSORS_TWINS}"
         )
-    depths = [("the decoder", DECODER_LAYER, config.text_config.num_hidden_layers)]
+    layers = config.text_config.num_hidden_layers
+    needed = [("decoder", f"num_hidden_layers {layers}", DECODER_LAYER, layers)]
     match config:
-        case LlavaConfig():
-            depths.append(("the vision tower", VISION_BLOCK, config.vision_layers_run))
-        case Qwen2VLConfig(vision_config=vision):
-            depths.append(("the vision tower", VISION_BLOCK, vision.depth))
-    for what, pattern, wanted in depths:
+        case LlavaConfig(vision_config=clip, vision_layers_run=run):
+            needed.append(("vision", f"vision_config.num_hidden_layers {clip.num_hidden_layers}", VISION_BLOCK, run))
+        case Qwen2VLConfig(vision_config=tower):
+            needed.append(("vision", f"vision_config.depth {tower.depth}", VISION_BLOCK, tower.depth))
+    for what, setting, pattern, wanted in needed:
         held = 1 + max((int(match[1]) for name in names if (match := pattern.match(name))), default=-1)
-        if held < wanted:
+        if held < wanted and (held or what == "decoder"):  # of a tower without any block, the tensors are named later
             raise CheckpointError(
-                f"{folder} lacks tensors of the model: config.json says that {what} has {wanted} layers, but the weights hold "
-                f"{held}; is it the config.json of this checkpoint, and is the download complete?"
+                f"{folder} lacks tensors of the model: config.json says {setting}, but the weights hold {held} {what} layers; "
+                "is it the config.json of this checkpoint, and is the download complete?"
             )
 
 

@@ -18,7 +18,13 @@ PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 SAFETENSORS_TWINS = (
     "liuhaotian/llava-v1.5-7b is llava-hf/llava-1.5-7b-hf there, liuhaotian/llava-v1.5-13b is llava-hf/llava-1.5-13b-hf"
 )
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "non_lora_trainables.bin",
+    "pytorch_lora_weights.safetensors",
+)
 ADAPTER_TENSOR = re.compile(r"^base_model\.model\.|\.(lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
 # Files and tensor names of the quantisations in circulation.
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
@@ -57,7 +63,9 @@ def check_folder(folder: Path) -> None:
     config = folder / "config.json"
     raw = read_json_object(config) if config.is_file() else {}
     for settings in (raw, raw.get("text_config"), raw.get("llm_config")):
-        if isinstance(settings, dict) and (quantisation := settings.get("quantization_config")):
+        if not isinstance(settings, dict):
+            continue
+        if quantisation := settings.get("quantization_config") or settings.get("compression_config"):
             raise CheckpointError(quantised_message(folder, f"config.json names {describe_quantisation(quantisation)}"))
     if found := [name for name in QUANTISATION_FILES if (folder / name).is_file()]:
         raise CheckpointError(quantised_message(folder, f"it holds {found[0]}"))
@@ -121,7 +129,7 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
     """The folder's safetensors files, in order, with the tensor names that an index promises in each (or none)."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():  # before the index, as transformers decides it
-        return {inside(folder, single): set()}
+        return {single: set()}
     if index.is_file():
         return indexed_files(index)
     files = sorted(folder.glob("*.safetensors"))
@@ -129,7 +137,7 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
         raise CheckpointError(f"{folder} has {len(files)} safetensors files but no {index.name}; download that too")
     if not files:
         raise missing_weights(folder)
-    return {inside(folder, files[0]): set()}
+    return {files[0]: set()}
 
 
 def indexed_files(index: Path) -> dict[Path, set[str]]:

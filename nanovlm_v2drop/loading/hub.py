@@ -39,14 +39,12 @@ def download(spec: ModelSpec) -> Path:
 
     An interrupted download continues with the next file. The settings come first, so that a model of an unknown family is
     refused before its weights are fetched.
-    Raises WeightsUnavailable where the Hub does not give them, ValueError for a checkpoint that could not be loaded.
+    Raises WeightsUnavailable where the Hub does not give them, CheckpointError for a checkpoint that could not be loaded.
     """
     try:
         return cached(spec) or fetched(spec)
-    except (CheckpointError, ValueError, NotImplementedError) as error:
-        if not isinstance(error, errors.HFValidationError):
-            raise
-        raise unavailable(spec, error) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # the library's HTTP client, and so its errors, changed from release to release
         raise unavailable(spec, error) from error
 
@@ -78,13 +76,21 @@ def fetched(spec: ModelSpec) -> Path:
         names = [file.rfilename for file in info.siblings or () if "/" not in file.rfilename]
         settings, weights = (wanted(names, patterns) for patterns in (SETTINGS_FILES, WEIGHT_FILES))
         files = fetch_all(repository, str(info.sha), settings)
-        if files:
-            check_folder(files[0].parent)
-            VLMConfig.from_folder(files[0].parent)
+        check_settings(files)
         fetch_all(repository, str(info.sha), weights)
         # Everything is there now; this notes in the cache which files the revision has.
         patterns = [*settings, *weights]
         return Path(huggingface_hub.snapshot_download(repository, revision=spec.revision, allow_patterns=patterns))
+
+
+def check_settings(files: Sequence[Path]) -> None:
+    """Raise CheckpointError where the small files of a checkpoint show that it cannot be loaded."""
+    for folder in {file.parent for file in files}:
+        check_folder(folder)
+        try:
+            VLMConfig.from_folder(folder)
+        except (ValueError, FileNotFoundError) as error:
+            raise CheckpointError(str(error)) from error
 
 
 def wanted(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -225,12 +225,14 @@ def surround(spec: ModelSpec, folder: Path, options: Options) -> tuple[VLMConfig
         )
     if options.sampling is not None and config.video_token_id is None:
         raise ValueError(f"{spec.name} takes pictures only: no frames of a video can be chosen for it")
+    image_processor = media_processor(folder, config, options.image_aspect_ratio, options.max_pixels)
+    tokenizer = load_tokenizer(folder, config.vision_tokens)
     template, conversation = find_conversation(folder, config, options.template or spec.template)
     sampling = FAMILIES[type(config)].sampling if spec.frames is None else UniformSampling(spec.frames)
     return config, {
         "name": spec.name,
-        "tokenizer": load_tokenizer(folder, config.vision_tokens),
-        "image_processor": media_processor(folder, config, options.image_aspect_ratio, options.max_pixels),
+        "tokenizer": tokenizer,
+        "image_processor": image_processor,
         "template": template,
         "conversation": conversation,
         "sampling": options.sampling or sampling,

@@ -299,7 +299,7 @@ def test_layers_that_are_not_stored_are_refused_before_any_is_built(
     raw["text_config"]["num_hidden_layers"] = 1000
     (folder / "config.json").write_text(json.dumps(raw))
     monkeypatch.setattr(checkpoint, "MODEL_CLASSES", {})  # building any model would now be a KeyError
-    with pytest.raises(CheckpointError, match=r"the decoder has 1000 layers, but the weights hold 6;"):
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers 1000, but the weights hold 6 decoder layers;"):
         load_folder(folder)
 
 

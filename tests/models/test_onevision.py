@@ -136,6 +136,7 @@ REQUESTS: dict[str, Request] = {
     "tiny": Request("What is it?", images=[picture(33, 20)]),
     "two pictures": Request("Is <image> like\n<image>?", images=[picture(300, 500), picture(60, 40)]),
     "video": Request("What happens?", video=frames(5)),
+    "two videos": Request("Which is longer?", video=[frames(2), frames(4)[2:]]),
     "picture and video": Request("<video>\nIs this\n<image> in it?", images=[picture(500, 300)], video=frames(3)),
     "text": Request("What is two and two?"),
 }
@@ -487,15 +488,15 @@ def recorded(module: Any, record: Callable[..., None]) -> Iterator[None]:
 
 
 def official_inputs(token_ids: list[int], media: list[VisionInput]) -> dict[str, Any]:
-    """What transformers' model is called with: pictures and the video apart, whatever their order in the prompt."""
+    """What transformers' model is called with: pictures and videos apart, whatever their order in the prompt."""
     images = [medium for medium in media if not medium.is_video]
     inputs: dict[str, Any] = {"input_ids": torch.tensor([token_ids])}
     if images:
         inputs["pixel_values"] = torch.stack([medium.pixel_values for medium in images])
         inputs["image_sizes"] = torch.tensor([medium.size for medium in images])
         inputs["batch_num_images"] = torch.tensor([len(images)])
-    for video in (medium for medium in media if medium.is_video):
-        inputs["pixel_values_videos"] = video.pixel_values[None]
+    if videos := [medium.pixel_values for medium in media if medium.is_video]:
+        inputs["pixel_values_videos"] = torch.stack(videos)
     return inputs
 
 

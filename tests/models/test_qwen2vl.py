@@ -91,6 +91,8 @@ REQUESTS = {
     "odd clip": Request("What digit?", video=clip(5, 84, 90)),
     "clip and picture": Request("In <video> or <image> yes?", images=[picture(84, 56)], video=clip(4, 56, 84)),
     "pictures, clip": Request("digit", images=[picture(84, 56), picture(56, 56)], video=clip(2, 90, 56)),
+    "two clips": Request("digit", video=[clip(4, 84, 56), clip(2, 56, 84)]),
+    "placed clips": Request("Is <video> the <video> digit?", video=[clip(2, 56, 84), clip(5, 84, 56)]),
     "text": Request("What colour?"),
     "long clip": LONG,
 }
