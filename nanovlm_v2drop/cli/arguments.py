@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..evaluation.method_names import parse_methods
-from ..loading.specs import MODELS
+from ..loading.specs import MODELS, find_spec
 from . import choices
 
 DESCRIPTION = """Measure what dropping vision tokens costs and saves, without any training.
@@ -221,12 +221,13 @@ def methods(text: str) -> list[str]:
 
 
 def model(text: str) -> str:
-    """A name of MODELS, a folder, or a repository of the Hub (OWNER/NAME)."""
-    if text in MODELS or Path(os.path.expanduser(text)).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text):
-        return text
-    raise argparse.ArgumentTypeError(
-        f"unknown model {text!r}; choose one of: {', '.join(MODELS)}; or give the folder of a checkpoint"
-    )
+    """A name of MODELS or a repository of the Hub (OWNER/NAME), each perhaps with @REVISION, or a folder."""
+    if not Path(os.path.expanduser(text)).is_dir():
+        try:
+            find_spec(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def device(text: str) -> str:

@@ -172,6 +172,7 @@ def run_summary(vlm: VisionLanguageModel, rows: list[dict[str, Any]]) -> dict[st
         "dtype": str(vlm.dtype).removeprefix("torch."),
         "attention": backend,
         "decode_attention": decode_backend(backend),
+        "template": vlm.template,
         "torch": torch.__version__,
         "results": rows,
     }

@@ -83,8 +83,8 @@ def load_model(
     """Read an official checkpoint into a model that is ready for inference (eval mode, no gradients).
 
     The weights never exist twice: each tensor goes straight from the mapped file to `device` and `dtype`. On the CPU,
-    in the dtype of the file, it stays a view of the file, which must then not be overwritten while the model lives. In
-    bfloat16 on a CPU, matrices go from the file into prepacked order, at their first product or, if converted, at once.
+    in the dtype of the file, it stays a view of the file; do not overwrite the file while the model lives. In bfloat16 on
+    a CPU, matrices are prepacked at their first product, or at once if they are converted.
 
     Args:
         folder: holds model.safetensors, or shards with model.safetensors.index.json, or one other *.safetensors file.
@@ -245,7 +245,7 @@ def read_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Give every tensor under our name, on its device and in its dtype; only one is in two forms at a time.
 
-    Those named in `as_stored` keep the dtype of the file, for who converts them later.
+    Those named in `as_stored` keep the dtype of the file; they are converted later.
     """
     for file, items in groupby(sources.items(), key=lambda item: item[1].file):
         with open_safetensors(file) as opened:
@@ -256,14 +256,14 @@ def read_tensors(
 
 
 def converted(stored: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """On its device and in its dtype; converted there, since a GPU does it faster than this processor."""
+    """The tensor on `device` and in `dtype`; a GPU converts faster than this processor, so it moves first."""
     if device.type == "cpu" and dtype == torch.bfloat16:
         return as_bfloat16(stored)
     return stored.to(device).to(dtype)
 
 
 def check_finite(stored: Tensor, source: StoredTensor, dtype: torch.dtype) -> None:
-    """Raise CheckpointError where a value is not finite, or would not be in `dtype`. The extremes tell, without a mask."""
+    """Raise CheckpointError where a value is not finite, or would not be in `dtype`; the extremes show it without a mask."""
     extremes = torch.stack(torch.aminmax(stored))
     if not extremes.isfinite().all():
         count = int(stored.isfinite().logical_not().sum())
@@ -273,7 +273,7 @@ def check_finite(stored: Tensor, source: StoredTensor, dtype: torch.dtype) -> No
 
 
 def split_parts(decoder: Decoder, mesh: "DeviceMesh") -> Parts:
-    """What this process reads of the tensors of a decoder that it shares."""
+    """The part of each tensor that this process reads, where several processes share the decoder."""
     return {f"language_model.{name}": part for name, part in split_decoder(decoder, mesh).items()}
 
 

@@ -20,7 +20,7 @@ from huggingface_hub.utils import get_session
 
 from ..models.config import VLMConfig
 from .files import CheckpointError, check_folder, weight_files
-from .specs import ModelSpec, WeightsUnavailable
+from .specs import MODELS, ModelSpec, WeightsUnavailable
 
 SETTINGS_FILES = ("*.json", "*.jinja", "tokenizer.model")
 WEIGHT_FILES = ("*.safetensors",)  # only these: a repository may hold the same weights as pickles too
@@ -191,9 +191,11 @@ def advice(spec: ModelSpec, error: Exception) -> str:
     """What helps against an error of the Hub."""
     page = f"{constants.ENDPOINT}/{spec.repository}"
     login = "log in with `hf auth login`, or set HF_TOKEN"
+    target = os.path.relpath(spec.folder) if spec.name in MODELS else spec.name
+    revision = "" if spec.revision is None else f" --revision {spec.revision}"
     elsewhere = (
         "give a local copy with --weights DIR, or fetch it where there is a network: "
-        f"hf download {spec.repository} --local-dir {os.path.relpath(spec.folder)}"
+        f"hf download {spec.repository}{revision} --local-dir {target}"
     )
     by_kind: tuple[tuple[type[Exception], str], ...] = (
         (errors.GatedRepoError, f"accept the conditions of the model at {page}, then {login}"),

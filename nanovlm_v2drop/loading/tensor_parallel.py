@@ -1,4 +1,4 @@
-"""Cut a decoder so that several processes hold a part each, before its weights are read.
+"""Cut a decoder into parts, one for each process, before its weights are read.
 
 Shapes: V vocabulary, D hidden_size.
 """
@@ -25,7 +25,7 @@ SPLIT = {
     "gate_proj": COLUMNS,
     "up_proj": COLUMNS,
     "down_proj": ROWS,
-    "lm_head": COLUMNS,  # V x D is a tenth of a 7B's weights, all read for every token; what is gathered is one row a sequence
+    "lm_head": COLUMNS,  # V x D is a tenth of a 7B model, read for every token; only one row per sequence is gathered
 }
 
 
@@ -41,9 +41,9 @@ def check_divisible(config: TextConfig, tensor_parallel: int) -> None:
 
 
 def split_decoder(decoder: Decoder, mesh: "DeviceMesh") -> dict[str, tuple[slice, ...]]:
-    """Leave of every matrix in SPLIT what this process holds, and put the sums between them; for a decoder without values yet.
+    """Cut every matrix in SPLIT down to the part that this process holds, and add up the results between processes.
 
-    Returns which part of each parameter that is. Raises as `check_divisible`.
+    The decoder must not have values yet. Returns which part of each parameter is held. Raises as `check_divisible`.
     """
     from torch.distributed.tensor import Shard, distribute_tensor  # here: a second to import
 
@@ -64,7 +64,7 @@ def split_decoder(decoder: Decoder, mesh: "DeviceMesh") -> dict[str, tuple[slice
 
 
 def own_part(shape: Sequence[int], dim: int, mesh: "DeviceMesh") -> tuple[slice, ...]:
-    """Where Shard(dim) cuts: all parts are equally long, but the last where the size does not divide."""
+    """The part that Shard(dim) gives this process. All parts are equally long, except the last if the size does not divide."""
     length = -(-shape[dim] // mesh.size())
     start = min(mesh.get_local_rank() * length, shape[dim])
     return (slice(None),) * dim + (slice(start, min(start + length, shape[dim])),)
