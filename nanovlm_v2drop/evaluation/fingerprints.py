@@ -6,10 +6,13 @@ numbers everywhere and is seen; a change of a few numbers between the blocks is 
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
+from torch import Tensor
 
 from ..dropping import TokenDropper
 from .methods import sources_of
@@ -24,6 +27,12 @@ def model_fingerprint(folder: Path) -> str:
     """Of a checkpoint's weights, settings and tokenizer."""
     files = sorted(file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file())
     return joined(part for file in files for part in (file.name.encode(), content_hash(file)))
+
+
+def held_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Of weights that were in memory before: the first and the last values of each tensor."""
+    ends = {name: torch.cat([tensor.flatten()[:BLOCK], tensor.flatten()[-BLOCK:]]) for name, tensor in tensors.items()}
+    return joined(part for name, end in ends.items() for part in (name.encode(), end.double().cpu().numpy().tobytes()))
 
 
 def data_fingerprint(files: Iterable[Path]) -> str:

@@ -12,7 +12,7 @@ from ..loading.zoo import VisionLanguageModel
 from ..models.config import read_json_object
 from ..models.parallel import ALONE, Processes
 from ..tasks import Task
-from .fingerprints import data_fingerprint, method_fingerprint, model_fingerprint
+from .fingerprints import data_fingerprint, held_fingerprint, method_fingerprint, model_fingerprint
 from .plans import Plan
 from .records import read_records
 
@@ -66,7 +66,7 @@ def run_settings(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan]) ->
     """What answers depend on, by name."""
     methods = {plan.method: plan.kind for plan in plans if plan.kind is not None}
     return {
-        "weights": model_fingerprint(vlm.folder),
+        "weights": held_fingerprint(vlm.model.state_dict()) if vlm.folder is None else model_fingerprint(vlm.folder),
         "dtype": str(vlm.dtype),
         "template": vlm.template,
         "image_processor": repr(vlm.image_processor),

@@ -103,6 +103,7 @@ def hub_folder_without_index(hub_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(hub_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("original", "*.bin", "*.jinja")))
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_continues_with_the_next_file(hub: FakeHub, hub_folder: Path, tmp_path: Path) -> None:
     hub.refusals = {f"contents of {SHARD}": Refusal(503)}
     ((kind, message),) = run_download([OTHER], hub.endpoint, tmp_path)
@@ -186,6 +187,7 @@ def test_a_file_that_the_repository_lost_is_named(hub: FakeHub, tmp_path: Path) 
     assert "the repository lacks this file" in message
 
 
+@pytest.mark.slow
 def test_a_large_file_with_another_checksum_is_removed_and_refused(hub: FakeHub, tmp_path: Path) -> None:
     hub.damaged = {SHARD}
     ((_, message),) = run_download([OTHER], hub.endpoint, tmp_path)

@@ -11,6 +11,7 @@ from qwen2vl import qwen2vl_reference, qwen2vl_tokenizer
 from test_zoo import picture
 from tiny import logits_of
 
+from nanovlm_v2drop.evaluation.fingerprints import held_fingerprint
 from nanovlm_v2drop.loading.files import CheckpointError
 from nanovlm_v2drop.loading.zoo import load
 from nanovlm_v2drop.processing.prompts import Request
@@ -140,3 +141,12 @@ def test_a_model_with_broken_or_scattered_weights_is_refused(tiny_reference_mode
         load(spoiled, processor=processor)
     with pytest.raises(ValueError, match=r"has torch\.float32 on meta; move it"):
         load(spoiled.float().to("meta"), processor=processor)
+
+
+def test_other_weights_in_memory_have_another_fingerprint(tiny_reference_model: Any, processor: Any) -> None:
+    tensors = load(tiny_reference_model, processor=processor).model.state_dict()
+    same = {name: tensor.clone() for name, tensor in tensors.items()}
+    assert held_fingerprint(same) == held_fingerprint(tensors)
+    for name in ("language_model.norm.weight", "language_model.lm_head.weight"):
+        changed = {**same, name: same[name] * 1.01}
+        assert held_fingerprint(changed) != held_fingerprint(tensors), name

@@ -56,6 +56,7 @@ def tiny_qwen_folder(tiny_llava_folder: Path, tmp_path_factory: pytest.TempPathF
     for name in [name for name in tensors if re.search(r"language_model.*[qkv]_proj\.weight", name)]:
         tensors[name.replace("weight", "bias")] = torch.randn(len(tensors[name]), generator=generator)
     save_file(tensors, folder / "model.safetensors")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content[0].text }}")  # no paper asks such a decoder
     return folder
 
 
