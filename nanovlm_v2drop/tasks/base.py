@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from ..processing.images import open_image
 from ..processing.prompts import Request
 from ..processing.video import VideoSource
 
@@ -109,3 +110,24 @@ def equal_shares(sizes: Sequence[int], total: int) -> list[int]:
             shares[index] += 1
         remaining -= min(remaining, len(open_strata))
     return shares
+
+
+def decode_picture(cell: object, place: str) -> Image.Image:
+    """A picture as data sets store it: {"bytes", "path"}, as the datasets library does, or the bytes alone; see open_image.
+
+    Raises ValueError with the `place` of the cell for anything else and for damaged bytes.
+    """
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(data, bytes) or not data:
+        kind = f"a {type(cell).__name__} without bytes" if isinstance(cell, dict | bytes) else shown(cell)
+        raise ValueError(f"{place}: {kind} is not a picture; use parquet files with embedded pictures")
+    try:
+        return open_image(data)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def shown(value: object) -> str:
+    """A value for a message, on one line and not too long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from ..processing.images import open_image
-from .base import Task
+from .base import Task, decode_picture, shown
 
 
 class DatasetUnavailable(RuntimeError):
@@ -61,22 +60,8 @@ class Row:
         return label
 
     def picture(self, column: str) -> Image.Image:
-        """A cell that is {"bytes", "path"}, as the datasets library stores a picture, or the bytes alone; see open_image."""
-        cell = self.values[column]
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not isinstance(data, bytes) or not data:
-            kind = f"a {type(cell).__name__} without bytes" if isinstance(cell, dict | bytes) else shown(cell)
-            raise ValueError(f"{self.place}: the {column} is {kind}, not a picture; use parquet files with embedded pictures")
-        try:
-            return open_image(data)
-        except ValueError as error:
-            raise ValueError(f"{self.place}: {error}") from error
-
-
-def shown(value: object) -> str:
-    """A value for a message, on one line and not too long."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+        """The picture in a cell; see `decode_picture`."""
+        return decode_picture(self.values[column], f"{self.place}, column {column}")
 
 
 class ParquetTask(Task):

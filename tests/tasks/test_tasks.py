@@ -300,7 +300,7 @@ def test_raw_bytes_and_grey_pictures_become_rgb():
     assert (image.mode, image.getpixel((0, 0))) == ("RGB", (7, 7, 7))
 
 
-PLACE = r"^test\.parquet, row 7, sample random-5: "
+PLACE = r"^test\.parquet, row 7, sample random-5"
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ PLACE = r"^test\.parquet, row 7, sample random-5: "
     ],
 )
 def test_a_cell_that_is_no_picture_is_an_error_with_file_row_and_sample(cell, kind):
-    with pytest.raises(ValueError, match=PLACE + f"the image is {kind}, not a picture; use parquet files with embedded"):
+    with pytest.raises(ValueError, match=PLACE + f", column image: {kind} is not a picture; use parquet files with embedded"):
         picture_in(cell)
 
 
