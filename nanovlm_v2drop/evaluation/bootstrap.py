@@ -14,7 +14,10 @@ BOOTSTRAP_DRAWS = 500
 
 @dataclass(frozen=True)
 class Resampled:
-    """The headline score of one row, and of BOOTSTRAP_DRAWS resamplings of its pictures (samples where there are none)."""
+    """The headline score of one row, and the scores of BOOTSTRAP_DRAWS resamplings of its pictures.
+
+    Samples without a picture's name are resampled one by one.
+    """
 
     sample_ids: list[str]
     score: float
@@ -22,9 +25,9 @@ class Resampled:
 
 
 def resample(task: Task, by_seed: list[list[dict[str, Any]]]) -> Resampled:
-    """The draws are the same for all rows that answered the same samples, so that their ratios are paired.
+    """Resample a row. Rows that answered the same samples get the same draws, so that their ratios are paired.
 
-    Where there are several seeds, each draw takes as many of them with replacement: the interval is of questions and seeds.
+    With several seeds, each draw also takes as many seeds with replacement: the interval covers questions and seeds.
     Raises ValueError where the seeds answered different samples.
     """
     by_seed = [sorted(records, key=lambda record: record["sample_id"]) for records in by_seed]
@@ -45,7 +48,7 @@ def resample(task: Task, by_seed: list[list[dict[str, Any]]]) -> Resampled:
 
 
 def resampled_score(task: Task, units: list[list[dict[str, Any]]], draw: Sequence[int]) -> float:
-    """The score of the drawn pictures; one drawn twice is two pictures, for tasks that pair by picture."""
+    """The score of the drawn pictures. A picture that is drawn twice counts as two, for tasks that pair by picture."""
     chosen = [{**record, "group": f"{record['group']}/{copy}"} for copy, unit in enumerate(draw) for record in units[unit]]
     return task.summary(chosen)["score"]
 
@@ -66,7 +69,7 @@ def difference(one: Resampled, other: Resampled) -> tuple[float, list[float]]:
 
 
 def resampling_units(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Records that must stay together: those of one picture where the task pairs by picture."""
+    """Records in groups that must stay together: those of one picture in tasks that pair by picture."""
     units: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         units.setdefault(record["group"] or record["sample_id"], []).append(record)

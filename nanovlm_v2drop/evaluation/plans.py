@@ -72,7 +72,14 @@ class Plan:
         floor = f"cannot go below {tokens:.1f} mean tokens: shown at its floor, once"
         if at_floor < len(shapes):
             floor = f"at its floor in {at_floor} of {len(shapes)} prompts, with {tokens:.1f} mean tokens over all"
-        return "; ".join(note for note in (self.note, floor if at_floor else "") if note)
+        return "; ".join(note for note in (self.note, floor if at_floor else "", self.smaller_note(shapes)) if note)
+
+    def smaller_note(self, shapes: Sequence[Shape]) -> str:
+        """How many prompts have fewer vision tokens than were asked for; empty where none has."""
+        if self.budget is None or self.budget.tokens is None:
+            return ""
+        smaller = sum(shape.num_vision_tokens < self.budget.tokens for shape in shapes)
+        return f"{smaller} of {len(shapes)} prompts have fewer vision tokens and keep all" if smaller else ""
 
     def solved(self, shape: Shape) -> tuple[DropSchedule, bool]:
         if self.solve is None or not shape.num_vision_tokens:

@@ -1,10 +1,10 @@
-"""Whether a method keeps vision tokens for where they stand: the paper's Figure 3, as a number.
+"""Whether a method keeps vision tokens because of their place: the paper's Figure 3, as a number.
 
-Counted at a method's first drop point, over many samples. If place did not matter, every tenth of the sequence would keep its
-share. `kl_bits` is how far what is kept is from that, in bits (0 for even); `chi_square` the usual statistic of the same ten
-counts, 9 on average where tokens are drawn with replacement, and less for one draw without it. Tokens of one picture are not
-independent, so read both beside Random's, which is even by construction. Pictures can have a bias of their own: things that
-matter stand more often in the middle.
+The kept tokens are counted at a method's first drop point, over many samples. If the place did not matter, every tenth of the
+sequence would keep its share. `kl_bits` is the divergence from these shares, in bits (0 for even). `chi_square` is the usual
+statistic of the same ten counts: 9 on average for draws with replacement, and less for one draw without replacement. Tokens of
+one picture are not independent, so compare both with Random's, which is even by construction. Pictures can have a bias of their
+own: important things stand more often in the middle.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ def position_bias(stages: Sequence[tuple[int, Sequence[int]]], grid_size: int) -
     """Probabilities of being kept, from (vision tokens of the prompt, numbers of those that were kept) of each sample.
 
     `bins`: by tenth of the sequence; `rows`, `columns`, `map`: by place in the picture or frame of grid_size x grid_size
-    tokens; `frames`: by picture or frame, where a prompt has several. What fills no whole picture (the newline behind a video)
-    is not counted. None where there is nothing to count.
+    tokens; `frames`: by picture or frame, where a prompt has several. Tokens that fill no whole picture (the newline behind a
+    video) are not counted. None where there is nothing to count.
     """
     frames = max((count // grid_size**2 for count, _ in stages), default=0)
     if not frames:

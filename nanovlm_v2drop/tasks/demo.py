@@ -1,6 +1,6 @@
 """The demo's held-out questions: new scenes, one question each, in equal parts of every kind.
 
-Training draws its scenes from integer seeds, these come from named ones, so no scene is shared.
+Training draws its scenes from integer seeds and this task from named seeds, so they share no scene.
 """
 
 from itertools import count
@@ -12,7 +12,7 @@ from .synthetic import SyntheticTask
 
 
 class Demo(SyntheticTask):
-    """Questions about pictures of scenes, scored as every SyntheticTask."""
+    """Questions about pictures of scenes, scored like every SyntheticTask."""
 
     name = "demo"
     kinds = scenes.KINDS

@@ -1,6 +1,6 @@
 """The video demo's held-out questions: new clips, one question each, in equal parts of every kind.
 
-Training draws its clips from integer seeds, these come from named ones, so no clip is shared.
+Training draws its clips from integer seeds and this task from named seeds, so they share no clip.
 """
 
 from itertools import count
@@ -12,9 +12,9 @@ from .synthetic import SyntheticTask
 
 
 class DemoVideo(SyntheticTask):
-    """Questions about clips, scored as every SyntheticTask.
+    """Questions about clips, scored like every SyntheticTask.
 
-    A kind's answers are equally often right (clips.ANSWERS), so guessing scores `chance(kind)`.
+    All answers of a kind (clips.ANSWERS) are right equally often, so guessing scores `chance(kind)`.
     """
 
     name = "demo-video"
@@ -43,5 +43,5 @@ def draw_question(seed: str, kind: str) -> tuple[clips.Clip, scenes.Question | N
 
 
 def chance(kind: str) -> float:
-    """Percent that guessing scores."""
+    """The score of guessing, in percent."""
     return 100 / len(clips.ANSWERS[kind])

@@ -140,6 +140,7 @@ def test_a_number_of_tokens_is_kept_of_every_prompt_that_has_as_many():
     assert [round(mean_tokens(plan, shape)) for shape in SIZES[:3]] == [100, 100, 64]
     assert [plan.is_at_floor(shape) for shape in SIZES] == [False, False, False, True, False]
     assert plan.note_on(SIZES).startswith("at its floor in 1 of 5 prompts, with ")
+    assert plan.note_on(SIZES).endswith("mean tokens over all; 1 of 5 prompts have fewer vision tokens and keep all")
     assert mean_tokens(plan, Shape(0, 28)) == 0
 
 
