@@ -95,7 +95,7 @@ def places(content: Any) -> list[tuple[Any, Any]]:
 
 
 CHANGES: dict[str, Callable[[Any, st.DataObject], Any]] = {
-    "replaced": lambda value, data: data.draw(values),
+    "replaced": lambda value, data: copy.deepcopy(data.draw(values)),  # so that no later change reaches into ODD
     "in a list": lambda value, data: [value],
     "as a text": lambda value, data: str(value),
     "negative": lambda value, data: -value if type(value) in (int, float) else None,
