@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..dropping import V2Drop
 from ..dropping.base import PrefillState, TokenDropper
+from ..dropping.budget import shapes_of
 from ..dropping.schedule import DropSchedule
 from ..inference import MAX_NEW_TOKENS, NothingDropped, check_options, decode_tokens, decode_until, prefill
 from ..loading.zoo import VisionLanguageModel
@@ -117,24 +118,29 @@ class Watcher(TokenDropper):
 def watch(
     vlm: VisionLanguageModel,
     request: Request,
-    dropper: TokenDropper | None = None,
+    dropper: TokenDropper | type[TokenDropper] | None = None,
     *,
+    tokens: float | None = None,
+    retain: float | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Watched:
     """Answer a request as `generate` does, and return everything that the decoder's layers were given.
 
     This keeps the input, queries and keys of every layer in memory. Without a dropper every token goes through all layers.
-    Raises ValueError for a schedule that cannot act on this decoder, and for less than one new token.
+    `dropper`, `tokens` and `retain` are those of `generate`, and so are the errors raised.
     """
-    check_options(dropper, None, None, max_new_tokens)
-    decoder = vlm.model.language_model
-    dropper = dropper or TokenDropper(DropSchedule({}))
+    budget = check_options(dropper, tokens, retain, max_new_tokens)
+    packed, decoder = vlm.prepare([request]), vlm.model.language_model
     num_layers = decoder.config.num_hidden_layers
+    if isinstance(dropper, type):
+        assert budget is not None  # check_options
+        dropper = budget.dropper(dropper, shapes_of(packed, num_layers))
+    dropper = dropper or TokenDropper(DropSchedule({}))
     dropper.schedule.check(num_layers, dropper.earliest_layer, dropper.latest_layer)
     watcher = Watcher(dropper, num_layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingDropped)  # a watcher may drop nothing: `kept` says what left
-        prefilled = prefill(decoder, vlm.prepare([request]), watcher, max_new_tokens=max_new_tokens)
+        prefilled = prefill(decoder, packed, watcher, max_new_tokens=max_new_tokens)
     kept = {layer: numbers for layer, (numbers,) in prefilled.kept if layer in dropper.schedule}
     logits = prefilled.logits[0].clone()
     (ids,) = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, max_new_tokens)

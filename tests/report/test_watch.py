@@ -106,6 +106,13 @@ def test_a_pruned_and_renumbered_video_is_watched_too():
     assert watched.picture(0).size == (480, 240)  # two rows of four frames
 
 
+def test_a_class_with_a_budget_is_watched_as_generate_runs_it(vlm, request_):
+    watched, (answer,) = watch(vlm, request_, V2Drop, retain=1 / 3), generate(vlm, [request_], V2Drop, retain=1 / 3)
+    assert [numbers.tolist() for numbers in watched.kept.values()] == [numbers.tolist() for _, numbers in answer.kept]
+    with pytest.raises(TypeError, match="V2Drop"):
+        watch(vlm, request_, V2Drop)
+
+
 @pytest.mark.parametrize("name", ["fastv", "random"])
 def test_scores_are_those_that_the_method_gives_at_that_layer(vlm, request_, name):
     """The best third of the scores at layer 1 is what the method keeps there."""
