@@ -9,7 +9,7 @@ Shapes: L layers, T tokens of which n are vision tokens, D hidden_size, H query 
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from ..dropping import V2Drop
 from ..dropping.base import PrefillState, TokenDropper
+from ..dropping.budget import shapes_of
+from ..dropping.contract import check_kept, is_own
 from ..dropping.schedule import DropSchedule
 from ..inference import MAX_NEW_TOKENS, NothingDropped, check_options, decode_tokens, decode_until, prefill
 from ..loading.zoo import VisionLanguageModel
 from ..models.attention import attention_weights
+from ..models.decoder import ModuleOutputs
 from ..models.kv_cache import DecodePruning
 from ..processing.prompts import Request
 from .gallery import board_of, fade_dropped
@@ -86,27 +89,42 @@ class Watched:
         return fade_dropped(board.picture, board.places(places), board.grid)
 
 
-class Watcher(TokenDropper):
-    """Notes the state at the entrance of each layer, and drops what `dropper` drops."""
+class NoDropper(TokenDropper):
+    """Drops nothing."""
 
-    name = "watcher"
+    name = "dense"
+
+
+class Watcher(TokenDropper):
+    """Notes the state at the entrance of each layer, and otherwise does what `dropper` does."""
 
     def __init__(self, dropper: TokenDropper, num_layers: int) -> None:
-        super().__init__(DropSchedule(dict.fromkeys(range(num_layers), 1.0)))
-        self.dropper = dropper
-        self.renumbers = dropper.renumbers  # type: ignore[misc]  # prefill asks the instance
+        super().__init__(DropSchedule(dict.fromkeys(range(num_layers), 1.0)), cut_cache=dropper.cut_cache)
+        self.dropper, self.name, self.renumbers = dropper, dropper.name, dropper.renumbers
         self.states: list[PrefillState] = []
 
     @property
     def layers_read(self) -> frozenset[int]:
         return frozenset(self.schedule)
 
+    @property
+    def layers_observed(self) -> frozenset[int]:
+        return self.dropper.layers_observed
+
+    def observe(self, state: PrefillState, outputs: ModuleOutputs) -> None:
+        self.dropper.observe(state, outputs)
+
     def begin(self, state: PrefillState) -> PrefillState:
         return self.dropper.begin(state)
 
     def __call__(self, state: PrefillState) -> PrefillState:
-        self.states.append(state)
-        return self.dropper(state) if state.layer_idx in self.dropper.schedule else state
+        self.states.append(replace(state))
+        if state.layer_idx not in self.dropper.schedule:
+            return state
+        after = self.dropper(state)
+        if not is_own(type(self.dropper)):
+            check_kept(self.dropper, state, after)
+        return after
 
     def decode_pruning(self, state: PrefillState) -> DecodePruning | None:
         """Prefill asks this behind the last layer, so the last state is noted here."""
@@ -117,24 +135,29 @@ class Watcher(TokenDropper):
 def watch(
     vlm: VisionLanguageModel,
     request: Request,
-    dropper: TokenDropper | None = None,
+    dropper: TokenDropper | type[TokenDropper] | None = None,
     *,
+    tokens: float | None = None,
+    retain: float | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Watched:
     """Answer a request as `generate` does, and return everything that the decoder's layers were given.
 
     This keeps the input, queries and keys of every layer in memory. Without a dropper every token goes through all layers.
-    Raises ValueError for a schedule that cannot act on this decoder, and for less than one new token.
+    `dropper`, `tokens` and `retain` are those of `generate`, and so are the errors raised.
     """
-    check_options(dropper, None, None, max_new_tokens)
-    decoder = vlm.model.language_model
-    dropper = dropper or TokenDropper(DropSchedule({}))
+    budget = check_options(dropper, tokens, retain, max_new_tokens)
+    packed, decoder = vlm.prepare([request]), vlm.model.language_model
     num_layers = decoder.config.num_hidden_layers
-    dropper.schedule.check(num_layers, dropper.earliest_layer, dropper.latest_layer)
+    if isinstance(dropper, type):
+        assert budget is not None  # check_options
+        dropper = budget.dropper(dropper, shapes_of(packed, num_layers))
+    dropper = dropper or NoDropper(DropSchedule({}))
+    dropper.check(num_layers)
     watcher = Watcher(dropper, num_layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingDropped)  # a watcher may drop nothing: `kept` says what left
-        prefilled = prefill(decoder, vlm.prepare([request]), watcher, max_new_tokens=max_new_tokens)
+        prefilled = prefill(decoder, packed, watcher, max_new_tokens=max_new_tokens)
     kept = {layer: numbers for layer, (numbers,) in prefilled.kept if layer in dropper.schedule}
     logits = prefilled.logits[0].clone()
     (ids,) = decode_until(decode_tokens(decoder, prefilled), vlm.config.eos_token_ids, max_new_tokens)

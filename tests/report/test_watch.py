@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm_v2drop import DROPPERS, DropSchedule, Request, V2Drop, generate, load, prefill, watch
+from nanovlm_v2drop import DROPPERS, DropSchedule, Request, TokenDropper, V2Drop, generate, load, prefill, watch
 from nanovlm_v2drop.demo.clips import any_clip, draw_clip
+from nanovlm_v2drop.dropping import Chain
+from nanovlm_v2drop.dropping.schedule import OutOfReach
 from nanovlm_v2drop.models.decoder import rotary_table
 from nanovlm_v2drop.tasks.demo import held_out
 
@@ -81,7 +83,20 @@ def test_it_notes_what_a_plain_loop_over_the_layers_computes(vlm, request_, sche
 @pytest.mark.parametrize("name", sorted(DROPPERS))
 def test_a_watched_method_keeps_and_answers_as_it_does_without_being_watched(vlm, request_, name):
     method = DROPPERS[name]
-    dropper = method(method.schedule_for(48, 144, 12)) if name != "dycoke" else method(DropSchedule({0: 1.0}))
+    try:
+        schedule = method.schedule_for(48, 144, 12)
+    except OutOfReach as error:  # methods for video
+        schedule = error.floor
+    check_same(vlm, request_, method(schedule))
+
+
+def test_a_chain_and_a_method_that_cuts_earlier_caches_are_watched_too(vlm, request_):
+    check_same(vlm, request_, V2Drop(SCHEDULE, cut_cache=True))
+    check_same(vlm, request_, Chain([DROPPERS["divprune"](DropSchedule({0: 0.6})), V2Drop(SCHEDULE)]))
+
+
+def check_same(vlm, request_, dropper: TokenDropper) -> None:
+    """Fail unless watching a dropper gives the answer, logits and kept tokens that it has without a watcher."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (answer,) = generate(vlm, [request_], dropper)
@@ -104,6 +119,13 @@ def test_a_pruned_and_renumbered_video_is_watched_too():
     assert watched.grids == ((8, 6, 6), (1, 1, 1))
     assert len(watched.kept[0]) == 133
     assert watched.picture(0).size == (480, 240)  # two rows of four frames
+
+
+def test_a_class_with_a_budget_is_watched_as_generate_runs_it(vlm, request_):
+    watched, (answer,) = watch(vlm, request_, V2Drop, retain=1 / 3), generate(vlm, [request_], V2Drop, retain=1 / 3)
+    assert [numbers.tolist() for numbers in watched.kept.values()] == [numbers.tolist() for _, numbers in answer.kept]
+    with pytest.raises(TypeError, match="V2Drop"):
+        watch(vlm, request_, V2Drop)
 
 
 @pytest.mark.parametrize("name", ["fastv", "random"])
