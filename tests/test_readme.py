@@ -1,28 +1,138 @@
-"""What README shows works as it stands there."""
+"""What README and docs show works as it stands there."""
 
 import re
+import shlex
+import shutil
+import tomllib
 from pathlib import Path
 
-from nanovlm_v2drop import DropSchedule
+import pytest
+from onevision import onevision_names, onevision_reference, onevision_tokenizer, write_onevision_folder
+from PIL import Image
+from qwen2vl import qwen2vl_reference, qwen2vl_tokenizer, write_qwen2vl_folder
+from tiny_tasks import mme_rows, pope_rows, write_shards
+
+from nanovlm_v2drop import cli
+from nanovlm_v2drop.benchmark.run import build_parser
+from nanovlm_v2drop.cli.arguments import parse_arguments, parse_comparison
 from nanovlm_v2drop.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OTHER_COMMANDS = ("git clone", "cd ", "python3 -m venv ", "bash .ci/run", "hf download ")
+PROGRAMS = (".venv/bin/python train_free_eval.py", "nanovlm-v2drop", "train_free_eval.py")
+OFFICIAL = {"llava-onevision-qwen2-0.5b-ov": "onevision", "qwen2-vl-2b": "qwen2vl", "llava-1.5-7b": "llava"}
 
 
-def test_the_python_examples_run_one_after_the_other(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def commands(page: str) -> list[str]:
+    """The commands of all bash blocks: continued lines joined, comments left out, parts of `a && b` apart."""
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
+    lines = [line.partition(" #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+def parse(command: str) -> None:
+    """Have the program's own parser read a command; one that nobody knows is an error."""
+    words = shlex.split(command)
+    if command.startswith(OTHER_COMMANDS):
+        return
+    if "pip" in words[0]:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert set(re.findall(r"\[(\w+)\]", command)) <= set(extras)
+        assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).is_file()
+    elif words[0] == "torchrun":
+        parse_arguments(words[words.index("train_free_eval.py") + 1 :])
+    elif words[1:3] == ["-m", "nanovlm_v2drop.benchmark"]:
+        build_parser().parse_args(words[3:])
+    elif words[1:] in (["-m", "pytest"], ["lab", "notebooks"]):
+        assert words[0] in (".venv/bin/python", ".venv/bin/jupyter")
+    else:
+        program = next(program for program in PROGRAMS if command.startswith(program))
+        argv = shlex.split(command.removeprefix(program))
+        parse_comparison(argv[1:]) if argv[:1] == ["compare"] else parse_arguments(argv)
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the files that README's commands name."""
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").convert("RGB").save("photo.jpg")
+    shutil.copy(ROOT / "weights" / "demo-video" / "clip.mp4", "clip.mp4")
+    (method,) = re.findall(r"```python\n(from nanovlm_v2drop import PrefillState.*?)\nprint", README, re.S)
+    Path("my_method.py").write_text(method)
+    write_shards(tmp_path / "DATA" / "POPE", pope_rows())
+    write_shards(tmp_path / "DATA" / "MME", mme_rows())
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands(page.read_text())}))
+def test_every_command_that_is_shown_is_one_that_its_program_takes(command: str, user_folder: Path) -> None:
+    parse(command)
+
+
+@pytest.mark.parametrize("command", [".venv/bin/python train_free_eval.py --mehtods all", "train_free_evil.py", "compare a b"])
+def test_a_command_that_no_program_takes_is_found(command: str) -> None:
+    with pytest.raises((SystemExit, StopIteration)):
+        parse(command)
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+    assert len(README.split()) <= 2000
+
+
+def test_the_python_examples_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
     assert len(blocks) == 2
-    assert isinstance(names["schedule"], DropSchedule)
     sample = load_task("demo").first_sample()
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"{sample.request.text} {sample.answer} [(1, tensor(")
     assert printed[-1]
 
 
-def test_every_file_that_the_tree_names_is_there():
-    tree = (ROOT / "README.md").read_text().split("train_free_eval.py        the")[1].split("```")[0]
-    for name in re.findall(r"^  (\S+\.py|\S+/)(?: (\S+\.py))?", tree, re.M):
-        assert all((ROOT / "nanovlm_v2drop" / part).exists() for part in name if part), name
+def test_every_room_that_the_tree_names_is_there_and_every_room_is_named() -> None:
+    tree = README.split("train_free_eval.py   the")[1].split("```")[0]
+    named = {name.rstrip("/") for name in re.findall(r"^  (\S+)", tree, re.M)}
+    package = ROOT / "nanovlm_v2drop"
+    assert named == {path.parent.name for path in package.glob("*/__init__.py")}
+
+
+def test_every_link_leads_to_a_file() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.fixture(scope="module")
+def official_folders(tiny_llava_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny random checkpoints of the official models that README asks."""
+    onevision = onevision_reference(onevision_tokenizer())
+    tensors, place = onevision_names(onevision.state_dict()), tmp_path_factory.mktemp("official")
+    for name in ("onevision", "qwen2vl"):
+        (place / name).mkdir()
+    return {
+        "llava": tiny_llava_folder,
+        "onevision": write_onevision_folder(place / "onevision", onevision, tensors, onevision_tokenizer()),
+        "qwen2vl": write_qwen2vl_folder(place / "qwen2vl", qwen2vl_reference(qwen2vl_tokenizer()), qwen2vl_tokenizer()),
+    }
+
+
+RUNS = [command.removeprefix(PROGRAMS[0]).strip() for command in commands(README) if command.startswith(PROGRAMS[0])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUNS)
+def test_readmes_commands_run(command: str, official_folders: dict[str, Path], user_folder: Path, capsys: object) -> None:
+    argv = shlex.split(command.replace("DIR", "WEIGHTS").replace("--data WEIGHTS", "--data DATA"))
+    model = argv[argv.index("--model") + 1] if "--model" in argv else "demo"
+    if model in OFFICIAL:
+        weights = [str(official_folders[OFFICIAL[model]])]
+        argv = argv[: argv.index("--weights")] + argv[argv.index("--weights") + 2 :] if "--weights" in argv else argv
+        argv += ["--weights", *weights]
+        argv += ["--data", "DATA"] if "--image" not in argv and "--video" not in argv and "--data" not in argv else []
+    argv += [] if "--prompt" in argv or "--list-models" in argv else ["--limit", "28" if model in OFFICIAL else "4"]
+    assert cli.main([*argv, *([] if "--list-models" in argv else ["--output", str(user_folder / "run")])]) == 0
