@@ -1,4 +1,4 @@
-"""The authors' dropping codes, run once on tiny random models: tests/goldens/*.safetensors.
+"""Results of the authors' dropping codes on tiny random models: tests/goldens/*.safetensors.
 
 Weights and embeddings are not stored: they are drawn again from the seeds in each file's header and checked by sha256.
 """
@@ -58,7 +58,7 @@ class Golden:
 
 
 def check_run(golden: Golden, decoder: Decoder, packed: PackedInputs, dropper: TokenDropper) -> Prefilled:
-    """Prefill and decode as the authors' run did: cache lengths, and logits of the prompt and of every decoded token."""
+    """Check prefill and decoding against the authors' run: cache lengths, and logits of the prompt and all decoded tokens."""
     out = prefill(decoder, packed, dropper)
     assert [lengths[0] for lengths in out.cache.seqlens] == golden.tensors["kv_lengths"].tolist()
     wanted = golden.tensors["logits"]  # (1 + steps, B, V)
@@ -71,7 +71,7 @@ def check_run(golden: Golden, decoder: Decoder, packed: PackedInputs, dropper: T
 
 
 def draw_weights(shapes: dict[str, list[int]], seed: int) -> dict[str, Tensor]:
-    """In sorted order of names from one generator, scaled by what the name says."""
+    """Weights in sorted order of their names from one generator, scaled by the kind that the name tells."""
     generator = torch.Generator().manual_seed(seed)
     return {name: scaled(name, torch.randn(shape, generator=generator)) for name, shape in sorted(shapes.items())}
 

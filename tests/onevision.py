@@ -20,7 +20,7 @@ from torch import Tensor
 from nanovlm_v2drop.demo.data import QWEN2_SPECIALS, qwen2_tokenizer
 from nanovlm_v2drop.processing.prompts import TEMPLATES
 
-IMAGE_SIZE, PATCH_SIZE = 384, 14  # 27 x 27 patches, and 6 pixels that fill none
+IMAGE_SIZE, PATCH_SIZE = 384, 14  # 27 x 27 patches and a rest of 6 pixels
 PINPOINTS = [[height, width] for height in range(384, 2305, 384) for width in range(384, 2305, 384)]
 TEXT: dict[str, Any] = {
     "hidden_size": 48,
@@ -44,9 +44,9 @@ VISION: dict[str, Any] = {
 
 
 def onevision_tokenizer() -> Tokenizer:
-    """In the form of Qwen2's tokenizer.json, trained on the templates; `<image>` and `<video>` have the last ids."""
+    """A tokenizer like Qwen2's tokenizer.json, trained on the templates; `<image>` and `<video>` have the last ids."""
     lines = [TEMPLATES[name]("What colour is the digit? yes no") for name in ("qwen_1_5", "qwen_hub")] * 4
-    for special in QWEN2_SPECIALS:  # a special token is one by itself, not learned letters
+    for special in QWEN2_SPECIALS:  # a special token is not built from letters
         lines = [line.replace(special, "") for line in lines]
     return qwen2_tokenizer(lines)
 
@@ -66,15 +66,15 @@ def onevision_reference(tokenizer: Tokenizer, **text_settings: Any) -> Any:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
-        scale *= 2 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1  # attention that is not a mere average
+        scale *= 2 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1  # attention that differs from a plain average
         centre = 1 if "norm" in name and name.endswith("weight") else 0
-        # As large as the features that it stands among, so that its place shows.
+        # As large as the features around it, so that a wrong place shows.
         parameter.copy_(noise if name.endswith("image_newline") else centre + noise * scale)
     return model
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """Rows of the embeddings: more than there are tokens, as in the released models."""
+    """The number of embedding rows, which is larger than the number of tokens, as in the released models."""
     return -(-tokenizer.get_vocab_size() // 64) * 64
 
 
@@ -85,7 +85,7 @@ def onevision_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_onevision_files(folder: Path, tokenizer: Tokenizer) -> None:
-    """What a checkpoint folder holds besides config.json and weights."""
+    """The files of a checkpoint folder besides config.json and weights."""
     tokenizer.save(str(folder / "tokenizer.json"))
     eos = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
     settings = {
@@ -118,7 +118,7 @@ def write_onevision_folder(folder: Path, reference: Any, tensors: dict[str, Tens
 
 
 def picture(width: int, height: int) -> Image.Image:
-    """Blobs of colour with some noise: neither flat nor the same in any two places."""
+    """Blobs of colour with noise, different at every place."""
     rng = np.random.default_rng(width * 10_000 + height)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     noise = rng.integers(-20, 21, (height, width, 3))

@@ -19,7 +19,7 @@ Outcome = dict[str, Any]
 
 
 def outcomes(decoder: Decoder) -> dict[str, Outcome]:
-    """By method, and None for no dropping: what was kept, all logits, and the bytes of the cache."""
+    """Kept tokens, all logits and the bytes of the cache, by method; None means no dropping."""
     packed = pack_together(tiny_prompts(hidden_size=decoder.config.hidden_size))
     found = {}
     for name in (None, *DROPPERS):

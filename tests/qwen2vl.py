@@ -48,7 +48,7 @@ PATCH_SIZE, MERGE_SIZE = 14, 2
 
 
 def qwen2vl_tokenizer() -> Tokenizer:
-    """In the form of Qwen2-VL's tokenizer.json, trained on its template."""
+    """A tokenizer in the form of Qwen2-VL's tokenizer.json, trained on its template."""
     lines = [TEMPLATES["qwen2_vl"]("What colour is the digit? yes no")] * 4
     raw = json.loads(qwen2_tokenizer(lines).to_str())
     tokenizer = Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))
@@ -99,7 +99,7 @@ def hub_tensors(official: Any) -> dict[str, Tensor]:
 
 
 def hub_config(official: Any) -> dict[str, Any]:
-    """config.json as Qwen wrote it: flat, with the tower's fields under other names or not at all."""
+    """Qwen's own config.json: flat, with other names for the tower's fields or without them."""
     text, config = official.config.text_config, official.config
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return {
@@ -166,7 +166,7 @@ def clip(num_frames: int, width: int, height: int) -> list[Image.Image]:
 
 
 def official_inputs(vlm: VisionLanguageModel, request: Request) -> dict[str, Tensor]:
-    """What transformers' forward takes, from the token ids and patches that we make of the request."""
+    """The arguments of transformers' forward, with our token ids and patches of the request."""
     token_ids, media = vlm.tokens_and_media(request)
     kinds = {vlm.config.image_token_id: 1, vlm.config.video_token_id: 2}
     inputs = {
@@ -182,7 +182,7 @@ def official_inputs(vlm: VisionLanguageModel, request: Request) -> dict[str, Ten
 
 
 def official_embeds(official: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """(T, D) what transformers' decoder reads: embedded text, and vision features where their tokens stand."""
+    """(T, D) the input of transformers' decoder: embedded text, and vision features at the places of their tokens."""
     seen: list[Tensor] = []
     decoder = official.model.language_model
     hook = decoder.register_forward_pre_hook(lambda *call: seen.append(call[2]["inputs_embeds"][0]), with_kwargs=True)
@@ -208,7 +208,7 @@ def official_greedy(official: Any, inputs_embeds: Tensor, position_ids: Tensor, 
 
 
 def positions_by_the_rule(token_ids: Sequence[int], grids: Sequence[Grid], vision_tokens: Collection[int]) -> Tensor:
-    """(3, T), token by token: the rule of transformers up to 4.57, as slowly as it can be said.
+    """(3, T), token by token: the rule of transformers up to 4.57, in its slowest form.
 
     Text takes the next free number on all axes; a grid counts each axis from there; the next free number is one more than
     the largest that was given on any axis.
@@ -230,7 +230,7 @@ def positions_by_the_rule(token_ids: Sequence[int], grids: Sequence[Grid], visio
 def official_dropping(
     official: Any, inputs_embeds: Tensor, position_ids: Tensor, is_vision: Tensor, ratios: dict[int, float]
 ) -> tuple[Tensor, dict[int, list[int]]]:
-    """V2Drop on transformers' own layers, by the paper's words: logits (V) of the last row, and the rows left at each layer.
+    """V2Drop on transformers' own layers, following the paper: logits (V) of the last row, and the rows left at each layer.
 
     Rows behind the last vision token may be decoded ones: no row that is dropped or kept depends on what follows it.
     """

@@ -1,4 +1,4 @@
-"""Tiny random decoders and packed prompts, the same on every run; and Pillow as the models were trained with it."""
+"""Tiny random decoders and packed prompts, the same in every run, and Pillow's resizing from the time of training."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,18 +21,18 @@ from nanovlm_v2drop.models.vision_qwen2 import multimodal_positions
 from nanovlm_v2drop.models.vlm import LlavaModel, PackedInputs
 
 PROMPTS = ((5, 24, 7), (3, 12, 4), (6, 0, 9))  # text before, vision tokens, text behind
-# What tells the families apart behind the splice: the decoder's arithmetic, the positions, and the grids of a prompt.
+# The differences of the families after the splice: the decoder's arithmetic, the positions, and the grids of a prompt.
 FAMILIES: dict[str, dict[str, object]] = {
     "llava-1.5": {},
     "llava-onevision": {"qkv_bias": True},
     "qwen2-vl": {"qkv_bias": True, "mrope_section": (1, 1, 2)},
 }
 
-META = torch.device("meta")  # knows shapes, dtypes and devices but no values: like a GPU that has not got so far
+META = torch.device("meta")  # has shapes, dtypes and devices but no values, like a GPU that is still computing them
 
 
 class NoWaiting(TorchFunctionMode):
-    """Under this, whatever makes the host wait for a GPU is an error on the meta device.
+    """A context in which every operation that makes the host wait for a GPU is an error on the meta device.
 
     Meta itself has no value to give away, whoever asks. Here it takes none either but by a copy that does not wait, and works
     with nothing that lies elsewhere (single numbers may: they travel with the launch).
@@ -51,19 +51,19 @@ class NoWaiting(TorchFunctionMode):
 
 
 def changed_trace(trace: VisionTrace, change: Callable[[Tensor], Tensor]) -> VisionTrace:
-    """With the values that the tower left changed, at once."""
+    """The trace with changed values, computed at once."""
     hidden_states, received, keys = map(change, (trace.hidden_states, trace.received_attention(), trace.keys()))
     return replace(trace, hidden_states=hidden_states, received_attention=lambda: received, keys=lambda: keys)
 
 
 def changed_prompt(packed: PackedInputs, change: Callable[[Tensor], Tensor]) -> PackedInputs:
-    """With every tensor changed, those of its traces too."""
+    """The prompt with all tensors changed, including those of its traces."""
     fields = {name: change(getattr(packed, name)) for name in ("inputs_embeds", "position_ids", "vision_mask")}
     return replace(packed, vision=tuple(changed_trace(trace, change) for trace in packed.vision), **fields)
 
 
 def tiny_decoder(**changes: object) -> Decoder:
-    """Six layers with grouped-query attention; random norms, so that no norm is mistaken for another."""
+    """Six layers with grouped-query attention and random norms, so that a test notices a wrong norm."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
     torch.manual_seed(0)
     decoder = Decoder(TextConfig(**{"vocab_size": 61, "num_key_value_heads": 2, **sizes, **changes}))
@@ -81,7 +81,7 @@ def tiny_prompts(prompts=PROMPTS, hidden_size: int = 32, family: str = "llava-1.
 def one_prompt(
     before: int, vision: int, behind: int, seed: int = 1, hidden_size: int = 32, family: str = "llava-1.5"
 ) -> PackedInputs:
-    """One prompt whose vision tokens are a video of four frames where they can be, with what a tower would leave of it.
+    """One prompt whose vision tokens are a video of four frames if their number allows it, with the traces of a tower.
 
     LLaVA-OneVision's has four tokens of another grid behind it, as newlines and tiles are; Qwen2-VL's has places in a grid.
     """
@@ -106,7 +106,7 @@ def tiny_grids(vision: int, family: str) -> tuple[tuple[int, int, int], ...]:
 
 
 def tiny_trace(features: Tensor, seed: int) -> VisionTrace:
-    """Of a tower and a projector that give `features` (P, D)."""
+    """The trace of a tower and a projector that give `features` (P, D)."""
     generator = torch.Generator().manual_seed(seed)
     count, width = features.shape
     attention = torch.randn(2, count, generator=generator).softmax(-1)
@@ -129,7 +129,7 @@ def pack_together(parts: list[PackedInputs]) -> PackedInputs:
 
 @contextmanager
 def resizing_horizontally_first() -> Iterator[None]:
-    """Pillow 13 picks the order of its two passes by the shape, and rounds in between; the models were trained with one."""
+    """Pillow 13 chooses the order of its two passes by the shape, and rounds between. The models were trained with one order."""
     resize = Image.Image.resize
 
     def horizontal_first(picture: Image.Image, size: tuple[int, int], resample: int, **_: object) -> Image.Image:
@@ -150,7 +150,7 @@ def logits_of(model: LlavaModel, packed: PackedInputs) -> Tensor:
 
 
 def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False, cut=False):
-    """The slow twin: every token through every layer, dropped ones hidden as keys from their drop point on.
+    """The slow twin: every token goes through every layer, and dropped tokens are hidden as keys from their drop point on.
 
     Returns the logits of every position of one sequence, prompt and `more_tokens`, without any cache. With `renumbers`,
     the positions in a layer count only the tokens that are left there, unless they are places in a grid. With `cut`, tokens
@@ -170,7 +170,7 @@ def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False, cu
         if layer_idx in kept:
             gone = set(range(len(vision_rows))) - set(kept[layer_idx][0].tolist())
             visible[:, vision_rows[sorted(gone)]] = False
-            visible.fill_diagonal_(True)  # a dropped row may see itself: nobody reads it
+            visible.fill_diagonal_(True)  # a dropped row may see itself, because no other row reads it
             alive[vision_rows[sorted(gone)]] = 0 if renumbers else 1
         positions = alive.cumsum(0) - 1 if packed.position_ids.dim() == 1 else places_and_more(packed, length)
         rotary = rotary_table(decoder.config, positions, embeds.dtype)
@@ -187,7 +187,7 @@ def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False, cu
 
 
 def places_and_more(packed, length):
-    """(3, length): the prompt's places in a grid, then on all axes one more than the largest, and so on."""
+    """(3, length): the prompt's places in a grid, followed by positions that rise from the largest one on all axes."""
     positions = packed.position_ids
     more = positions.max() + 1 + torch.arange(length - positions.shape[-1])
     return torch.cat([positions, more.expand(3, -1)], dim=-1)

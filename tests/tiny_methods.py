@@ -1,4 +1,4 @@
-"""Every method with drop points at which it can act on the tiny decoders."""
+"""Every method with drop points where it can act in the tiny decoders."""
 
 import pytest
 

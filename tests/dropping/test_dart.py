@@ -78,7 +78,7 @@ def state_of(packed: PackedInputs, seed: int = 3):
 
 
 def written_out(packed: PackedInputs, count: int) -> list[int]:
-    """The slow twin for one prompt: kept vision rows, one token at a time; text pivots that are missing are image pivots."""
+    """The slow twin for one prompt: kept vision rows, one token at a time. Image pivots replace missing text pivots."""
     state = state_of(packed)
     hidden, norms = state.final_norm(state.hidden_states), state.keys.abs().sum((1, 2)).tolist()
     vision = [row for row, is_vision in enumerate(packed.vision_mask.tolist()) if is_vision]
@@ -88,7 +88,7 @@ def written_out(packed: PackedInputs, count: int) -> list[int]:
     kept = by_norm[: min(4, count)]
     pivots = kept + texts + kept[len(texts) :]
     for turn, pivot in enumerate(pivots):
-        for _ in range(len(range(turn, count - 4, 8))):  # tokens are dealt out in rounds: as many as rounds reach this pivot
+        for _ in range(len(range(turn, count - 4, 8))):  # one token for each round that reaches this pivot
             left = [row for row in vision if row not in kept]
             kept.append(min(left, key=lambda row: float(F.cosine_similarity(hidden[pivot], hidden[row], dim=0))))
     return sorted(kept)
@@ -133,7 +133,7 @@ def test_each_sequence_of_a_batch_has_its_own_pivots(order, dtype):
 def test_released_pivots_are_listed_as_a_set_of_their_rows():
     dropper = DART(DropSchedule({1: 0.5}), "released")
     assert dropper.ordered(torch.tensor([479, 385, 91, 72, 125, 458])).tolist() == [385, 72, 458, 91, 125, 479]  # modulo 32
-    colliding = [8, 9, 40, 1, 33, 2, 50, 41]  # 40 finds the places of 8 and 9 taken
+    colliding = [8, 9, 40, 1, 33, 2, 50, 41]  # the places of 8 and 9, where 40 would go, are taken
     assert dropper.ordered(torch.tensor(colliding)).tolist() == list(set(colliding))
     assert dropper.ordered(torch.tensor([5, 3, 3, 5])).tolist() == [3, 3, 5, 5]
 

@@ -17,7 +17,7 @@ from nanovlm_v2drop.models.decoder import rotary_table
 from nanovlm_v2drop.models.vlm import PackedInputs
 
 DyCoke = DROPPERS["dycoke"]
-TOKENS = (7, 11, 42, 0, 2, 2, 2, 7, 7)  # repeated, so that some look where the token before them looked
+TOKENS = (7, 11, 42, 0, 2, 2, 2, 7, 7)  # some repeat, so that their attention is similar to that of the previous token
 
 
 def video(features: torch.Tensor, before: int = 3, behind: int = 2) -> PackedInputs:
@@ -35,7 +35,7 @@ def random_video(frames: int, size: int, seed: int = 0) -> PackedInputs:
 
 
 def kept_of(dropper, packed: PackedInputs) -> list[int]:
-    """Numbers of the vision tokens that stay, in the order in which they stand."""
+    """Numbers of the vision tokens that stay, in their order."""
     after = dropper(dropper.begin(initial_state(packed)))
     return after.vision_indices[after.vision_mask].tolist()
 
@@ -160,7 +160,7 @@ def test_fewer_than_the_whole_frames_hold_is_refused():
 
 
 def written_out(packed: PackedInputs, shares: list[int]) -> list[int]:
-    """The slow twin for videos and pictures of one prompt: of each reduced frame so many tokens as `shares` says."""
+    """The slow twin for videos and pictures of one prompt; `shares` holds the number of tokens of each reduced frame."""
     features, first, kept, shares = packed.inputs_embeds[packed.vision_mask], 0, [], list(shares)
     for frames, rows, columns in packed.vision_grids[0]:
         size = rows * columns
@@ -225,7 +225,7 @@ def test_the_drop_point_never_asks_for_a_value_on_the_device():
 
 
 def visible_forward(decoder, packed, layer, prune, similarity):
-    """The slow twin: one full forward of prompt and TOKENS without any cache, with what each new token may not see masked.
+    """The slow twin: one full forward of prompt and TOKENS without a cache; a mask hides what a new token does not see.
 
     Nothing is dropped before the decoder. Returns the logits of TOKENS and of each whether tokens were hidden from it.
     """
@@ -266,7 +266,7 @@ def test_pruned_decoding_equals_decoding_with_the_other_slots_masked(share, laye
     shorter = PackedInputs(left.hidden_states, left.position_ids, left.vision_mask, left.seqlens)
     wanted, pruned = visible_forward(decoder, shorter, layer, prune, similarity)
     assert set(pruned[1:]) == {True, False}
-    for _ in range(2):  # the second generation starts as fresh as the first
+    for _ in range(2):  # the second generation starts without history, like the first
         cache = prefill(decoder, packed, dropper).cache
         logits = torch.cat([decode_one_token(decoder, torch.tensor([token]), cache) for token in TOKENS])
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
@@ -274,12 +274,12 @@ def test_pruned_decoding_equals_decoding_with_the_other_slots_masked(share, laye
 
 
 def looking(*weights: float) -> list[float]:
-    """A query that looks at the four vision tokens of `hand_made` with these weights."""
+    """A query whose attention to the four vision tokens of `hand_made` has these weights."""
     return torch.tensor(weights).log().tolist()
 
 
 def hand_made(similarity: float = 0.9):
-    """Two prompts, text at slots 0 and 5, and 0 and 1; what each new token may see from layer 1 on, given where both look."""
+    """Two prompts with text at slots 0 and 5, and 0 and 1. Returns the slots that each new token sees from layer 1 on."""
     state = initial_state(pack_together([one_prompt(1, 4, 1), one_prompt(2, 4, 0)]))
     pruning = DyCoke(DropSchedule({0: 1.0}), 1, 0.5, similarity).decode_pruning(replace(state, layer_idx=2))
     keys = torch.zeros(2, 10, 1, 4)

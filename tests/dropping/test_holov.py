@@ -1,4 +1,4 @@
-"""HoloV beside the authors' code; what departs from it keeps the count and the order."""
+"""HoloV beside the authors' code. The form without its quirks meets the count and keeps the order."""
 
 import pytest
 import torch

@@ -25,13 +25,13 @@ both_versions = pytest.mark.parametrize("method", [SparseVLM, SparseVLMPlus])
 
 
 def watched(method):
-    """The method's class with `begun`, and of each drop point the states `before` and `after`, the `scores` and `heads`."""
+    """The method's class, which notes `begun`, and `before`, `after`, `scores` and `heads` of each drop point."""
 
     class Watched(method):
         begun, before, after, scores, heads = None, [], [], [], []
 
         def begin(self, state):
-            self.begun = replace(super().begin(state))  # prefill goes on to change the state itself
+            self.begun = replace(super().begin(state))  # prefill changes the state itself later
             return replace(self.begun)
 
         def __call__(self, state):
@@ -130,7 +130,7 @@ def test_a_published_setting_leaves_small_pictures_whole():
 
 
 def released_clusters(pruned: int) -> int:
-    """As the released code counts, in floating point."""
+    """The count of the released code, in floating point."""
     return int((int(pruned * 0.3) + 1) / 10) + 1
 
 
@@ -195,7 +195,7 @@ def slow_raters(embeds: Tensor, mask: Tensor) -> list[int]:
 @both_versions
 def test_the_raters_of_each_sequence_are_text_behind_its_last_picture_that_fits_above_the_mean(method):
     parts = [two_pictures(), *tiny_prompts()]
-    parts[0].inputs_embeds[12] = parts[0].inputs_embeds[3:11].mean(0) * 4  # between the pictures, and it would fit best
+    parts[0].inputs_embeds[12] = parts[0].inputs_embeds[3:11].mean(0) * 4  # between the pictures; it would match best
     marks = method(DropSchedule({1: 0.5})).begin(initial_state(pack_together(parts))).marks
     wanted = []
     for part in parts:
@@ -231,7 +231,7 @@ def test_where_no_text_token_stands_out_the_last_one_rates_and_nothing_is_nan(me
 
 
 def slow_attention(state, config) -> tuple[Tensor, list[int], list[int]]:
-    """(H, T, T) of one sequence written out, and the rows of its raters and vision tokens."""
+    """The attention (H, T, T) of one sequence, and the rows of its raters and vision tokens."""
     k = state.keys.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, 1)
     logits = torch.einsum("qhd,khd->hqk", state.queries, k) / math.sqrt(config.head_dim)
     length = len(state.queries)
@@ -295,7 +295,7 @@ def test_no_heads_at_all_are_refused():
 
 
 def slow_clusters(tokens: Tensor, count: int) -> Tensor:
-    """Density-peak clustering and averaging as the released code does it, in float64 and with loops; its noise is the rank."""
+    """Density-peak clustering and averaging of the released code, in float64 and with loops. The rank replaces its noise."""
     points, size = tokens.double().tolist(), tokens.shape[1]
     everyone = range(len(points))
     distance = [[math.dist(a, b) / math.sqrt(size) for b in points] for a in points]
@@ -311,7 +311,7 @@ def slow_clusters(tokens: Tensor, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 1), (2, 1), (10, 2), (37, 4), (90, 10)])
-@pytest.mark.parametrize("scale", [0.3, 1.0, 20.0])  # the densities of the last underflow in float32
+@pytest.mark.parametrize("scale", [0.3, 1.0, 20.0])  # with the last scale, densities underflow in float32
 def test_merged_clusters_equal_clustering_with_loops(rows, count, scale):
     for seed in range(5):
         tokens = scale * torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed))
@@ -330,7 +330,7 @@ def test_bfloat16_tokens_are_clustered_in_float32():
 
 
 def test_tokens_that_are_all_alike_are_merged_without_nan():
-    torch.testing.assert_close(merge_clusters(torch.ones(20, 4), 3), torch.ones(3, 4))  # each center has itself at least
+    torch.testing.assert_close(merge_clusters(torch.ones(20, 4), 3), torch.ones(3, 4))  # each center contains at least itself
 
 
 def test_the_best_of_the_pruned_tokens_are_recycled_and_the_others_lost():

@@ -1,4 +1,4 @@
-"""ToMe-style merging beside bipartite soft matching in loops; what holds for VisionZip too is in test_visionzip."""
+"""ToMe-style merging beside bipartite soft matching in loops. Tests that also hold for VisionZip are in test_visionzip."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ ToMe = DROPPERS["tome"]
 
 
 def naive_tome(trace: VisionTrace, count: int) -> tuple[Tensor, list[int]]:
-    """One token at a time, sizes carried along: rows (count, D), and the number of the patch at whose place each stands."""
+    """One token at a time, with sizes: rows (count, D), and the number of the patch at whose place each row stands."""
     heads = trace.keys()
     tokens = [
         {"place": place, "size": 1, "key": sum(head[1 + place] for head in heads) / len(heads), "hidden": hidden}
@@ -66,7 +66,7 @@ def test_patches_that_merge_with_none_stay_bit_for_bit():
 def test_twins_merge_before_any_other_pair():
     trace = picture(12, 0)
     keys = trace.keys().clone()
-    keys[:, 1 + 4] = 3 * keys[:, 1 + 9]  # the same direction; 4 is of the first set, 9 of the second
+    keys[:, 1 + 4] = 3 * keys[:, 1 + 9]  # the same direction; 4 is in the first set, 9 in the second
     twins = VisionTrace(trace.hidden_states, trace.received_attention, lambda: keys, trace.project, 1)
     after = compress("tome", prompt(3, twins, 4), 11)
     assert after.vision_indices[3:-4].tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]

@@ -30,7 +30,7 @@ both_methods = pytest.mark.parametrize("name", BEFORE_DECODER)
 
 
 def picture(num_patches: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> VisionTrace:
-    """As of a tower with three heads of size 4, and a projector to size 32 that is not linear."""
+    """A trace of a tower with three heads of size 4, and a non-linear projector to size 32."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(1 + num_patches, 12, generator=generator).to(device, dtype)
     keys = torch.randn(3, 1 + num_patches, 4, generator=generator).to(device, dtype)
@@ -40,7 +40,7 @@ def picture(num_patches: int, seed: int, dtype: torch.dtype = torch.float32, dev
 
 
 def prompt(*parts: int | VisionTrace) -> PackedInputs:
-    """One prompt of text (so many tokens) and pictures."""
+    """One prompt of text (numbers of tokens) and pictures."""
     traces = tuple(part for part in parts if isinstance(part, VisionTrace))
     dtype = traces[0].hidden_states.dtype if traces else torch.float32
     noise = torch.Generator().manual_seed(len(parts))
@@ -56,26 +56,26 @@ def prompt(*parts: int | VisionTrace) -> PackedInputs:
 
 
 def on_a_grid(trace: VisionTrace, grid: tuple[int, int, int], before: int = 3, behind: int = 4) -> PackedInputs:
-    """A picture in text whose positions are places in a grid, as Qwen2-VL's are."""
+    """A picture in text whose positions are places in a grid, as in Qwen2-VL."""
     positions = multimodal_positions([0] * before + [1] * prod(grid) + [0] * behind, [grid], {1})
     return replace(prompt(before, trace, behind), position_ids=positions, vision_grids=((grid,),))
 
 
 def without_class_token(num_patches: int, seed: int) -> VisionTrace:
-    """As of Qwen2-VL's tower: merged patches, which need no projector."""
+    """A trace of Qwen2-VL's tower: merged patches, which need no projector."""
     trace = picture(num_patches, seed)
     features, keys = trace.project(trace.hidden_states[1:]), trace.keys()[:, 1:]
     return VisionTrace(features, trace.received_attention, lambda: keys, lambda hidden: hidden)
 
 
 def naive_visionzip(trace: VisionTrace, count: int) -> tuple[Tensor, list[int]]:
-    """The authors' algorithm, one patch at a time: rows (count, D), and the number of the patch that each is, or MERGED."""
+    """The authors' algorithm, one patch at a time: rows (count, D), and the patch number of each row, or MERGED."""
     rows, numbers, _ = naive_visionzip_with_targets(trace, count)
     return rows, numbers
 
 
 def naive_visionzip_with_targets(trace: VisionTrace, count: int) -> tuple[Tensor, list[int], list[int]]:
-    """Also the patches that the contextual tokens grew from."""
+    """The same, with the patches from which the contextual tokens were made."""
     has_class = trace.num_class_tokens
     patches = trace.hidden_states[has_class:]
     heads = trace.received_attention()
@@ -244,7 +244,7 @@ def test_the_tensors_of_the_input_stay_as_they_were(name):
 def test_the_drop_point_asks_the_device_for_no_number(name):
     state = initial_state(prompt(3, picture(14, 1), 2, picture(10, 2), 1))
     fields = ("hidden_states", "position_ids", "vision_mask", "vision_indices")
-    on_meta = {field: getattr(state, field).to("meta") for field in fields}  # has shapes but no values to ask for
+    on_meta = {field: getattr(state, field).to("meta") for field in fields}  # has shapes but no values
     traces = (picture(14, 1, device="meta"), picture(10, 2, device="meta"))
     after = DROPPERS[name](CountSchedule({0: 9}))(replace(state, vision=traces, **on_meta))
     assert after.hidden_states.shape == (3 + 2 + 1 + 9, 32)

@@ -34,7 +34,7 @@ from nanovlm_v2drop.inference import (
 )
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-# What a method averages is not in the prompt, so no masked forward can have it; the authors' codes are their twins.
+# Averages are not rows of the prompt, so a masked forward cannot have them. The authors' codes test methods that average.
 every_method_that_only_drops = pytest.mark.parametrize("name", [name for name in DROPPERS if not DROPPERS[name].merges])
 
 
@@ -71,7 +71,7 @@ def test_cached_decode_after_dropping_equals_one_masked_full_forward(name, famil
     decoder, packed, dropper = tiny_decoder(**FAMILIES[family]), one_prompt(5, 24, 7, family=family), make(name)
     out = prefill(decoder, packed, dropper, max_new_tokens=3)
     out.cache.pruning = None
-    tokens = [7, 11, 42, 0, 5]  # more than the cache was allocated for: it must grow
+    tokens = [7, 11, 42, 0, 5]  # more than the cache has room for, so it must grow
     logits = [decode_one_token(decoder, torch.tensor([token]), out.cache)[0] for token in tokens]
     wanted = masked_forward(decoder, packed, out.kept, tokens, dropper.renumbers)[-len(tokens) :]
     torch.testing.assert_close(torch.stack(logits), wanted, atol=1e-4, rtol=0)
@@ -307,7 +307,7 @@ def test_a_batch_with_another_number_of_prompts_than_schedules_is_refused():
 
 
 class RecordedGraph(TorchDispatchMode):
-    """What a CUDA graph does, on a CPU: each replay calls the recorded operators again, with the very tensors of the recording.
+    """A CUDA graph on a CPU: each replay calls the recorded operators again, with the same tensors.
 
     No Python runs again, so whatever was a host value while recording has stayed what it was. Unlike a CUDA graph it runs what
     it records.

@@ -1,4 +1,4 @@
-"""The features of LLaVA-OneVision's tiles and frames stand where transformers puts them, for pictures of every shape."""
+"""The features of LLaVA-OneVision's tiles and frames have the same places as in transformers, for pictures of any shape."""
 
 import math
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def modeling():
 
 
 def official_model(patch_grid: int) -> SimpleNamespace:
-    """As much of transformers' model as its arranging methods read."""
+    """The part of transformers' model that its arranging methods read."""
     vision = SimpleNamespace(image_size=IMAGE_SIZE, patch_size=IMAGE_SIZE // patch_grid)
     assert vision.image_size // vision.patch_size == patch_grid
     return SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=list(PINPOINTS)))

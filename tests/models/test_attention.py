@@ -1,4 +1,4 @@
-"""Every back end against one naive softmax in float64, and which back end a name stands for."""
+"""Every back end against one naive softmax in float64, and the back end that a name means."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "blockwise"])
 @settings(deadline=None, max_examples=40)
 @given(seqlens=lengths, heads=heads)
-@example(seqlens=[4, 4, 4], heads=(4, 2))  # equal lengths go through in one call
+@example(seqlens=[4, 4, 4], heads=(4, 2))  # equal lengths share one call
 @example(seqlens=[5, 1, 8], heads=(4, 2))
 def test_packed_attention_equals_a_naive_softmax_inside_each_sequence(
     backend: str, seqlens: list[int], heads: tuple[int, int]
@@ -82,7 +82,7 @@ def test_a_new_token_sees_the_filled_slots_of_its_own_cache_and_no_others(
 ) -> None:
     batch, slots = len(cache_seqlens), max(cache_seqlens) + room
     q = random_heads(batch, heads[0], HEAD_DIM, seed=0)
-    # What lies behind the filled slots is as large as anything: one look at it would show.
+    # The values behind the filled slots are huge, so reading one of them would show.
     k_cache, v_cache = (random_heads(batch, slots, heads[1], HEAD_DIM, seed=i) * 100 for i in (1, 2))
     filled = torch.arange(slots) < torch.tensor(cache_seqlens)[:, None]
     k_cache[filled] /= 100
@@ -146,7 +146,7 @@ def test_a_missing_package_and_an_old_torch_are_named(monkeypatch: pytest.Monkey
         resolve_backend("flash-attn", CUDA, torch.bfloat16)
     with pytest.raises(ValueError, match=r"torch .* has no varlen_attn with enable_gqa"):
         resolve_backend("varlen", CUDA, torch.bfloat16)
-    assert module.decode_backend("varlen") == "sdpa"  # nor has it seqused_k
+    assert module.decode_backend("varlen") == "sdpa"  # it has no seqused_k either
     module.varlen_accepts.cache_clear()
 
 

@@ -321,7 +321,7 @@ def original_names(tensors: Tensors) -> Tensors:
 
 
 def with_head(tensors: Tensors) -> Tensors:
-    """SigLIP's pooling, which checkpoints made with `vision_use_head` hold."""
+    """SigLIP's pooling, which is in checkpoints made with `vision_use_head`."""
     head = "vision_tower.vision_model.head."
     unused = {f"{head}probe": torch.ones(1, 1, 32), f"{head}attention.in_proj_weight": torch.ones(96, 32)}
     return tensors | unused | {f"{head}mlp.fc1.weight": torch.ones(64, 32), f"{head}layernorm.bias": torch.ones(32)}
@@ -460,7 +460,7 @@ def test_a_tokenizer_without_vision_tokens_gets_them_behind_its_own(vlm: VisionL
 
 @dataclass(frozen=True)
 class Official:
-    """What transformers makes of a request: (T, D), (T,), (T, vocab_size), and six new tokens."""
+    """The results of transformers for a request: (T, D), (T,), (T, vocab_size), and six new tokens."""
 
     inputs_embeds: Tensor
     position_ids: Tensor
@@ -479,7 +479,7 @@ class Case:
 
 @contextmanager
 def recorded(module: Any, record: Callable[..., None]) -> Iterator[None]:
-    """Calls `record(*args, **kwargs)` with what `module` is called with."""
+    """Calls `record` with the arguments of each call of `module`."""
     hook = module.register_forward_pre_hook(lambda _, args, kwargs: record(*args, **kwargs), with_kwargs=True)
     try:
         yield
@@ -488,7 +488,7 @@ def recorded(module: Any, record: Callable[..., None]) -> Iterator[None]:
 
 
 def official_inputs(token_ids: list[int], media: list[VisionInput]) -> dict[str, Any]:
-    """What transformers' model is called with: pictures and videos apart, whatever their order in the prompt."""
+    """The arguments of transformers' model: pictures and videos are separate, in any order of the prompt."""
     images = [medium for medium in media if not medium.is_video]
     inputs: dict[str, Any] = {"input_ids": torch.tensor([token_ids])}
     if images:
@@ -590,11 +590,11 @@ def test_answers_in_a_packed_batch_are_those_one_by_one(dropper: V2Drop | None, 
             assert torch.equal(kept[index], other_kept)
 
 
-# What is left for methods that choose tokens before the decoder
+# Traces for methods that choose tokens before the decoder
 
 
 def official_arrangement(reference: Any, medium: VisionInput, values: Tensor) -> Tensor:
-    """Values (tiles, P, C) arranged by transformers, zeros for newlines: (n, C)."""
+    """Values (tiles, P, C) arranged by transformers, with zeros for newlines: (n, C)."""
     nothing = torch.zeros(values.shape[-1])
     if medium.is_video:
         return torch.cat([reference.model.apply_pooling(values).flatten(0, 1), nothing[None]])

@@ -1,4 +1,4 @@
-"""Two gloo processes give what one gives: a shared decoder, and samples taken in turn."""
+"""Two gloo processes give the results of one: with a shared decoder, and with samples taken in turn."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from nanovlm_v2drop.models.config import TextConfig
 from nanovlm_v2drop.models.parallel import ALONE, Processes, join_processes
 
 ROOT = Path(__file__).parents[2]
-TOLERANCE = 1e-4  # of the largest logit, float32: only the order of a sum differs
+TOLERANCE = 1e-4  # share of the largest logit in float32; only the order of sums differs
 OPTIONS = ("--methods", "dense,v2drop,random", "--tokens", "32", "--seeds", "2", "--limit", "5")
 
 
@@ -67,7 +67,7 @@ def folders(tiny_llava_folder: Path, tiny_qwen_folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def shared(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each of the two processes found, by model."""
+    """The results of each of the two processes, by model."""
     output = tmp_path_factory.mktemp("shared")
     done = torchrun(ROOT / "tests" / "parallel_worker.py", output, *folders.values())
     assert done.returncode == 0, done.stderr
@@ -168,7 +168,7 @@ def evaluation(output: Path, *options: object, processes: int = 2) -> subprocess
 
 
 def answers(output: Path) -> list[tuple[Any, ...]]:
-    """In the order of the file: what depends on no clock."""
+    """The fields that do not depend on a clock, in the order of the file."""
     lines = (output / "samples.jsonl").read_text().splitlines()
     names = ("plan", "sample_id", "text", "correct", "kept", "kv_cache_bytes")
     return [tuple(record[name] for name in names) for record in map(json.loads, lines)]

@@ -405,7 +405,7 @@ def test_positions_equal_those_of_transformers(name: str, vlm: VisionLanguageMod
 
 
 def test_text_behind_a_long_video_stands_where_training_put_it(vlm: VisionLanguageModel, official: Any) -> None:
-    """transformers 5 goes on behind the larger side of a frame, over positions that the video has taken already."""
+    """transformers 5 continues after the larger side of a frame, with positions that the video has already."""
     packed, inputs = vlm.prepare([LONG]), official_inputs(vlm, LONG)
     (((frames, rows, columns),),) = packed.vision_grids
     assert frames > max(rows, columns)
@@ -428,10 +428,10 @@ def test_logits_and_six_tokens_equal_those_of_transformers(name: str, vlm: Visio
 
 @pytest.mark.parametrize("name", ["wide", "two", "between", "odd clip", "clip and picture", "pictures, clip", "text"])
 def test_generation_equals_that_of_transformers(name: str, vlm: VisionLanguageModel, official: Any) -> None:
-    """Where both number a video alike, without telling transformers any position."""
+    """Both number such a video equally, without positions given to transformers."""
     transformers = pytest.importorskip("transformers")
     inputs = official_inputs(vlm, REQUESTS[name])
-    never = vlm.config.text_config.vocab_size  # None would mean the model's own end of sequence
+    never = vlm.config.text_config.vocab_size  # None would select the model's own end of sequence
     settings = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=never, pad_token_id=0)
     theirs = official.generate(**inputs, generation_config=settings)[0, inputs["input_ids"].shape[1] :]
     assert len(theirs) == 6
@@ -441,7 +441,7 @@ def test_generation_equals_that_of_transformers(name: str, vlm: VisionLanguageMo
 
 
 def test_answers_differ_by_what_is_shown(vlm: VisionLanguageModel) -> None:
-    """So that equal logits above say something about the pictures."""
+    """A check that the equal logits above depend on the pictures."""
     first, other = (vlm.prepare([Request("yes?", images=[picture(84, 56, seed)])]) for seed in (1, 2))
     logits = [prefill(vlm.model.language_model, packed).logits for packed in (first, other)]
     assert (logits[0] - logits[1]).abs().max() > 0.1 * logits[0].abs().max()
@@ -487,7 +487,7 @@ def test_cached_decoding_equals_a_full_forward_at_the_largest_position_plus_one(
     assert_close(logits[5], prefill(decoder, longer).logits)
 
 
-# What methods that choose tokens before the decoder read
+# Traces for methods that choose tokens before the decoder
 
 
 @pytest.mark.parametrize("names", [["two"], ["clip and picture"], MIXED], ids=str)
@@ -507,7 +507,7 @@ def test_traces_hold_the_attention_and_keys_of_the_patches_that_were_merged(vlm:
     for trace, own, (frames, rows, columns) in zip(together.vision, alone, grids, strict=True):
         attention, keys = trace.received_attention(), trace.keys()
         assert keys.shape == (4, frames * rows * columns, 8)
-        # A frame's four patches a token share an attention of one.
+        # The attention of a frame's patches sums to one; a token has four patches.
         per_frame = 4 * attention.unflatten(1, (frames, rows * columns)).sum(-1)
         torch.testing.assert_close(per_frame, torch.ones(4, frames))
         assert_close(attention, own.received_attention())
@@ -524,7 +524,7 @@ RATIOS = {1: 0.6, 3: 0.5}
 def test_after_dropping_rows_keep_their_three_positions_and_decoding_goes_on_behind_the_whole_prompt(
     name: str, vlm: VisionLanguageModel, official: Any
 ) -> None:
-    """transformers' own layers, rows taken out by hand, are the oracle for the prompt and for every decoded token."""
+    """The oracle, for the prompt and every decoded token, is transformers' own layers with rows removed by hand."""
     packed, decoder = vlm.prepare([REQUESTS[name]]), vlm.model.language_model
     out = prefill(decoder, packed, V2Drop(DropSchedule(RATIOS)))
     behind = int(packed.position_ids.max()) + 1

@@ -1,4 +1,4 @@
-"""The CLIP and SigLIP towers give the features of transformers' at any depth, and build no block that is not read."""
+"""The CLIP and SigLIP towers give the features of transformers at any depth, and build no unread block."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ SIZES = {
 }
 
 
-# As in SigLIP's 384 / 14, the picture is no whole number of patches.
+# The picture's side is not a multiple of the patch size, as in SigLIP's 384 / 14.
 SIGLIP_SIZES = {**SIZES, "image_size": 24}
 
 
@@ -50,7 +50,7 @@ def official_siglip(**changes: Any) -> Any:
 
 
 def load_blocks(tower: VisionTower, reference: Any) -> VisionTower:
-    """With the weights of transformers' tower, less the blocks and the norm that `tower` has not."""
+    """The tower with the weights of transformers' tower, without the blocks and the norm that `tower` does not have."""
     state = {name.removeprefix("vision_model."): tensor for name, tensor in reference.state_dict().items()}
     depth = reference.config.num_hidden_layers
     unused = {f"encoder.layers.{layer}." for layer in range(len(tower.encoder.layers), depth)} | {"post_layernorm."}

@@ -1,4 +1,4 @@
-"""Qwen2-VL's tower gives the vision tokens of transformers', frame by frame, and its decoder's positions are the official."""
+"""Qwen2-VL's tower gives the vision tokens of transformers, frame by frame, and its decoder has the official positions."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +49,7 @@ def assert_close(ours: Tensor, official: Tensor) -> None:
 
 @contextmanager
 def recorded_attention(official) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Softmax weights (1, H, n, n) and rotated keys (1, H, n, head_dim) of every frame in every block, as transformers runs."""
+    """Softmax weights (1, H, n, n) and rotated keys (1, H, n, head_dim) of every frame in every block of transformers."""
     module = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
     original, recorded = module.eager_attention_forward, []
 
@@ -142,7 +142,7 @@ def test_half_precision_rotates_in_float32():
     assert tower(pixels([PICTURE]), [PICTURE]).dtype == torch.bfloat16
 
 
-# What methods that choose tokens before the decoder ask for
+# Attention and keys for methods that choose tokens before the decoder
 
 
 def test_received_attention_is_the_mean_over_the_queries_of_the_same_frame():
@@ -189,7 +189,7 @@ def test_received_attention_holds_no_more_weights_than_it_may_and_gives_the_same
     with LargestTensor() as seen:
         received = vision_qwen2.received_in_frame(q, k)
     torch.testing.assert_close(received, at_once, atol=1e-7, rtol=1e-5)
-    # Twice, for the scores live beside their softmax; the keys (L, H, head_dim) themselves come on top.
+    # Twice, because the scores and their softmax are in memory together; the keys (L, H, head_dim) are added.
     assert 2 * seen.largest <= max(limit, 2 * k.numel() * k.element_size())
 
 
@@ -245,7 +245,7 @@ def prompt_of(parts: Sequence[int | tuple[int, Grid]]) -> tuple[list[int], list[
 
 
 def slow_positions(parts: Sequence[int | tuple[int, Grid]]) -> list[tuple[int, int, int]]:
-    """One token after the other, as transformers 4.57 has it: behind a picture or video, the largest position so far + 1."""
+    """One token after the other, as in transformers 4.57: after a picture or video, the largest position so far + 1."""
     places: list[tuple[int, int, int]] = []
     for part in parts:
         start = max((max(place) for place in places), default=-1) + 1
@@ -304,7 +304,7 @@ def pairs(part: object) -> bool:
 
 
 def test_text_behind_a_long_video_follows_its_last_frame():
-    # transformers 5 would go on at 7 here, inside the video; the model was trained with 19.
+    # transformers 5 would continue at 7, inside the video; the model was trained with 19.
     token_ids, grids = prompt_of([3, (VIDEO, (16, 4, 4)), 3])
     assert multimodal_positions(token_ids, grids, {VIDEO})[:, -3:].tolist() == [[19, 20, 21]] * 3
 

@@ -1,4 +1,4 @@
-"""The splice puts every vision feature where its image token stands; what does not match is refused."""
+"""The splice puts every vision feature at the place of its image token, and refuses numbers that do not match."""
 
 import gc
 import weakref
@@ -74,7 +74,7 @@ def test_what_the_grids_of_a_picture_share_is_computed_once_and_goes_with_their_
     assert [trace.received_attention().shape for trace in traces] == [(2, 4), (2, 1)]
     assert [trace.keys().shape for trace in traces] == [(2, 4, 3), (2, 1, 3)]
     assert len(held) == 2
-    gc.disable()  # so that nothing but the end of the traces lets the values go
+    gc.disable()  # so that only the end of the traces releases the values
     try:
         del traces
         assert [values() for values in held] == [None, None]
