@@ -243,3 +243,11 @@ def test_the_list_of_models_fits_a_terminal_and_cuts_nothing(capsys):
 def test_the_model_that_is_named_fits_the_memory(memory, medium, fits):
     spec = fitting_model(memory, medium)
     assert (spec and spec.name) == fits
+
+
+def test_options_and_chains_of_methods_are_read_without_torch(capsys):
+    given = "dense,v2drop:metric=cosine,divprune+v2drop:share=0.5"
+    assert parse_arguments(["--methods", given]).methods == given.split(",")
+    assert "unknown method 'nobody'" in refused(["--methods", "divprune+nobody:power=2"], capsys)
+    assert "method 'v2drop:metric': 'metric' is no option" in refused(["--methods", "v2drop:metric"], capsys)
+    assert "there is no file mine.py" in refused(["--methods", "divprune+mine.py:Mine:power=2"], capsys)

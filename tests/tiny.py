@@ -129,7 +129,7 @@ def pack_together(parts: list[PackedInputs]) -> PackedInputs:
 
 @contextmanager
 def resizing_horizontally_first() -> Iterator[None]:
-    """Pillow 13 chooses the order of its two passes by the shape, and rounds between. The models were trained with one order."""
+    """Pillow 13 chooses the order of its two passes by the shape and rounds between. The models were trained with one order."""
     resize = Image.Image.resize
 
     def horizontal_first(picture: Image.Image, size: tuple[int, int], resample: int, **_: object) -> Image.Image:

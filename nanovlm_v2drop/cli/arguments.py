@@ -124,7 +124,8 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
 def add_comparison_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     known = ", ".join(choices.methods())
-    add("--methods", type=methods, help=f"from {known}; {choices.ALL}; or FILE.py:CLASS; default dense,v2drop,random")
+    forms = "FILE.py:CLASS; NAME:OPTION=VALUE; FIRST+SECOND:share=0.5 for both in one run"
+    add("--methods", type=methods, help=f"from {known}; {choices.ALL}; {forms}; default dense,v2drop,random")
     add("--accounting", choices=ACCOUNTINGS, default=ACCOUNTINGS[0], help="equal budgets, or each method's published settings")
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--tokens", type=budgets, help="budgets: mean vision tokens a layer, e.g. 192,128,64")

@@ -63,8 +63,7 @@ class TokenDropper:
             )
         self.schedule = schedule
         self.cut_cache = self.cut_cache if cut_cache is None else cut_cache
-        if self.cut_cache and self.merges and self.latest_layer != 0:
-            raise ValueError(f"{self.name} averages tokens, which earlier caches do not hold: use it without cut_cache")
+        self.check_cut(self.cut_cache)
 
     @property
     def layers_read(self) -> frozenset[int]:
@@ -140,6 +139,11 @@ class TokenDropper:
         return DropSchedule.for_mean_tokens(
             mean_tokens, num_vision_tokens, num_layers, layers=layers, leanest=cls.leanest, minimum=cls.minimum
         )
+
+    def check_cut(self, cut_cache: bool) -> None:
+        """Raise ValueError where earlier caches cannot be cut to the rows that this method leaves."""
+        if cut_cache and self.merges and self.latest_layer != 0:
+            raise ValueError(f"{self.name} averages tokens, which earlier caches do not hold: use it without cut_cache")
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError for a drop point that cannot act in a decoder of `num_layers`."""

@@ -55,7 +55,7 @@ class Chain(TokenDropper):
     levels: ClassVar[tuple[float, ...]] = ()  # share of the reduction that is made behind each method, on a logarithmic scale
 
     def __init__(self, droppers: Sequence[TokenDropper], *, cut_cache: bool | None = None) -> None:
-        """Raises TypeError for anything but droppers, and ValueError where two of them act at one layer."""
+        """Raises TypeError for anything but droppers, ValueError where two act at one layer or one has nothing to cut to."""
         if not droppers or not all(isinstance(dropper, TokenDropper) for dropper in droppers):
             raise TypeError(f"a chain is made of droppers, such as [V2Drop(schedule), ...], not of {droppers!r}")
         self.droppers = tuple(droppers)
@@ -65,7 +65,8 @@ class Chain(TokenDropper):
         self.schedule = ChainSchedule([dropper.schedule for dropper in droppers])
         cuts = self.cut_cache or any(dropper.cut_cache for dropper in droppers)
         self.cut_cache = cuts if cut_cache is None else cut_cache
-
+        for dropper in droppers:
+            dropper.check_cut(self.cut_cache)
     @classmethod
     def of(cls, methods: Sequence[type[TokenDropper]], share: float | Sequence[float] | None = None) -> "type[ChainFor]":
         """A chain of methods as a class, which is used like any other method: made with a schedule, or solved for a budget.

@@ -151,6 +151,8 @@ def test_a_chain_names_what_it_cannot_do():
     with pytest.raises(OutOfReach, match=r"divprune\+v2drop:share=0: a mean of .* is out of reach") as caught:
         Chain.of([DivPrune, V2Drop], 0.0).schedule_for(40, 576, 32)
     assert isinstance(caught.value.floor, ChainSchedule)
+    with pytest.raises(ValueError, match="sparsevlm averages tokens, which earlier caches do not hold"):
+        Chain([V2Drop(half, cut_cache=True), SparseVLM(DropSchedule({2: 0.5}))])
     with pytest.raises(ValueError, match="drop layer 3 cannot act: this method works at layers 0 to 0"):
         prefill(tiny_decoder(), one_prompt(5, 24, 7), Chain([V2Drop(DropSchedule({1: 0.5})), DivPrune(DropSchedule({3: 0.5}))]))
     with pytest.raises(ValueError, match="dycoke hides cache slots while decoding, which a chain cannot: give it prune=0"):
@@ -174,3 +176,15 @@ def test_a_chain_drops_before_and_inside_the_decoder_at_once():
     assert first.tolist() == prefill(tiny_decoder(), packed, dropper.droppers[0]).kept[0][1][0].tolist()
     assert len(second) == 4
     assert set(second.tolist()) < set(first.tolist())
+
+
+def test_the_cut_of_a_chain_leaves_the_same_rows_in_every_layer_behind_any_first_method():
+    decoder, packed = tiny_decoder(), pack_together(tiny_prompts())
+    for first in ("divprune", "visionzip", "dycoke"):
+        droppers = [DROPPERS[first](DropSchedule({0: 0.6}), **({"prune": 0.0} if first == "dycoke" else {}))]
+        whole = prefill(decoder, packed, Chain([*droppers, V2Drop(DropSchedule({2: 0.5, 4: 0.5}))]))
+        cut = prefill(decoder, packed, Chain([*droppers, V2Drop(DropSchedule({2: 0.5, 4: 0.5}))], cut_cache=True))
+        assert torch.equal(cut.logits, whole.logits)
+        assert cut.cache.seqlens == [whole.cache.seqlens[-1]] * 6
+        for layer_idx in (4, 5):
+            assert torch.equal(cut.cache.keys[layer_idx], whole.cache.keys[layer_idx])
