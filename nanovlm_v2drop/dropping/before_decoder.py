@@ -15,6 +15,8 @@ from ..models.vision import VisionTrace
 from .base import PrefillState, TokenDropper, check_numbers
 from .state import Grid
 
+FIRST = 1e9  # above any priority in `best_in_frames`
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -33,6 +35,12 @@ class Picture:
     question: Tensor  # (Q, D)
     has_newlines: bool = False
 
+    def frames_and_newlines(self) -> tuple[Tensor, Tensor]:
+        """The places of its tokens (frames, tokens of a frame), and those of its newline column (newlines,)."""
+        places = torch.arange(len(self.features), device=self.features.device).view(self.grid)
+        if not self.has_newlines:
+            return places.flatten(1), places.flatten()[:0]
+        return places[..., :-1].flatten(1), places[..., -1].flatten()
 
 class BeforeDecoder(TokenDropper):
     """A method that makes fewer tokens of each picture before the decoder.
@@ -117,6 +125,19 @@ class BeforeDecoder(TokenDropper):
                 f"{self.name} needs a trace of each picture from the vision tower (PackedInputs.vision): "
                 f"the pictures hold {in_pictures} vision tokens, the traces {in_traces}"
             )
+
+
+def best_in_frames(scores: Tensor, ideal: Tensor, count: int, *, every_frame: bool = False) -> Tensor:
+    """(count,) the best tokens of all frames, numbered through, with `ideal` (frames,) tokens of each frame as a guide.
+
+    Scores (frames, n). The token of rank j in a frame that deserves x tokens has the priority x - j. Taking the largest
+    priorities rounds all x by largest remainder, and fills no frame further than its size. With `every_frame`, the best token
+    of each frame comes first. Tokens with a score of minus infinity come last.
+    """
+    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    priority = (ideal[:, None] - rank).double().masked_fill(scores == -torch.inf, -torch.inf)
+    priority = torch.where((rank == 0) & every_frame, priority + FIRST, priority)
+    return priority.flatten().topk(count).indices
 
 
 def has_newline_column(grid: Grid) -> bool:

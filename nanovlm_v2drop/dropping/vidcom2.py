@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Published
-from .before_decoder import BeforeDecoder, Picture
+from .before_decoder import BeforeDecoder, Picture, best_in_frames
 from .schedule import DropSchedule
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # of the Gaussians that measure similarity
 TEMPERATURE = 0.01  # of the softmax over frames
-ALWAYS = 1e9  # above any priority
 
 
 class VidCom2(BeforeDecoder):
@@ -37,17 +36,11 @@ class VidCom2(BeforeDecoder):
     }
 
     def choose(self, picture: Picture, count: int) -> Tensor:
-        places = torch.arange(len(picture.features), device=picture.features.device).view(picture.grid)
-        tokens = (places[..., :-1] if picture.has_newlines else places).flatten(1)  # (frames, tokens of a frame)
-        newlines = places[..., -1].flatten() if picture.has_newlines else places.flatten()[:0]
+        tokens, newlines = picture.frames_and_newlines()
         shared = max(count - len(newlines), 0)
         to_video, to_frame = similarities(picture.features[tokens].float())
         ideal = frame_rates(to_video, shared / tokens.numel()) * tokens.shape[1]
-        rank = (to_video + to_frame).argsort(dim=-1, stable=True).argsort(-1)
-        # The token of rank j in a frame that deserves x tokens has the priority x - j. Taking the `shared` largest priorities
-        # rounds all x by largest remainder, and fills no frame further than its size.
-        priority = (ideal[:, None] - rank).double() + ALWAYS * (rank == 0)
-        best = priority.flatten().topk(shared).indices
+        best = best_in_frames(-(to_video + to_frame), ideal, shared, every_frame=True)
         return torch.cat([newlines[:count], tokens.flatten()[best]])
 
 

@@ -25,6 +25,7 @@ BROKEN = {
     "visionzip": {POSITIONS, ROWS},
     "tome": {POSITIONS, ROWS},
     "sparsevlm": {POSITIONS, ROWS},
+    "fastvid": {ROWS},
     "holov": {POSITIONS, ROWS, ORDER},  # zero rows, and runs in order of falling attention
     "clse": {CACHE},
 }

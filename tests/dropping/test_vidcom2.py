@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_inputs import in_a_prompt, open_parts, video, vision_after
+from golden_inputs import in_a_prompt, open_parts, tokens, video, vision_after
 
 from nanovlm_v2drop.dropping import DROPPERS, CountSchedule
 from nanovlm_v2drop.dropping.vidcom2 import frame_rates, similarities
@@ -58,3 +58,11 @@ def test_any_count_is_met_and_no_frame_is_empty_where_it_suffices(count):
     kept, _ = vision_after(VidCom2(CountSchedule({0: count})), in_a_prompt(video(3, 4, 36, 16), [(4, 6, 6)]))
     assert len(set(kept)) == count
     assert len({number // 36 for number in kept}) >= min(count, 4)
+
+
+def test_a_frame_that_takes_almost_everything_leaves_one_token_to_each_other_frame():
+    frames = tokens(3, 4 * 36, 16).unflatten(0, (4, 36)) * 0.02 + torch.ones(16)
+    frames[2] = tokens(9, 36, 16)
+    kept, _ = vision_after(VidCom2(CountSchedule({0: 5})), in_a_prompt(frames.flatten(0, 1), [(4, 6, 6)]))
+    counts = torch.tensor(kept).div(36, rounding_mode="floor").bincount(minlength=4)
+    assert counts.tolist() == [1, 1, 2, 1]
