@@ -5,6 +5,7 @@ A method before the decoder and one inside it is the usual pair. Each method act
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -198,21 +199,28 @@ def solve_part(
     def error(candidate: DropSchedule) -> float:
         return ChainSchedule([*parts, candidate]).mean_tokens(num_vision_tokens, num_layers) - target
 
-    best = method.schedule_for(min(target, arriving), arriving, num_layers)
-    low, high = 0.0, float(arriving)
-    for _ in range(STEPS):  # behind a method inside the decoder, the early layers hold more than `arriving`
+    best = nearest(partial(method.schedule_for, num_vision_tokens=arriving, num_layers=num_layers), error, target, arriving)
+    if error(best) > CLOSE:
+        reached = f"with these shares it is at least {error(best) + target:.1f}"
+        raise OutOfReach(f"a mean of {target:g} vision tokens is out of reach: {reached}", best)
+    return best
+
+
+def nearest(
+    solve: Callable[[float], DropSchedule], error: Callable[[DropSchedule], float], target: float, arriving: int
+) -> DropSchedule:
+    """The schedule with the smallest `error`. Behind a method inside the decoder, early layers hold more than `arriving`."""
+    best, low, high = solve(min(target, arriving)), 0.0, float(arriving)
+    for _ in range(STEPS):
         if abs(error(best)) <= CLOSE:
             break
         middle = (low + high) / 2
         try:
-            candidate = method.schedule_for(middle, arriving, num_layers)
+            candidate = solve(middle)
             is_low = error(candidate) < 0
         except ValueError:  # out of reach, or at a layer of another method, where PyramidDrop goes for small budgets
             low = middle
             continue
         low, high = (middle, high) if is_low else (low, middle)
         best = min(best, candidate, key=lambda one: abs(error(one)))
-    if error(best) > CLOSE:
-        reached = f"with these shares it is at least {error(best) + target:.1f}"
-        raise OutOfReach(f"a mean of {target:g} vision tokens is out of reach: {reached}", best)
     return best

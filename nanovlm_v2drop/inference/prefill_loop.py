@@ -50,11 +50,10 @@ class Prefilled:
 def prefill(
     decoder: Decoder, packed: PackedInputs, dropper: TokenDropper | None = None, *, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> Prefilled:
-    """Run the prompts through every layer once, filling the cache; vision tokens leave at the dropper's drop points.
+    """Run packed prompts (T, D) through every layer once and fill the cache; vision tokens leave at the dropper's drop points.
 
-    Packed prompts (T, D) -> logits (B, V) of their last tokens. Layers before a drop point keep the keys of dropped tokens, so
-    the cache is longer in early layers than in late ones.
-    Raises ValueError for a schedule that cannot act on this decoder; warns where nothing was dropped from a picture.
+    Layers before a drop point keep the keys of dropped tokens (without `cut_cache`), so their caches are longer. Raises
+    ValueError for a schedule that cannot act on this decoder. Warns where nothing was dropped from a picture.
     """
     backend = resolve_backend(decoder.attention, packed.inputs_embeds.device, packed.inputs_embeds.dtype)
     state = begin(decoder, packed, dropper)
@@ -77,10 +76,8 @@ def prefill(
         positions.append(state.next_position)
         show = partial(dropper.observe, state) if dropper is not None and layer_idx in observed else None
         state.previous, state.hidden_states = state.hidden_states, layer(state.hidden_states, rotary, attend, show)
-    cache.finish(torch.stack(positions))
-    if dropper is not None:
-        cache.pruning = dropper.decode_pruning(state)
-        warn_if_nothing_dropped(dropper, packed, state)
+    cache.finish(torch.stack(positions), None if dropper is None else dropper.decode_pruning(state))
+    warn_if_nothing_dropped(dropper, packed, state)
     return Prefilled(decoder.lm_head(decoder.norm(state.hidden_states[state.last_rows()])), cache, survivors)
 
 
@@ -128,9 +125,9 @@ def advice(dtype: torch.dtype) -> str:
     return f"activations beyond {name} are infinite: use another dtype, --dtype {wider}"
 
 
-def warn_if_nothing_dropped(dropper: TokenDropper, packed: PackedInputs, state: PrefillState) -> None:
-    """Warn with NothingDropped where all vision tokens came through to the last layer."""
-    if any(packed.vision_counts) and state.vision_counts == packed.vision_counts:
+def warn_if_nothing_dropped(dropper: TokenDropper | None, packed: PackedInputs, state: PrefillState) -> None:
+    """Warn with NothingDropped where a dropper let all vision tokens through to the last layer."""
+    if dropper is not None and any(packed.vision_counts) and state.vision_counts == packed.vision_counts:
         warnings.warn(
             f"{dropper.name} dropped nothing: all {sum(packed.vision_counts)} vision tokens went through all "
             f"{state.layer_idx + 1} layers with {dropper.schedule}",

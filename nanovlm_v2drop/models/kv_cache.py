@@ -72,9 +72,9 @@ class KVCache:
             return like.new_empty(batch, num_key_value_heads, slots, head_dim).transpose(1, 2)
         return like.new_empty(batch, slots, num_key_value_heads, head_dim)
 
-    def finish(self, position_ids: Tensor) -> None:
-        """After the last layer: set the positions at which decoding continues, `position_ids` (L, B)."""
-        self.position_ids = position_ids
+    def finish(self, position_ids: Tensor, pruning: DecodePruning | None = None) -> None:
+        """After the last layer: set the positions at which decoding continues, `position_ids` (L, B), and its `pruning`."""
+        self.position_ids, self.pruning = position_ids, pruning
         self.slots = sent(torch.tensor(self.seqlens), position_ids.device)
         self.lengths = (self.slots + 1).int()
         self.sequences = torch.arange(position_ids.shape[1], device=position_ids.device)

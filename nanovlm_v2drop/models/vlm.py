@@ -142,26 +142,17 @@ class VLM(nn.Module):
     ) -> PackedInputs:
         """Embed the prompts' token ids and put the vision features at the places of the vision tokens, in reading order.
 
-        `prompts`: one list of token ids a sequence, in which an image or video token is repeated once for each feature.
-        `media`: the pictures and videos of each prompt, in the order of their tokens. Raises ValueError where the numbers of
-        vision tokens and features differ.
+        `prompts`: token ids of each sequence, with an image or video token repeated once for each feature. `media`: the pictures
+        and videos of each prompt, in order. Raises ValueError where the numbers of vision tokens and features differ.
         """
         vision_tokens = frozenset(self.config.vision_tokens.values())
         is_vision = [token in vision_tokens for prompt in prompts for token in prompt]
         for prompt, held in zip(prompts, media, strict=True):
             check_counts(sum(token in vision_tokens for token in prompt), sum(medium.num_tokens for medium in held))
-        # A vision token's id can lie outside the embedding table: the original LLaVA vocabulary has no row for it.
-        flat = [0 if token in vision_tokens else token for prompt in prompts for token in prompt]
-        embed_tokens = self.language_model.embed_tokens
-        device = embed_tokens.weight.device
-        inputs_embeds = embed_tokens(sent(torch.tensor(flat), device))
+        device = self.language_model.embed_tokens.weight.device
         encoded = self.encode([medium for held in media for medium in held]) if any(map(len, media)) else []
-        if encoded:
-            rows = sent(torch.tensor([row for row, vision in enumerate(is_vision) if vision]), device)
-            features = torch.cat([picture.features for picture in encoded])
-            inputs_embeds = inputs_embeds.index_copy(0, rows, features.to(inputs_embeds.dtype))
         return PackedInputs(
-            inputs_embeds,
+            self.embedded([token for prompt in prompts for token in prompt], is_vision, encoded),
             sent(torch.cat([self.position_ids(*prompt) for prompt in zip(prompts, media, strict=True)], dim=-1), device),
             sent(torch.tensor(is_vision), device),
             tuple(map(len, prompts)),
@@ -171,6 +162,18 @@ class VLM(nn.Module):
             tuple(trace for picture in encoded for trace in picture.traces),
             tuple(text_behind([token in vision_tokens for token in prompt]) for prompt in prompts),
         )
+
+
+    def embedded(self, token_ids: Sequence[int], is_vision: Sequence[bool], encoded: Sequence[Encoded]) -> Tensor:
+        """(T, D) embeddings of the token ids, with the pictures' features at the places of the vision tokens."""
+        # A vision token's id can lie outside the embedding table: the original LLaVA vocabulary has no row for it.
+        flat = [0 if vision else token for token, vision in zip(token_ids, is_vision, strict=True)]
+        embed_tokens = self.language_model.embed_tokens
+        inputs_embeds = embed_tokens(sent(torch.tensor(flat), embed_tokens.weight.device))
+        if not encoded:
+            return inputs_embeds
+        rows = sent(torch.tensor([row for row, vision in enumerate(is_vision) if vision]), inputs_embeds.device)
+        return inputs_embeds.index_copy(0, rows, torch.cat([picture.features for picture in encoded]).to(inputs_embeds.dtype))
 
 
 class LlavaModel(VLM):
