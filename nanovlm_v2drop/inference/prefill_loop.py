@@ -52,14 +52,12 @@ def prefill(
 ) -> Prefilled:
     """Run packed prompts (T, D) through every layer once and fill the cache; vision tokens leave at the dropper's drop points.
 
-    Layers before a drop point keep the keys of dropped tokens (without `cut_cache`), so their caches are longer. Raises
-    ValueError for a schedule that cannot act on this decoder. Warns where nothing was dropped from a picture.
+    Raises ValueError for a schedule that cannot act on this decoder; warns where nothing was dropped from a picture.
     """
-    backend = resolve_backend(decoder.attention, packed.inputs_embeds.device, packed.inputs_embeds.dtype)
     state = begin(decoder, packed, dropper)
+    backend = resolve_backend(decoder.attention, state.hidden_states.device, state.hidden_states.dtype)
     rotary = rotary_table(decoder.config, state.position_ids, state.hidden_states.dtype)
-    cache = KVCache(max_new_tokens, reads_heads_first(backend))
-    positions, survivors = [], []
+    cache, positions, survivors = KVCache(max_new_tokens, reads_heads_first(backend)), [], []
     read, observed = (frozenset(), frozenset()) if dropper is None else (dropper.layers_read, dropper.layers_observed)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ class VLM(nn.Module):
     ) -> PackedInputs:
         """Embed the prompts' token ids and put the vision features at the places of the vision tokens, in reading order.
 
-        `prompts`: token ids of each sequence, with an image or video token repeated once for each feature. `media`: the pictures
+        `prompts`: token ids of each sequence, with an image or video token repeated once for each feature. `media`: pictures
         and videos of each prompt, in order. Raises ValueError where the numbers of vision tokens and features differ.
         """
         vision_tokens = frozenset(self.config.vision_tokens.values())
