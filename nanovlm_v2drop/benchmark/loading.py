@@ -126,7 +126,7 @@ def official_config(shape: TextConfig) -> dict[str, Any]:
         "tie_word_embeddings": shape.tie_word_embeddings,
         "vision_feature_layer": -1,
         "vision_config": {"model_type": "clip_vision_model", **asdict(TOWER)},
-        "text_config": {"model_type": "qwen2" if shape.qkv_bias else "llama", **asdict(shape)},
+        "text_config": {"model_type": "qwen2" if shape.qkv_bias else "llama", "eos_token_id": 2, **asdict(shape)},
     }
 
 
