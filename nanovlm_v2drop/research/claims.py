@@ -64,9 +64,7 @@ def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int |
     yield from UNTESTED
 
 
-def answers(
-    vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], output: Path, limit: int | None
-) -> list[Record]:
+def answers(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], output: Path, limit: int | None) -> list[Record]:
     """Answers of all plans to the task's samples; they are written to `output`, as in any run."""
     answered = [sample.sample_id for sample in evaluate(vlm, task, plans, output, limit=limit, batch_size=8)]
     return read_records(output, {task.name: answered})

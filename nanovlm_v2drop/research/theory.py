@@ -79,9 +79,7 @@ def drop_point(decoder: Decoder, packed: PackedInputs, layer_idx: int) -> DropPo
     return DropPoint(decoder, layer_idx, hidden_states[0], previous[0], positions, rows)
 
 
-def run_layers(
-    decoder: Decoder, hidden_states: Tensor, position_ids: Tensor, start: int, end: int
-) -> tuple[Tensor, Tensor]:
+def run_layers(decoder: Decoder, hidden_states: Tensor, position_ids: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
     """Output and input of layer `end` - 1, (B, T, D) each, from the input of layer `start`; positions (B, T) or (3, B, T).
 
     Attention uses torch's MATH kernel, because the fast kernels have no forward-mode derivative.

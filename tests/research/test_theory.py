@@ -377,9 +377,7 @@ def test_every_familys_positions_stay_beside_their_tokens(family):
     packed = replace(packed, inputs_embeds=packed.inputs_embeds.double())
     point = drop_point(tiny_decoder(**FAMILIES[family]).double().requires_grad_(False), packed, 3)
     assert_close(dense_output(point), plain_forward(point, point.hidden_states))
-    for row, reverted, removed in zip(
-        point.vision_rows.tolist(), reverted_outputs(point), removed_outputs(point), strict=True
-    ):
+    for row, reverted, removed in zip(point.vision_rows.tolist(), reverted_outputs(point), removed_outputs(point), strict=True):
         states = point.hidden_states.index_copy(0, torch.tensor([row]), point.previous[row, None])
         assert_close(reverted, plain_forward(point, states))
         assert_close(removed, plain_forward(point, point.hidden_states, unseen=row))
