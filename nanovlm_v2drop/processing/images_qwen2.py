@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..models.config import Qwen2VLVisionConfig
+from ..models.config import QwenVisionConfig
 from ..models.vlm import VisionInput
 from .image_settings import (
     CLASS_DEFAULTS,
@@ -39,7 +39,7 @@ from .images import PlannedMedium, resize_bicubic
 from .opening import ImageSource, check_pixel_count, image_size, open_image
 from .video import SampledVideo, take_all
 
-FACTOR = Qwen2VLVisionConfig.patch_size * Qwen2VLVisionConfig.spatial_merge_size
+FACTOR = QwenVisionConfig.patch_size * QwenVisionConfig.spatial_merge_size
 # The defaults of transformers' classes: 4 to 1280 vision tokens a picture, 128 to 768 of its pixels' worth a frame of a video.
 # Every official checkpoint stores its own: 4 to 16384.
 MIN_PIXELS, MAX_PIXELS = CLASS_DEFAULTS["Qwen2VLImageProcessor"]["size"].values()
@@ -90,9 +90,9 @@ class Qwen2VLImageProcessor:
     Raises ValueError for values that no picture could be processed with.
     """
 
-    patch_size: int = Qwen2VLVisionConfig.patch_size
-    temporal_patch_size: int = Qwen2VLVisionConfig.temporal_patch_size
-    merge_size: int = Qwen2VLVisionConfig.spatial_merge_size
+    patch_size: int = QwenVisionConfig.patch_size
+    temporal_patch_size: int = QwenVisionConfig.temporal_patch_size
+    merge_size: int = QwenVisionConfig.spatial_merge_size
     min_pixels: int = MIN_PIXELS
     max_pixels: int = MAX_PIXELS
     video_min_pixels: int = VIDEO_MIN_PIXELS
@@ -115,7 +115,7 @@ class Qwen2VLImageProcessor:
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, config: Qwen2VLVisionConfig, max_pixels: int | None = None
+        cls, folder: str | Path, config: QwenVisionConfig, max_pixels: int | None = None
     ) -> "Qwen2VLImageProcessor":
         """Read the settings of a checkpoint folder; what it does not store is as in transformers' classes.
 
@@ -246,7 +246,7 @@ def _read_bounds(folder: str | Path, settings: Settings, max_pixels: int | None,
     return (low, high) if max_pixels is None else (min(low, max_pixels), max_pixels)
 
 
-def _check_settings(folder: str | Path, settings: Settings, config: Qwen2VLVisionConfig) -> None:
+def _check_settings(folder: str | Path, settings: Settings, config: QwenVisionConfig) -> None:
     """Refuse settings that would give the tower other patches than it was trained on."""
     sizes = {
         "patch_size": config.patch_size,

@@ -22,7 +22,7 @@ from nanovlm_v2drop.models.config import (
     TextConfig,
     VLMConfig,
 )
-from nanovlm_v2drop.models.vlm import MODEL_CLASSES
+from nanovlm_v2drop.models.model_classes import MODEL_CLASSES
 from nanovlm_v2drop.processing.prompts import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
