@@ -18,6 +18,8 @@ from .vision_qwen2 import Qwen2VLVisionTower, QwenVisionTower, multimodal_positi
 from .vision_qwen2_5 import Qwen2_5_VLVisionTower
 from .vlm import VLM, Encoded, VisionInput, traces_of
 
+LARGEST_POSITION = 2**24  # up to here, float32 holds every position exactly
+
 
 class Qwen2VLModel(VLM):
     """Qwen2-VL: frames of a video count 0, 1, 2, ... on the time axis."""
@@ -83,4 +85,11 @@ class Qwen2_5_VLModel(Qwen2VLModel):
         super().__init__(config, attention, Qwen2_5_VLVisionTower)
 
     def time_step(self, medium: VisionInput) -> float:
-        return self.config.vision_config.tokens_per_second * medium.seconds_per_grid
+        """How far the positions of two frames lie apart; raises ValueError where those of the whole video reach too far."""
+        step = self.config.vision_config.tokens_per_second * medium.seconds_per_grid
+        if step * medium.grids[0][0] > LARGEST_POSITION:
+            raise ValueError(
+                f"the frames of the video lie {medium.seconds_per_grid:g} seconds apart, too far for their positions; is the "
+                "frame rate in the file right? Re-encode it, or give the frames as a list of pictures"
+            )
+        return step

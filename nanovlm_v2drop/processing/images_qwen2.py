@@ -37,7 +37,7 @@ from .image_settings import (
 )
 from .images import PlannedMedium, resize_bicubic
 from .opening import ImageSource, check_pixel_count, image_size, open_image
-from .video import SampledVideo, take_all
+from .video import FpsSampling, SampledVideo, take_all
 
 FACTOR = QwenVisionConfig.patch_size * QwenVisionConfig.spatial_merge_size
 # The defaults of transformers' classes: 4 to 1280 vision tokens a picture, 128 to 768 of its pixels' worth a frame of a video.
@@ -176,7 +176,8 @@ class Qwen2VLImageProcessor:
             check_pixel_count("the video would become", video.num_frames, width, height, advice)
         resize = partial(resize_bicubic, width=width, height=height)
         grids = self._grids(video.num_frames, height, width)
-        return PlannedMedium(grids, lambda: self._medium(video.read(resize), size, is_video=True))
+        seconds = self._seconds_per_grid(video)
+        return PlannedMedium(grids, lambda: self._medium(video.read(resize), size, is_video=True, seconds_per_grid=seconds))
 
     def video(self, frames: Sequence[ImageSource]) -> VisionInput:
         """The frames of one video, all of one size; the last is repeated until they fill whole patches.
@@ -185,6 +186,14 @@ class Qwen2VLImageProcessor:
         Raises ValueError for no frames or frames of several sizes, and what `open_image` and `smart_resize` raise.
         """
         return self.plan_video(take_all(frames)).read()
+
+    def _seconds_per_grid(self, video: SampledVideo) -> float:
+        """The time from one group of frames to the next. At an unknown rate, the frames count as two a second.
+
+        Qwen's own code and transformers up to 4.57 count so; transformers 5 takes 24 a second then.
+        """
+        seconds = video.num_frames / FpsSampling.fps if video.seconds is None else video.seconds
+        return self.temporal_patch_size * seconds / video.num_frames
 
     def _frame_max_pixels(self, num_frames: int) -> int:
         """The most pixels of one frame: its bound, or its share of the whole video's where that is smaller.
@@ -203,7 +212,9 @@ class Qwen2VLImageProcessor:
         """Vision tokens in time, height and width of frames of a resized picture or video."""
         return ((-(-num_frames // self.temporal_patch_size), height // self.factor, width // self.factor),)
 
-    def _medium(self, frames: Sequence[Image.Image], size: tuple[int, int], is_video: bool) -> VisionInput:
+    def _medium(
+        self, frames: Sequence[Image.Image], size: tuple[int, int], is_video: bool, seconds_per_grid: float = 0.0
+    ) -> VisionInput:
         """Resized frames to their patches; `size` is height and width before resizing."""
         group = self.temporal_patch_size
         grids = self._grids(len(frames), frames[0].height, frames[0].width)
@@ -211,7 +222,7 @@ class Qwen2VLImageProcessor:
         pixel_values = torch.empty(grids[0][0], prod(grids[0][1:]) * self.merge_size**2, columns)
         for number, patches in enumerate(pixel_values):
             patches.copy_(self._patches(frames[number * group : (number + 1) * group]))
-        return VisionInput(pixel_values.flatten(0, 1), grids, size, is_video)
+        return VisionInput(pixel_values.flatten(0, 1), grids, size, is_video, seconds_per_grid=seconds_per_grid)
 
     def _patches(self, frames: Sequence[Image.Image]) -> Tensor:
         """Frames of one patch in time to (h * w, 3 * temporal_patch_size * patch_size ** 2), patches in merge order."""

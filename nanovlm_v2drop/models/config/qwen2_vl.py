@@ -100,9 +100,7 @@ class Qwen2VLConfig(VLMConfig):
         super().__post_init__()
         out_name, out = self.vision_config.out_name, self.vision_config.out_hidden_size
         if out != self.text_config.hidden_size:
-            raise ValueError(
-                f"vision_config.{out_name} {out} must be the decoder's hidden_size {self.text_config.hidden_size}"
-            )
+            raise ValueError(f"vision_config.{out_name} {out} must be the decoder's hidden_size {self.text_config.hidden_size}")
         if self.text_config.mrope_section is None:
             raise ValueError("rope_scaling must have an mrope_section, three numbers; is config.json complete?")
 
