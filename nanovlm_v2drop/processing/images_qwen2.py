@@ -62,7 +62,7 @@ def smart_resize(
     short, long = sorted((height, width))
     if not 0 < long <= MAX_ASPECT_RATIO * short:
         raise ValueError(
-            f"the picture is {width}x{height} pixels: Qwen2-VL takes an aspect ratio of {MAX_ASPECT_RATIO} at most; "
+            f"the picture is {width}x{height} pixels: Qwen-VL takes an aspect ratio of {MAX_ASPECT_RATIO} at most; "
             "cut it into less extreme shapes"
         )
     # Python's round: a half goes to the even multiple. A side under half a factor becomes 0, and the product too small.

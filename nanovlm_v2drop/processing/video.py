@@ -152,7 +152,7 @@ class SampledVideo:
 
     `indices` are the frames chosen, in rising order; of a short video some are shown several times. `height` and `width` are
     those of an upright frame in pixels. `decode` returns the frames, each of them put through a transform. `fps` is the rate of
-    the video itself in frames per second, and `seconds` its length; both are None for a list of frames of unknown rate.
+    the video itself in frames per second, and `seconds` its length; both are None where the rate is unknown.
     """
 
     indices: tuple[int, ...]
@@ -185,24 +185,24 @@ def sample_video(video: VideoSource, sampling: FrameSampling) -> SampledVideo:
     """Find out which frames of a video a model sees, without decoding them.
 
     A file is read once, and its first frame is decoded. A list holds the frames themselves (paths, bytes or PIL pictures). All
-    of them are taken, unless there are more than `sampling.max_frames`: then the list is sampled as a video of unknown rate. A
-    list counts as one of `sampling.fps` frames per second where the sampling has a rate.
+    of them are taken, unless there are more than `sampling.max_frames`: then the list is sampled as a video of unknown rate.
+    FpsSampling takes a video of unknown rate as one of `sampling.fps` frames per second.
 
     Raises FileNotFoundError for a missing file, ImportError where PyAV is needed and absent, and ValueError for a file
     that does not decode or holds no video or no frames, for an empty list, and for a source that is no video.
     """
+    assumed = sampling.fps if isinstance(sampling, FpsSampling) else None
     match video:
         case str() | Path():
             file = inspect_video(Path(video))
-            indices = sampling.indices(file.num_frames, file.fps)
-            seconds = None if file.fps is None else file.num_frames / file.fps
-            decode = partial(_read_file, file, sampling)
-            return SampledVideo(tuple(indices), file.height, file.width, decode, file.fps, seconds)
+            fps = assumed if file.fps is None else file.fps
+            seconds = None if fps is None else file.num_frames / fps
+            indices, decode = sampling.indices(file.num_frames, file.fps), partial(_read_file, file, sampling)
+            return SampledVideo(tuple(indices), file.height, file.width, decode, fps, seconds)
         case Sequence() if not isinstance(video, bytes | bytearray):
-            fps = sampling.fps if isinstance(sampling, FpsSampling) else None
             if len(video) <= sampling.max_frames:
-                return take_all(video, fps)
-            return _sample_list(video, sampling.indices(len(video), None), fps)
+                return take_all(video, assumed)
+            return _sample_list(video, sampling.indices(len(video), None), assumed)
         case _:
             kind = type(video).__name__
             raise ValueError(f"a video must be the path of a file or a list of pictures, got {kind}; list(...) makes a list")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -325,6 +326,17 @@ def test_a_tower_of_fewer_blocks_than_config_json_says_is_named(
         load(copy(tensors))
 
 
+def test_a_model_in_memory_answers_as_its_folder(official: Any, vlm: VisionLanguageModel, folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pictures = json.loads((folder / "preprocessor_config.json").read_text())
+    images = SimpleNamespace(to_dict=lambda: pictures)
+    processor = SimpleNamespace(tokenizer=transformers.AutoTokenizer.from_pretrained(folder), image_processor=images)
+    shared = load(official, processor=processor)
+    prompt = Request(prompt="<|vision_start|><|image_pad|><|vision_end|>?", images=[picture(140, 84)])
+    ours, theirs = (prefill(each.model.language_model, each.prepare([prompt])).logits for each in (shared, vlm))
+    assert_close(ours, theirs)
+
+
 # Pictures, prompts and seconds
 
 
@@ -468,6 +480,12 @@ def test_a_packed_batch_equals_its_requests_one_by_one(vlm: VisionLanguageModel)
         own_steps, own_logits = greedy(vlm, packed)
         assert_close(logits[:, index], own_logits[:, 0])
         assert [step[index] for step in steps] == [token for (token,) in own_steps]
+
+
+def test_bfloat16_weights_give_nearly_the_same_embeddings(vlm: VisionLanguageModel, folder: Path) -> None:
+    exact, rounded = (each.prepare([REQUESTS["several"]]).inputs_embeds for each in (vlm, load(folder, dtype="bfloat16")))
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
 def test_a_video_whose_frames_lie_weeks_apart_is_refused(folder: Path) -> None:
