@@ -77,6 +77,9 @@ from .models.config import (
     LlavaOnevisionConfig as LlavaOnevisionConfig,
 )
 from .models.config import (
+    Qwen2_5_VLConfig as Qwen2_5_VLConfig,
+)
+from .models.config import (
     Qwen2VLConfig as Qwen2VLConfig,
 )
 from .models.config import (
@@ -94,6 +97,12 @@ from .models.decoder import (
 from .models.kv_cache import (
     KVCache as KVCache,
 )
+from .models.qwen2_vl import (
+    Qwen2_5_VLModel as Qwen2_5_VLModel,
+)
+from .models.qwen2_vl import (
+    Qwen2VLModel as Qwen2VLModel,
+)
 from .models.vision import (
     VisionTrace as VisionTrace,
 )
@@ -108,9 +117,6 @@ from .models.vlm import (
 )
 from .models.vlm import (
     PackedInputs as PackedInputs,
-)
-from .models.vlm import (
-    Qwen2VLModel as Qwen2VLModel,
 )
 from .processing.prompts import (
     Request as Request,

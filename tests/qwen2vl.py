@@ -58,10 +58,15 @@ def qwen2vl_tokenizer() -> Tokenizer:
 
 def qwen2vl_reference(tokenizer: Tokenizer, tie_word_embeddings: bool = False) -> Any:
     """transformers' Qwen2-VL: 6 layers with grouped queries, 3 blocks in the tower, weights so large that each matters."""
+    return reference("Qwen2VL", {**TOWER, "hidden_size": TEXT["hidden_size"]}, tokenizer, tie_word_embeddings)
+
+
+def reference(family: str, vision_config: dict[str, Any], tokenizer: Tokenizer, tie_word_embeddings: bool) -> Any:
+    """transformers' model of a family with this tower, with random weights."""
     transformers = pytest.importorskip("transformers")
     rope = {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": MROPE_SECTION}
     vocab_size = -(-tokenizer.get_vocab_size() // 64) * 64
-    config = transformers.Qwen2VLConfig(
+    config = getattr(transformers, f"{family}Config")(
         text_config={
             **TEXT,
             "vocab_size": vocab_size,
@@ -69,14 +74,14 @@ def qwen2vl_reference(tokenizer: Tokenizer, tie_word_embeddings: bool = False) -
             "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
             "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
         },
-        vision_config={**TOWER, "hidden_size": TEXT["hidden_size"]},
+        vision_config=vision_config,
         image_token_id=tokenizer.token_to_id("<|image_pad|>"),
         video_token_id=tokenizer.token_to_id("<|video_pad|>"),
         vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
         vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
         tie_word_embeddings=tie_word_embeddings,
     )
-    model = transformers.Qwen2VLForConditionalGeneration(config).eval().requires_grad_(False)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         parameter.copy_(drawn(name, torch.randn(parameter.shape, generator=generator)))
@@ -128,8 +133,10 @@ def hub_config(official: Any) -> dict[str, Any]:
     }
 
 
-def write_qwen2vl_folder(folder: Path, official: Any, tokenizer: Tokenizer) -> Path:
-    """A checkpoint in the layout of Qwen's repositories, float32."""
+def write_qwen2vl_folder(
+    folder: Path, official: Any, tokenizer: Tokenizer, config: dict[str, Any] | None = None
+) -> Path:
+    """A checkpoint in the layout of Qwen's repositories, float32. `config` is its config.json, by default Qwen2-VL's."""
     folder.mkdir(parents=True, exist_ok=True)
     ends = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
     picture = {
@@ -144,7 +151,7 @@ def write_qwen2vl_folder(folder: Path, official: Any, tokenizer: Tokenizer) -> P
         "processor_class": "Qwen2VLProcessor",
     }
     files: dict[str, dict[str, Any]] = {
-        "config.json": hub_config(official),
+        "config.json": config or hub_config(official),
         "generation_config.json": {"eos_token_id": ends, "pad_token_id": ends[1], "do_sample": True, "temperature": 0.01},
         "preprocessor_config.json": picture,
         "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>"},
@@ -207,23 +214,26 @@ def official_greedy(official: Any, inputs_embeds: Tensor, position_ids: Tensor, 
     return token_ids, torch.stack(logits)
 
 
-def positions_by_the_rule(token_ids: Sequence[int], grids: Sequence[Grid], vision_tokens: Collection[int]) -> Tensor:
+def positions_by_the_rule(
+    token_ids: Sequence[int], grids: Sequence[Grid], vision_tokens: Collection[int], steps: Sequence[float] = ()
+) -> Tensor:
     """(3, T), token by token: the rule of transformers up to 4.57, in its slowest form.
 
     Text takes the next free number on all axes; a grid counts each axis from there; the next free number is one more than
-    the largest that was given on any axis.
+    the largest that was given on any axis. The frames of a grid are its `steps` apart, by default 1.
     """
     places: list[tuple[int, int, int]] = []
-    waiting = iter(grids)
+    waiting = zip(grids, steps or [1] * len(grids), strict=True)
     while len(places) < len(token_ids):
         free = max((max(place) for place in places), default=-1) + 1
         if token_ids[len(places)] not in vision_tokens:
             places.append((free, free, free))
             continue
-        frames, rows, columns = next(waiting)
+        (frames, rows, columns), step = next(waiting)
         for frame in range(frames):
+            time = free + int(np.float32(frame) * np.float32(step))
             for row in range(rows):
-                places += [(free + frame, free + row, free + column) for column in range(columns)]
+                places += [(time, free + row, free + column) for column in range(columns)]
     return torch.tensor(places).T
 
 

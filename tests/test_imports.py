@@ -11,7 +11,10 @@ import nanovlm_v2drop
 PACKAGE = Path(nanovlm_v2drop.__file__).parent
 # From the bottom to the top. A module may import from the modules before it in its room and from the rooms before its own.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "models": ("config", "attention", "linear", "kv_cache", "arrange", "parallel", "decoder", "vision", "vision_qwen2", "vlm"),
+    "models": (
+        *("config", "attention", "linear", "kv_cache", "arrange", "parallel", "decoder"),
+        *("vision", "vision_qwen2", "vision_qwen2_5", "vlm", "qwen2_vl", "model_classes"),
+    ),
     "dropping": (),
     "processing": (
         *("opening", "video_file", "video", "preprocessor", "image_settings"),

@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from onevision import onevision_names, onevision_reference, onevision_tokenizer, write_onevision_folder
 from PIL import Image
+from qwen2_5_vl import qwen2_5_vl_reference, write_qwen2_5_vl_folder
 from qwen2vl import qwen2vl_reference, qwen2vl_tokenizer, write_qwen2vl_folder
 
 from nanovlm_v2drop import Request, generate, load
 
 REPORTED = (ValueError, OSError, ImportError)  # what the command line shows as one line
 CPU_SECONDS = 2.0  # of one case; the clock on the wall would also count other programs
-FAMILIES = ("llava", "llava_onevision", "qwen2_vl")
+FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 INDEX = "model.safetensors.index.json"
 Folder = dict[str, Any]  # the parsed settings files of one checkpoint, by name
 
@@ -45,6 +46,8 @@ def folders(tiny_llava_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         "llava_onevision": write_onevision_folder(make(place / "ov"), onevision, tensors, tokenizer),
         "qwen2_vl": write_qwen2vl_folder(place / "qwen", qwen2vl_reference(qwen2vl_tokenizer()), qwen2vl_tokenizer()),
     }
+    qwen2_5_vl = qwen2_5_vl_reference(qwen2vl_tokenizer())
+    made["qwen2_5_vl"] = write_qwen2_5_vl_folder(place / "qwen2.5", qwen2_5_vl, qwen2vl_tokenizer())
     for folder in made.values():
         complete(folder)
     return made
@@ -76,7 +79,7 @@ def complete(folder: Path) -> None:
         "generation_config.json": {"eos_token_id": [1, 2]},
         "special_tokens_map.json": {name: {"content": named[name]} for name in ("bos_token", "eos_token") if named.get(name)},
         "processor_config.json": {"image_processor": pictures, "patch_size": 14},
-        "video_preprocessor_config.json": pictures if config["model_type"] == "qwen2_vl" else {},
+        "video_preprocessor_config.json": pictures if config["model_type"].startswith("qwen2") else {},
     }
     for name, content in extra.items():
         if not (folder / name).is_file():

@@ -42,7 +42,7 @@ QWEN2_72B = partial(
     num_key_value_heads=8,
 )
 MROPE_SECTION = (16, 24, 24)
-# Sources: config.json of llava-hf/llava-1.5-*-hf, llava-hf/llava-v1.6-vicuna-*-hf, Qwen/Qwen2-VL-*-Instruct and
+# Sources: config.json of llava-hf/llava-1.5-*-hf, llava-hf/llava-v1.6-vicuna-*-hf, Qwen/Qwen2*-VL-*-Instruct and
 # lmms-lab/llava-onevision-qwen2-*-ov. The conversions by llava-hf have the same decoders with a padded vocabulary.
 SHAPES = {
     "llava-1.5-7b": VICUNA_7B,
@@ -74,13 +74,27 @@ SHAPES = {
     ),
     "qwen2-vl-7b": QWEN2_7B(mrope_section=MROPE_SECTION),
     "qwen2-vl-72b": QWEN2_72B(mrope_section=MROPE_SECTION),
+    "qwen2.5-vl-3b": QWEN2(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        max_position_embeddings=128000,
+        tie_word_embeddings=True,
+        mrope_section=MROPE_SECTION,
+    ),
+    "qwen2.5-vl-7b": QWEN2_7B(max_position_embeddings=128000, mrope_section=MROPE_SECTION),
+    "qwen2.5-vl-72b": QWEN2_72B(max_position_embeddings=128000, mrope_section=MROPE_SECTION),
 }
 # Vision tokens of a video, by the beginning of the model's name. LLaVA-OneVision: pooled frames and one newline token.
-# LLaVA-Video: averaged frames with a newline token after every row. Qwen2-VL: merged patches of pairs of frames of 360 x 640.
+# LLaVA-Video: averaged frames with a newline token after every row. Qwen-VL: merged patches of pairs of frames of 360 x 640.
 VIDEO_GRIDS: dict[str, Callable[[int], Grids]] = {
     "llava-onevision": lambda frames: ((frames, 14, 14), (1, 1, 1)),
     "llava-video": lambda frames: ((frames, 13, 14),),
     "qwen2-vl": lambda frames: ((ceil(frames / 2), 13, 23),),
+    "qwen2.5-vl": lambda frames: ((ceil(frames / 2), 13, 23),),
 }
 
 

@@ -117,7 +117,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--tensor-parallel", type=int, default=1, metavar="N", help="processes, started by torchrun, that share a decoder")
     add("--image-aspect-ratio", choices=choices.aspect_ratios(), help="LLaVA-1.5: pad as the papers, or crop as llava-hf")
     add("--template", choices=choices.templates(), help="prompt template; default the model's own")
-    add("--max-pixels", type=int, metavar="N", help="Qwen2-VL: largest picture or frame; default the checkpoint's own")
+    add("--max-pixels", type=int, metavar="N", help="Qwen-VL: largest picture or frame; default the checkpoint's own")
     add("--frames", type=int, metavar="N", help="frames of a video, evenly spaced; default as the model was released with")
 
 

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from ..models.config import LlavaConfig, Qwen2VLConfig, VLMConfig
 from ..models.decoder import Decoder
 from ..models.linear import as_bfloat16, can_prepack, packable, prepack
-from ..models.vlm import MODEL_CLASSES, VLM
+from ..models.model_classes import MODEL_CLASSES
+from ..models.vlm import VLM
 from .files import SAFETENSORS_TWINS, CheckpointError, StoredTensor, check_names, list_tensors, listed, open_safetensors
 from .tensor_parallel import split_decoder
 

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..models.config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, VLMConfig, read_json_object
+from ..models.config import (
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    VLMConfig,
+    read_json_object,
+)
 from ..processing.chat_template import read_chat_template
 from ..processing.images import ImageProcessor, PlannedMedium
 from ..processing.images_onevision import NextImageProcessor, OnevisionImageProcessor
@@ -41,6 +49,7 @@ FAMILIES: dict[type[VLMConfig], Family] = {
     LlavaNextConfig: Family(DEFAULT_TEMPLATE, UniformSampling()),
     LlavaOnevisionConfig: Family("qwen_1_5", UniformSampling()),
     Qwen2VLConfig: Family("qwen2_vl", FpsSampling()),
+    Qwen2_5_VLConfig: Family("qwen2_vl", FpsSampling()),
 }
 
 

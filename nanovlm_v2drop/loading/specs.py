@@ -64,6 +64,7 @@ class ModelSpec:
 
 
 LLAMA2, APACHE, TONGYI = "llama2", "apache-2.0", "tongyi-qianwen"
+QWEN, QWEN_RESEARCH = "qwen", "qwen-research"
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
@@ -173,6 +174,30 @@ MODELS: dict[str, ModelSpec] = {
             "Qwen/Qwen2-VL-72B-Instruct",
             parameters=73.4,
             licence=TONGYI,
+            takes=ALL_MEDIA,
+        ),
+        ModelSpec(
+            "qwen2.5-vl-3b",
+            "Qwen2.5-VL 3B, pictures of any size",
+            "Qwen/Qwen2.5-VL-3B-Instruct",
+            parameters=3.75,
+            licence=QWEN_RESEARCH,
+            takes=ALL_MEDIA,
+        ),
+        ModelSpec(
+            "qwen2.5-vl-7b",
+            "Qwen2.5-VL 7B, pictures of any size",
+            "Qwen/Qwen2.5-VL-7B-Instruct",
+            parameters=8.29,
+            licence=APACHE,
+            takes=ALL_MEDIA,
+        ),
+        ModelSpec(
+            "qwen2.5-vl-72b",
+            "Qwen2.5-VL 72B, pictures of any size",
+            "Qwen/Qwen2.5-VL-72B-Instruct",
+            parameters=73.4,
+            licence=QWEN,
             takes=ALL_MEDIA,
         ),
     )

@@ -163,7 +163,7 @@ def load(
             their decoder is this one, else the folder's.
         attention: back end, see attention.resolve_backend; model.language_model.attention names the one that runs.
         weights: for a named model, a local folder of its official checkpoint that is read instead of the Hub.
-        max_pixels: the most that Qwen2-VL leaves of a picture or frame; None is the checkpoint's own bound.
+        max_pixels: the most that a Qwen-VL leaves of a picture or frame; None is the checkpoint's own bound.
         sampling: which frames of a video the model sees; None is what its family was released with.
         tensor_parallel: how many processes share the decoder, each with a part of its heads and of its MLP. All of them must
             call this, and then `generate` or `prefill` with the same requests; each gets the whole answer. They are those
@@ -221,7 +221,7 @@ def surround(spec: ModelSpec, folder: Path, options: Options) -> tuple[VLMConfig
     config = VLMConfig.from_folder(folder)
     if options.max_pixels is not None and not isinstance(config, Qwen2VLConfig):
         raise ValueError(
-            f"max_pixels {options.max_pixels} has no meaning for {spec.name}: only Qwen2-VL's pictures come in any size"
+            f"max_pixels {options.max_pixels} has no meaning for {spec.name}: only Qwen-VL's pictures come in any size"
         )
     if options.sampling is not None and config.video_token_id is None:
         raise ValueError(f"{spec.name} takes pictures only: no frames of a video can be chosen for it")

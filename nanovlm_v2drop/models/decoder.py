@@ -95,11 +95,11 @@ class SelfAttention(nn.Module):
 class GatedMLP(nn.Module):
     """(T, D) -> (T, D): silu(gate) * up, and down."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # On a CPU, the values of a few rows are still in its cache when down_proj reads them. A GPU is faster with all rows at
@@ -128,7 +128,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         self.before_part, self.behind_part = DecoderLayer.before_attention, DecoderLayer.behind_attention
 
     def forward(

@@ -1,4 +1,4 @@
-"""The models, and the splice: token ids and vision features become one packed sequence of embeddings.
+"""The LLaVA models, and the splice of all families: token ids and vision features become one packed sequence of embeddings.
 
 Shapes: T tokens of all sequences packed, B sequences, N pictures or tiles or frames, P patches of one of them, V width of the
 tower, D hidden_size of the decoder, n vision tokens of one picture or video.
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 
 from .arrange import arrange_picture, arrange_single, arrange_video, select_best_resolution
 from .attention import sent
-from .config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, SiglipVisionConfig, VLMConfig
+from .config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, SiglipVisionConfig, VLMConfig
 from .decoder import Decoder
 from .vision import CLIPVisionTower, SiglipVisionTower, VisionTrace
-from .vision_qwen2 import Qwen2VLVisionTower, multimodal_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +29,14 @@ class VisionInput:
     `pixel_values` float32. LLaVA-1.5: (1, 3, S, S); LLaVA-OneVision: (tiles, 3, S, S) with the whole picture first, or
     (frames, 3, S, S); Qwen2-VL: (patches, 3 * temporal_patch_size * patch_size ** 2). `grids`: frames, rows and columns of its
     vision tokens in the decoder, including newline tokens. `size`: height and width in pixels before any resizing.
+    `seconds_per_grid`: the time from one frame of the grid to the next, for models whose positions tell it.
     """
 
     pixel_values: Tensor
     grids: tuple[tuple[int, int, int], ...]
     size: tuple[int, int]
     is_video: bool = False
+    seconds_per_grid: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -265,53 +265,6 @@ class LlavaOnevisionModel(LlavaNextModel):
         return super().arrange(medium, values, newline)
 
 
-class Qwen2VLModel(VLM):
-    """Qwen2-VL: its own tower, Qwen2 decoder with multimodal positions.
-
-    Source: transformers models/qwen2_vl/modeling_qwen2_vl.py, version 4.57.
-    """
-
-    config: Qwen2VLConfig
-
-    def __init__(self, config: Qwen2VLConfig, attention: str = "auto") -> None:
-        super().__init__()
-        self.config = config
-        self.visual = Qwen2VLVisionTower(config.vision_config, attention)
-        self.language_model = Decoder(config.text_config, attention)
-
-    def encode(self, media: Sequence[VisionInput]) -> list[Encoded]:
-        grids = [self.patch_grid(medium) for medium in media]
-        block_input, output = self.visual.encode(self.on_device(torch.cat([each.pixel_values for each in media])), grids)
-        sizes = [prod(grid) for grid in grids]
-        features = self.visual.merger(output).split([medium.num_tokens for medium in media])
-        return [self.traced(*part) for part in zip(media, block_input.split(sizes), features, strict=True)]
-
-    def traced(self, medium: VisionInput, block_input: Tensor, features: Tensor) -> Encoded:
-        """One picture or video, from the input (patches, V) of the tower's last block and the merged features (n, D)."""
-        grids = [self.patch_grid(medium)]
-
-        def merged(values: Tensor) -> Tensor:
-            """(heads, patches, ...) -> (heads, n, ...): the patches of one token are neighbours."""
-            return values.unflatten(1, (medium.num_tokens, -1)).mean(2)
-
-        def attention() -> Tensor:
-            return merged(self.visual.received_attention(block_input, grids))
-
-        def keys() -> Tensor:
-            return merged(self.visual.keys(block_input, grids))
-
-        return Encoded(features, traces_of(medium, features, attention, keys))
-
-    def patch_grid(self, medium: VisionInput) -> tuple[int, int, int]:
-        """Frames, rows and columns of patches, before merging."""
-        ((frames, rows, columns),), merge = medium.grids, self.config.vision_config.spatial_merge_size
-        return frames, rows * merge, columns * merge
-
-    def position_ids(self, token_ids: Sequence[int], media: Sequence[VisionInput]) -> Tensor:
-        grids = [grid for medium in media for grid in medium.grids]
-        return multimodal_positions(token_ids, grids, self.config.vision_tokens.values())
-
-
 def traces_of(
     medium: VisionInput, features: Tensor, attention: Callable[[], Tensor], keys: Callable[[], Tensor]
 ) -> tuple[VisionTrace, ...]:
@@ -329,14 +282,6 @@ def traces_of(
     return tuple(
         VisionTrace(features[rows], partial(part, attention, rows), partial(part, keys, rows), nn.Identity()) for rows in spans
     )
-
-
-MODEL_CLASSES: dict[type[VLMConfig], Callable[[Any, str], VLM]] = {
-    LlavaConfig: LlavaModel,
-    LlavaNextConfig: LlavaNextModel,
-    LlavaOnevisionConfig: LlavaOnevisionModel,
-    Qwen2VLConfig: Qwen2VLModel,
-}
 
 
 def check_counts(num_placeholders: int, num_features: int) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..models.config import Qwen2VLVisionConfig
+from ..models.config import QwenVisionConfig
 from ..models.vlm import VisionInput
 from .image_settings import (
     CLASS_DEFAULTS,
@@ -37,9 +37,9 @@ from .image_settings import (
 )
 from .images import PlannedMedium, resize_bicubic
 from .opening import ImageSource, check_pixel_count, image_size, open_image
-from .video import SampledVideo, take_all
+from .video import FpsSampling, SampledVideo, take_all
 
-FACTOR = Qwen2VLVisionConfig.patch_size * Qwen2VLVisionConfig.spatial_merge_size
+FACTOR = QwenVisionConfig.patch_size * QwenVisionConfig.spatial_merge_size
 # The defaults of transformers' classes: 4 to 1280 vision tokens a picture, 128 to 768 of its pixels' worth a frame of a video.
 # Every official checkpoint stores its own: 4 to 16384.
 MIN_PIXELS, MAX_PIXELS = CLASS_DEFAULTS["Qwen2VLImageProcessor"]["size"].values()
@@ -62,7 +62,7 @@ def smart_resize(
     short, long = sorted((height, width))
     if not 0 < long <= MAX_ASPECT_RATIO * short:
         raise ValueError(
-            f"the picture is {width}x{height} pixels: Qwen2-VL takes an aspect ratio of {MAX_ASPECT_RATIO} at most; "
+            f"the picture is {width}x{height} pixels: Qwen-VL takes an aspect ratio of {MAX_ASPECT_RATIO} at most; "
             "cut it into less extreme shapes"
         )
     # Python's round: a half goes to the even multiple. A side under half a factor becomes 0, and the product too small.
@@ -90,9 +90,9 @@ class Qwen2VLImageProcessor:
     Raises ValueError for values that no picture could be processed with.
     """
 
-    patch_size: int = Qwen2VLVisionConfig.patch_size
-    temporal_patch_size: int = Qwen2VLVisionConfig.temporal_patch_size
-    merge_size: int = Qwen2VLVisionConfig.spatial_merge_size
+    patch_size: int = QwenVisionConfig.patch_size
+    temporal_patch_size: int = QwenVisionConfig.temporal_patch_size
+    merge_size: int = QwenVisionConfig.spatial_merge_size
     min_pixels: int = MIN_PIXELS
     max_pixels: int = MAX_PIXELS
     video_min_pixels: int = VIDEO_MIN_PIXELS
@@ -115,7 +115,7 @@ class Qwen2VLImageProcessor:
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, config: Qwen2VLVisionConfig, max_pixels: int | None = None
+        cls, folder: str | Path, config: QwenVisionConfig, max_pixels: int | None = None
     ) -> "Qwen2VLImageProcessor":
         """Read the settings of a checkpoint folder; what it does not store is as in transformers' classes.
 
@@ -176,7 +176,8 @@ class Qwen2VLImageProcessor:
             check_pixel_count("the video would become", video.num_frames, width, height, advice)
         resize = partial(resize_bicubic, width=width, height=height)
         grids = self._grids(video.num_frames, height, width)
-        return PlannedMedium(grids, lambda: self._medium(video.read(resize), size, is_video=True))
+        seconds = self._seconds_per_grid(video)
+        return PlannedMedium(grids, lambda: self._medium(video.read(resize), size, is_video=True, seconds_per_grid=seconds))
 
     def video(self, frames: Sequence[ImageSource]) -> VisionInput:
         """The frames of one video, all of one size; the last is repeated until they fill whole patches.
@@ -185,6 +186,14 @@ class Qwen2VLImageProcessor:
         Raises ValueError for no frames or frames of several sizes, and what `open_image` and `smart_resize` raise.
         """
         return self.plan_video(take_all(frames)).read()
+
+    def _seconds_per_grid(self, video: SampledVideo) -> float:
+        """The time from one group of frames to the next. At an unknown rate, the frames count as two a second.
+
+        Qwen's own code and transformers up to 4.57 count so; transformers 5 takes 24 a second then.
+        """
+        seconds = video.num_frames / FpsSampling.fps if video.seconds is None else video.seconds
+        return self.temporal_patch_size * seconds / video.num_frames
 
     def _frame_max_pixels(self, num_frames: int) -> int:
         """The most pixels of one frame: its bound, or its share of the whole video's where that is smaller.
@@ -203,7 +212,9 @@ class Qwen2VLImageProcessor:
         """Vision tokens in time, height and width of frames of a resized picture or video."""
         return ((-(-num_frames // self.temporal_patch_size), height // self.factor, width // self.factor),)
 
-    def _medium(self, frames: Sequence[Image.Image], size: tuple[int, int], is_video: bool) -> VisionInput:
+    def _medium(
+        self, frames: Sequence[Image.Image], size: tuple[int, int], is_video: bool, seconds_per_grid: float = 0.0
+    ) -> VisionInput:
         """Resized frames to their patches; `size` is height and width before resizing."""
         group = self.temporal_patch_size
         grids = self._grids(len(frames), frames[0].height, frames[0].width)
@@ -211,7 +222,7 @@ class Qwen2VLImageProcessor:
         pixel_values = torch.empty(grids[0][0], prod(grids[0][1:]) * self.merge_size**2, columns)
         for number, patches in enumerate(pixel_values):
             patches.copy_(self._patches(frames[number * group : (number + 1) * group]))
-        return VisionInput(pixel_values.flatten(0, 1), grids, size, is_video)
+        return VisionInput(pixel_values.flatten(0, 1), grids, size, is_video, seconds_per_grid=seconds_per_grid)
 
     def _patches(self, frames: Sequence[Image.Image]) -> Tensor:
         """Frames of one patch in time to (h * w, 3 * temporal_patch_size * patch_size ** 2), patches in merge order."""
@@ -246,7 +257,7 @@ def _read_bounds(folder: str | Path, settings: Settings, max_pixels: int | None,
     return (low, high) if max_pixels is None else (min(low, max_pixels), max_pixels)
 
 
-def _check_settings(folder: str | Path, settings: Settings, config: Qwen2VLVisionConfig) -> None:
+def _check_settings(folder: str | Path, settings: Settings, config: QwenVisionConfig) -> None:
     """Refuse settings that would give the tower other patches than it was trained on."""
     sizes = {
         "patch_size": config.patch_size,

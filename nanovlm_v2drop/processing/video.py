@@ -151,13 +151,16 @@ class SampledVideo:
     """The frames that a model will see of one video, before they are decoded: how many and how large.
 
     `indices` are the frames chosen, in rising order; of a short video some are shown several times. `height` and `width` are
-    those of an upright frame in pixels. `decode` returns the frames, each of them put through a transform.
+    those of an upright frame in pixels. `decode` returns the frames, each of them put through a transform. `fps` is the rate of
+    the video itself in frames per second, and `seconds` its length; both are None where the rate is unknown.
     """
 
     indices: tuple[int, ...]
     height: int
     width: int
     decode: Callable[[Transform], list[Image.Image]]
+    fps: float | None = None
+    seconds: float | None = None
 
     @property
     def num_frames(self) -> int:
@@ -183,27 +186,31 @@ def sample_video(video: VideoSource, sampling: FrameSampling) -> SampledVideo:
 
     A file is read once, and its first frame is decoded. A list holds the frames themselves (paths, bytes or PIL pictures). All
     of them are taken, unless there are more than `sampling.max_frames`: then the list is sampled as a video of unknown rate.
+    FpsSampling takes a video of unknown rate as one of `sampling.fps` frames per second.
 
     Raises FileNotFoundError for a missing file, ImportError where PyAV is needed and absent, and ValueError for a file
     that does not decode or holds no video or no frames, for an empty list, and for a source that is no video.
     """
+    assumed = sampling.fps if isinstance(sampling, FpsSampling) else None
     match video:
         case str() | Path():
             file = inspect_video(Path(video))
-            indices = sampling.indices(file.num_frames, file.fps)
-            return SampledVideo(tuple(indices), file.height, file.width, partial(_read_file, file, sampling))
+            fps = assumed if file.fps is None else file.fps
+            seconds = None if fps is None else file.num_frames / fps
+            indices, decode = sampling.indices(file.num_frames, file.fps), partial(_read_file, file, sampling)
+            return SampledVideo(tuple(indices), file.height, file.width, decode, fps, seconds)
         case Sequence() if not isinstance(video, bytes | bytearray):
             if len(video) <= sampling.max_frames:
-                return take_all(video)
-            return _sample_list(video, sampling.indices(len(video), None))
+                return take_all(video, assumed)
+            return _sample_list(video, sampling.indices(len(video), None), assumed)
         case _:
             kind = type(video).__name__
             raise ValueError(f"a video must be the path of a file or a list of pictures, got {kind}; list(...) makes a list")
 
 
-def take_all(pictures: Sequence[ImageSource]) -> SampledVideo:
+def take_all(pictures: Sequence[ImageSource], fps: float | None = None) -> SampledVideo:
     """A video of exactly these frames; raises ValueError for an empty list, and what `open_image` raises for the first."""
-    return _sample_list(pictures, range(len(pictures)))
+    return _sample_list(pictures, range(len(pictures)), fps)
 
 
 def read_frames(video: VideoSource, sampling: FrameSampling, transform: Transform | None = None) -> list[Image.Image]:
@@ -234,11 +241,12 @@ class _OneSize:
         return self.transform(frame)
 
 
-def _sample_list(pictures: Sequence[ImageSource], indices: Sequence[int]) -> SampledVideo:
+def _sample_list(pictures: Sequence[ImageSource], indices: Sequence[int], fps: float | None) -> SampledVideo:
     if not pictures:
         raise ValueError("the video is an empty list; it needs at least one picture")
     height, width = _of_frame(image_size, pictures, indices[0])
-    return SampledVideo(tuple(indices), height, width, partial(_read_list, pictures, indices))
+    seconds = None if fps is None else len(pictures) / fps
+    return SampledVideo(tuple(indices), height, width, partial(_read_list, pictures, indices), fps, seconds)
 
 
 def _read_list(pictures: Sequence[ImageSource], indices: Sequence[int], transform: Transform) -> list[Image.Image]:

@@ -48,6 +48,9 @@ PUBLISHED_WEIGHTS = {
     "qwen2-vl-2b": 1_543_714_304 - 151936 * 1536,
     "qwen2-vl-7b": 7_615_616_512 - 2 * 152064 * 3584,
     "qwen2-vl-72b": 72_706_203_648 - 2 * 152064 * 8192,
+    "qwen2.5-vl-3b": 3_085_938_688 - 151936 * 2048,
+    "qwen2.5-vl-7b": 7_615_616_512 - 2 * 152064 * 3584,
+    "qwen2.5-vl-72b": 72_706_203_648 - 2 * 152064 * 8192,
 }
 
 
@@ -225,7 +228,7 @@ def test_shapes_differ_from_llama_where_qwen2_does():
         is_llama = name.startswith(("llava-1.5", "llava-v1.6"))
         if "tiny" not in name:
             assert (shape.rope_theta, shape.rms_norm_eps) == ((1e4, 1e-5) if is_llama else (1e6, 1e-6)), name
-            assert (shape.mrope_section is not None) == name.startswith("qwen2-vl"), name
+            assert (shape.mrope_section is not None) == name.startswith(("qwen2-vl", "qwen2.5-vl")), name
 
 
 def test_tied_embeddings_are_one_tensor():

@@ -17,12 +17,14 @@ from nanovlm_v2drop.models.config import (
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLVisionConfig,
     Qwen2VLConfig,
     Qwen2VLVisionConfig,
     TextConfig,
     VLMConfig,
 )
-from nanovlm_v2drop.models.vlm import MODEL_CLASSES
+from nanovlm_v2drop.models.model_classes import MODEL_CLASSES
 from nanovlm_v2drop.processing.prompts import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +35,10 @@ REMOTE = [name for name, spec in MODELS.items() if spec.repository is not None]
 def config_of(name: str, text: TextConfig) -> VLMConfig:
     if name.startswith("qwen2-vl"):
         return Qwen2VLConfig(text_config=text, vision_config=Qwen2VLVisionConfig(hidden_size=text.hidden_size))
+    if name.startswith("qwen2.5-vl"):
+        inner = 3456 if name.endswith("72b") else 3420
+        sizes = {"hidden_size": 1280, "out_hidden_size": text.hidden_size, "intermediate_size": inner}
+        return Qwen2_5_VLConfig(text_config=text, vision_config=Qwen2_5_VLVisionConfig(**sizes))
     if name.startswith("llava-v1.6"):
         return LlavaNextConfig(text_config=text)
     return (LlavaConfig if name.startswith("llava-1.5") else LlavaOnevisionConfig)(text_config=text)

@@ -81,7 +81,7 @@ def test_a_folder_of_the_same_name_counts_only_with_a_config(
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "name": (
         {"model": "llava-9"},
-        "unknown model 'llava-9'; choose one of: demo, demo-video, llava-1.5-7b, llava-1.5-13b, .*qwen2-vl-72b;",
+        "unknown model 'llava-9'; choose one of: demo, demo-video, llava-1.5-7b, llava-1.5-13b, .*qwen2-vl-72b, .*;",
     ),
     "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'; choose one of: float32, bfloat16, float16, float64"),
     "device": ({"device": "gpu"}, "device 'gpu' cannot be used here: .*; use cpu"),

@@ -142,8 +142,7 @@ def test_the_norm_equals_the_official_one_bit_for_bit(dtype: torch.dtype) -> Non
 
 
 def test_an_mlp_that_takes_some_rows_at_a_time_gives_what_it_gives_for_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    mlp, values = GatedMLP(TextConfig(hidden_size=32, intermediate_size=48, **heads)), torch.randn(21, 32)
+    mlp, values = GatedMLP(32, 48), torch.randn(21, 32)
     wanted, calls, some_rows = mlp(values), [], mlp.some_rows
     monkeypatch.setattr(decoder_module, "CPU_ROWS", 8)
     monkeypatch.setattr(mlp, "some_rows", lambda rows: calls.append(len(rows)) or some_rows(rows))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onevision
 import pytest
+import qwen2_5_vl
 import qwen2vl
 import torch
 from tiny import META, NoWaiting
@@ -32,6 +33,7 @@ REQUESTS = {
         Request("digit", images=[qwen2vl.picture(140, 56), qwen2vl.picture(60, 120)], video=qwen2vl.clip(5, 84, 90)),
     ],
 }
+REQUESTS["qwen2.5-vl"] = REQUESTS["qwen2-vl"]
 REQUESTS["llava-video"] = REQUESTS["llava-onevision"]
 every_family = pytest.mark.parametrize("family", REQUESTS)
 
@@ -53,6 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VisionLanguage
     config.write_text(json.dumps({**json.loads(config.read_text()), **LLAVA_VIDEO}))
     tokenizer = qwen2vl.qwen2vl_tokenizer()
     qwen2vl.write_qwen2vl_folder(folders["qwen2-vl"], qwen2vl.qwen2vl_reference(tokenizer), tokenizer)
+    qwen2_5_vl.write_qwen2_5_vl_folder(folders["qwen2.5-vl"], qwen2_5_vl.qwen2_5_vl_reference(tokenizer), tokenizer)
     return {name: load(folder) for name, folder in folders.items()}
 
 
@@ -104,9 +107,10 @@ def test_each_layer_gets_what_the_schedule_says_and_all_text(name, family, prefi
             assert len(numbers) == entering[layer] or DROPPERS[name].merges
 
 
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl"])
 @pytest.mark.parametrize("name", ["visionzip", "tome"])
-def test_patches_that_qwen2_vl_keeps_before_the_decoder_keep_their_places(name, models) -> None:
-    packed = models["qwen2-vl"].prepare(REQUESTS["qwen2-vl"])
+def test_patches_that_are_kept_before_the_decoder_keep_their_places_in_the_grid(name, family, models) -> None:
+    packed = models[family].prepare(REQUESTS[family])
     before = initial_state(packed)
     with torch.no_grad():
         after = make(name)(before)

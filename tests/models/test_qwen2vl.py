@@ -236,7 +236,7 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 4096, "max_window_laye
     ("changes", "message"),
     [
         (WINDOWED, r"^use_sliding_window with a sliding_window of 4096 tokens.* max_position_embeddings 32768"),
-        ({"model_type": "qwen2_5_vl"}, r"model_type = 'qwen2_5_vl' is not supported; expected one of .*'qwen2_vl'"),
+        ({"model_type": "qwen2_5_omni"}, r"model_type = 'qwen2_5_omni' is not supported; expected one of .*'qwen2_vl'"),
         ({"vision_config": {"model_type": "qwen2_5_vl"}}, r"vision_config\.model_type = 'qwen2_5_vl' is not supported"),
         ({"hidden_act": "gelu"}, r"hidden_act = 'gelu' is not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling\.type = 'yarn' .*'default', 'mrope'"),

@@ -27,6 +27,8 @@ from nanovlm_v2drop.processing.video import (
     LmmsEvalSampling,
     UniformSampling,
     read_frames,
+    sample_video,
+    take_all,
 )
 
 LONG = 2000  # frames
@@ -198,6 +200,22 @@ def test_frame_rate_of_the_file_sets_how_many_frames_are_taken(tmp_path, suffix,
     path = write_numbered(tmp_path / f"clip.{suffix}", 90, fps=fps)
     count = {1: 90, 10: 18, 25: 6, 60: 4}[fps]
     assert numbers_of(str(path), FpsSampling()) == [index * 90 // count for index in range(count)]
+
+
+@pytest.mark.parametrize(("num_frames", "fps"), [(48, 24), (30, 12)])
+def test_rate_and_length_of_the_file_travel_with_the_frames(tmp_path, num_frames, fps):
+    for sampling in (FpsSampling(), UniformSampling(5)):
+        sampled = sample_video(write_numbered(tmp_path / "clip.mp4", num_frames, fps=fps), sampling)
+        assert (sampled.fps, sampled.seconds) == (fps, num_frames / fps)
+
+
+def test_frames_of_a_list_have_the_rate_that_is_sampled_or_none():
+    pictures = [numbered(index) for index in range(6)]
+    for sampling, count in ((FpsSampling(fps=3.0), 6), (FpsSampling(fps=3.0, max_frames=4), 4)):
+        sampled = sample_video(pictures, sampling)
+        assert (sampled.num_frames, sampled.fps, sampled.seconds) == (count, 3, 2)
+    for sampled in (sample_video(pictures, UniformSampling(6)), take_all(pictures)):
+        assert (sampled.fps, sampled.seconds) == (None, None)
 
 
 def test_one_frame_in_a_stream_that_states_no_average_rate_is_sampled(tmp_path):

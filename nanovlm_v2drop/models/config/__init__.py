@@ -8,7 +8,8 @@ not the depth of its tower.
 from .llava import LlavaConfig
 from .llava_next import LlavaNextConfig
 from .llava_onevision import LlavaOnevisionConfig
-from .qwen2_vl import Qwen2VLConfig, Qwen2VLVisionConfig
+from .qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLVisionConfig
+from .qwen2_vl import Qwen2VLConfig, Qwen2VLVisionConfig, QwenVisionConfig
 from .settings import from_fields, read_json_object
 from .text import TextConfig, flatten_rope
 from .vision import SiglipVisionConfig, VisionConfig
@@ -20,6 +21,9 @@ __all__ = [
     "LlavaOnevisionConfig",
     "Qwen2VLConfig",
     "Qwen2VLVisionConfig",
+    "Qwen2_5_VLConfig",
+    "Qwen2_5_VLVisionConfig",
+    "QwenVisionConfig",
     "SiglipVisionConfig",
     "TextConfig",
     "VLMConfig",

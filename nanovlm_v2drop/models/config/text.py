@@ -1,4 +1,4 @@
-"""The decoder's sizes: LLaMA, Qwen2 and Qwen2-VL."""
+"""The decoder's sizes: LLaMA, Qwen2, Qwen2-VL and Qwen2.5-VL."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,6 +58,8 @@ TEXT_MODEL_TYPES: dict[str, dict[str, Any]] = {
     "llava_qwen": QWEN2,
     "qwen2_vl": QWEN2_VL,
     "qwen2_vl_text": QWEN2_VL,
+    "qwen2_5_vl": QWEN2_VL,
+    "qwen2_5_vl_text": QWEN2_VL,
 }
 ROPE_THETA = Real(1, 1e12)
 MROPE_SECTION = or_null(ListOf(Whole(1, 512), 3, 3))
