@@ -139,6 +139,12 @@ def test_transformers_and_torchvision_are_never_imported_but_by_the_benchmark_th
         assert not heavy(ast.Module(outside_functions, []))
 
 
+def test_every_public_name_is_there() -> None:
+    assert {"load", "generate", "prefill", "watch", "DROPPERS", "Chain"} <= set(nanovlm_v2drop.__all__)
+    for name in nanovlm_v2drop.__all__:
+        assert getattr(nanovlm_v2drop, name) is not None
+
+
 def test_importing_the_package_loads_no_optional_library() -> None:
     loaded = "sorted({name.partition('.')[0] for name in sys.modules})"
     script = f"import sys, nanovlm_v2drop.evaluation.evaluate\nprint({loaded})"
