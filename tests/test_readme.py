@@ -45,6 +45,8 @@ def parse(command: str) -> None:
         parse_arguments(words[words.index("train_free_eval.py") + 1 :])
     elif words[1:3] == ["-m", "nanovlm_v2drop.benchmark"]:
         build_parser().parse_args(words[3:])
+    elif words[1] == "-c":
+        exec(words[2], {})
     elif words[1:] in (["-m", "pytest"], ["lab", "notebooks"]):
         assert words[0] in (".venv/bin/python", ".venv/bin/jupyter")
     else:
@@ -136,3 +138,11 @@ def test_readmes_commands_run(command: str, official_folders: dict[str, Path], u
         argv += ["--data", "DATA"] if "--image" not in argv and "--video" not in argv and "--data" not in argv else []
     argv += [] if "--prompt" in argv or "--list-models" in argv else ["--limit", "28" if model in OFFICIAL else "4"]
     assert cli.main([*argv, *([] if "--list-models" in argv else ["--output", str(user_folder / "run")])]) == 0
+
+
+def test_readme_tells_the_size_of_the_core() -> None:
+    files = ["dropping/v2drop", "dropping/base", "dropping/state", "dropping/schedule", "inference/prefill_loop", "inference/decoding"]
+    files += [f"models/{name}" for name in ("decoder", "attention", "kv_cache", "vision", "vlm")]
+    lines = sum(len((ROOT / "nanovlm_v2drop" / f"{file}.py").read_text().splitlines()) for file in files)
+    (told,) = re.findall(r"The core has about ([\d,]+) lines", README)
+    assert abs(lines - int(told.replace(",", ""))) < 100
