@@ -15,23 +15,31 @@ from . import choices
 
 DESCRIPTION = """Measure what dropping vision tokens costs and saves, without any training.
 
-    nanovlm-v2drop                                                 the shipped demo model
-    nanovlm-v2drop --model demo-video                              the shipped video model, every method
-    nanovlm-v2drop --methods all                                   every method at equal budgets
-    nanovlm-v2drop --methods all --accounting official             every method with its published settings
-    nanovlm-v2drop --ablation metric,layers,steps,schedules        the paper's ablations
-    nanovlm-v2drop --claims                                        the paper's claims, each with a verdict
-    nanovlm-v2drop --model llava-1.5-7b --tasks pope,mme           official weights, from the Hugging Face Hub
-    nanovlm-v2drop --model llava-1.5-7b --weights DIR --data DIR   the same from local folders
-    nanovlm-v2drop --image photo.jpg --prompt "What is this?" --tokens 48
-    nanovlm-v2drop --image photo.jpg --chat                        one question after the other about a picture
-    nanovlm-v2drop --model demo-video --video clip.mp4 --prompt "What moves?" --retain 0.25
-    nanovlm-v2drop compare results/A results/B                     two finished runs, paired by question
-    torchrun --nproc-per-node 8 train_free_eval.py                 the samples over 8 processes, one GPU each
-    torchrun --nproc-per-node 8 train_free_eval.py --tensor-parallel 4   two replicas of four processes each
+  nanovlm-v2drop                            the shipped demo model
+  nanovlm-v2drop --model demo-video         the shipped video model, every method
+  nanovlm-v2drop --methods all              every method at equal budgets
+  nanovlm-v2drop --methods all --accounting official
+                                            every method as it was published
+  nanovlm-v2drop --ablation metric,layers,steps,schedules
+                                            the paper's ablations
+  nanovlm-v2drop --claims                   the paper's claims with verdicts
+  nanovlm-v2drop --model llava-1.5-7b --tasks pope,mme
+                                            official weights, from the Hub
+  nanovlm-v2drop --model llava-1.5-7b --weights DIR --data DIR
+                                            the same from local folders
+  nanovlm-v2drop --image photo.jpg --prompt "What is this?" --tokens 48
+  nanovlm-v2drop --image photo.jpg --chat   one question after the other
+  nanovlm-v2drop --model demo-video --video clip.mp4 --prompt "What moves?"
+  nanovlm-v2drop compare results/A results/B
+                                            finished runs, paired by question
+  torchrun --nproc-per-node 8 train_free_eval.py
+                                            8 processes, one GPU each
+  torchrun --nproc-per-node 8 train_free_eval.py --tensor-parallel 4
+                                            two replicas of four processes each
 
-The output folder gets samples.jsonl (one JSON line an answer), summary.json, results.csv and report.html. When stdout is not
-a terminal, or with --json, the last line of stdout is one JSON object with all numbers.
+The output folder gets samples.jsonl (one JSON line per answer), summary.json,
+results.csv and report.html. If stdout is not a terminal, or with --json, the
+last line of stdout is one JSON object with all numbers.
 """
 ACCOUNTINGS = ("equal", "official")
 FORMATS = ("table", "markdown", "latex", "csv")  # of a comparison
