@@ -13,12 +13,13 @@ PACKAGE = Path(nanovlm_v2drop.__file__).parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "models": (
         *("config", "attention", "linear", "kv_cache", "arrange", "parallel", "decoder"),
-        *("vision", "vision_qwen2", "vision_qwen2_5", "vlm", "qwen2_vl", "model_classes"),
+        *("vision", "vision_qwen2", "vision_qwen2_5", "vlm", "qwen2_vl", "smolvlm", "model_classes"),
     ),
     "dropping": (),
     "processing": (
         *("opening", "video_file", "video", "preprocessor", "image_settings"),
-        *("images", "images_onevision", "images_qwen2", "tokenizer", "prompts", "chat_template"),
+        *("images", "images_onevision", "images_qwen2", "images_smolvlm", "images_nanovlm"),
+        *("tokenizer", "prompts", "chat_template"),
     ),
     "loading": ("specs", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo"),
     "inference": ("prefill_loop", "decoding", "generation"),
@@ -28,7 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "records", "method_names", "methods", "plans", "fingerprints", "output", "position_bias", "bootstrap", "summary",
         "evaluate",
     ),
-    "benchmark": ("workload", "contenders", "measure", "loading", "run", "__main__"),
+    "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "__main__"),
     "research": ("ablations", "theory", "findings", "costs", "claims"),
     "report": ("rows", "figures", "gallery", "watch", "tables", "results_csv", "page"),
     "cli": (

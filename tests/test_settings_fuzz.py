@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from nanovlm import config as nanovlm_config
+from nanovlm import random_tensors, write_nanovlm_folder
 from onevision import onevision_names, onevision_reference, onevision_tokenizer, write_onevision_folder
 from PIL import Image
 from qwen2_5_vl import qwen2_5_vl_reference, write_qwen2_5_vl_folder
 from qwen2vl import qwen2vl_reference, qwen2vl_tokenizer, write_qwen2vl_folder
+from smolvlm import smollm2_tokenizer, smolvlm_reference, write_smolvlm_folder
 
 from nanovlm_v2drop import Request, generate, load
 
 REPORTED = (ValueError, OSError, ImportError)  # what the command line shows as one line
 CPU_SECONDS = 2.0  # of one case; the clock on the wall would also count other programs
-FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "smolvlm", "nanovlm")
 INDEX = "model.safetensors.index.json"
 Folder = dict[str, Any]  # the parsed settings files of one checkpoint, by name
 
@@ -48,6 +51,10 @@ def folders(tiny_llava_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     }
     qwen2_5_vl = qwen2_5_vl_reference(qwen2vl_tokenizer())
     made["qwen2_5_vl"] = write_qwen2_5_vl_folder(place / "qwen2.5", qwen2_5_vl, qwen2vl_tokenizer())
+    made["smolvlm"] = write_smolvlm_folder(place / "smolvlm", smolvlm_reference(smollm2_tokenizer()), smollm2_tokenizer())
+    tokenizer = smollm2_tokenizer(())
+    flat = nanovlm_config(tokenizer)
+    made["nanovlm"] = write_nanovlm_folder(place / "nanovlm", flat, random_tensors(flat), tokenizer)
     for folder in made.values():
         complete(folder)
     return made
@@ -70,16 +77,17 @@ def complete(folder: Path) -> None:
     weights = folder / "model.safetensors"
     names = json.loads(weights.read_bytes()[8 : 8 + int.from_bytes(weights.read_bytes()[:8], "little")])
     shard = weights.rename(folder / "model-00001-of-00001.safetensors").name
-    pictures = json.loads((folder / "preprocessor_config.json").read_text())
+    pictures, named, config = (
+        json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        for name in ("preprocessor_config.json", "tokenizer_config.json", "config.json")
+    )
     index = {"metadata": {"total_size": 1}, "weight_map": {name: shard for name in names if name != "__metadata__"}}
-    named = json.loads((folder / "tokenizer_config.json").read_text())
-    config = json.loads((folder / "config.json").read_text())
     extra = {
         INDEX: index,
         "generation_config.json": {"eos_token_id": [1, 2]},
         "special_tokens_map.json": {name: {"content": named[name]} for name in ("bos_token", "eos_token") if named.get(name)},
         "processor_config.json": {"image_processor": pictures, "patch_size": 14},
-        "video_preprocessor_config.json": pictures if config["model_type"].startswith("qwen2") else {},
+        "video_preprocessor_config.json": pictures if config.get("model_type", "").startswith("qwen2") else {},
     }
     for name, content in extra.items():
         if not (folder / name).is_file():

@@ -42,8 +42,25 @@ QWEN2_72B = partial(
     num_key_value_heads=8,
 )
 MROPE_SECTION = (16, 24, 24)
-# Sources: config.json of llava-hf/llava-1.5-*-hf, llava-hf/llava-v1.6-vicuna-*-hf, Qwen/Qwen2*-VL-*-Instruct and
-# lmms-lab/llava-onevision-qwen2-*-ov. The conversions by llava-hf have the same decoders with a padded vocabulary.
+SMOLLM2 = partial(TextConfig, vocab_size=49280, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=1e5)
+SMOLLM2_135M = SMOLLM2(
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
+)
+SMOLLM2_360M = SMOLLM2(
+    hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5
+)
+SMOLLM2_1_7B = SMOLLM2(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=24,
+    num_attention_heads=32,
+    max_position_embeddings=16384,
+    rope_theta=273768.0,
+)
+NANOVLM = partial(replace, vocab_size=49218, tie_word_embeddings=True, scaled_beyond=8192)
+# Sources: config.json of HuggingFaceTB/SmolVLM*, lusxvr/nanoVLM-*, llava-hf/llava-1.5-*-hf, llava-hf/llava-v1.6-vicuna-*-hf,
+# Qwen/Qwen2*-VL-*-Instruct and lmms-lab/llava-onevision-qwen2-*-ov. The conversions by llava-hf have the same decoders with a
+# padded vocabulary.
 SHAPES = {
     "llava-1.5-7b": VICUNA_7B,
     "llava-1.5-13b": VICUNA_13B,
@@ -87,14 +104,26 @@ SHAPES = {
     ),
     "qwen2.5-vl-7b": QWEN2_7B(max_position_embeddings=128000, mrope_section=MROPE_SECTION),
     "qwen2.5-vl-72b": QWEN2_72B(max_position_embeddings=128000, mrope_section=MROPE_SECTION),
+    "smolvlm-256m": SMOLLM2_135M,
+    "smolvlm-500m": SMOLLM2_360M,
+    "smolvlm-2.2b": SMOLLM2_1_7B,
+    "smolvlm2-256m": SMOLLM2_135M,
+    "smolvlm2-500m": SMOLLM2_360M,
+    "smolvlm2-2.2b": SMOLLM2_1_7B,
+    "nanovlm-222m": NANOVLM(SMOLLM2_135M, vocab_size=49152),
+    "nanovlm-230m-8k": NANOVLM(SMOLLM2_135M),
+    "nanovlm-450m": NANOVLM(SMOLLM2_360M),
 }
 # Vision tokens of a video, by the beginning of the model's name. LLaVA-OneVision: pooled frames and one newline token.
 # LLaVA-Video: averaged frames with a newline token after every row. Qwen-VL: merged patches of pairs of frames of 360 x 640.
+# SmolVLM2: one tile a frame.
 VIDEO_GRIDS: dict[str, Callable[[int], Grids]] = {
     "llava-onevision": lambda frames: ((frames, 14, 14), (1, 1, 1)),
     "llava-video": lambda frames: ((frames, 13, 14),),
     "qwen2-vl": lambda frames: ((ceil(frames / 2), 13, 23),),
     "qwen2.5-vl": lambda frames: ((ceil(frames / 2), 13, 23),),
+    "smolvlm2-2.2b": lambda frames: ((frames, 9, 9),),
+    "smolvlm2": lambda frames: ((frames, 8, 8),),
 }
 
 

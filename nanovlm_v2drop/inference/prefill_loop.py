@@ -56,7 +56,7 @@ def prefill(
     """
     state = begin(decoder, packed, dropper)
     backend = resolve_backend(decoder.attention, state.hidden_states.device, state.hidden_states.dtype)
-    rotary = rotary_table(decoder.config, state.position_ids, state.hidden_states.dtype)
+    rotary = rotary_of(decoder, state)
     cache, positions, survivors = KVCache(max_new_tokens, reads_heads_first(backend)), [], []
     read, observed = (frozenset(), frozenset()) if dropper is None else (dropper.layers_read, dropper.layers_observed)
 
@@ -69,7 +69,7 @@ def prefill(
         state.layer_idx = layer_idx
         if dropper is not None and layer_idx in dropper.schedule:
             state = drop(decoder, cast(DecoderLayer, layer), dropper, state, rotary, cache)
-            rotary = rotary_table(decoder.config, state.position_ids, state.hidden_states.dtype)
+            rotary = rotary_of(decoder, state)
             survivors.append((layer_idx, state.vision_indices.split(state.seqlens)))
         positions.append(state.next_position)
         show = partial(dropper.observe, state) if dropper is not None and layer_idx in observed else None
@@ -77,6 +77,15 @@ def prefill(
     cache.finish(torch.stack(positions), None if dropper is None else dropper.decode_pruning(state))
     warn_if_nothing_dropped(dropper, packed, state)
     return Prefilled(decoder.lm_head(decoder.norm(state.hidden_states[state.last_rows()])), cache, survivors)
+
+
+def rotary_of(decoder: Decoder, state: PrefillState) -> Rotary:
+    """Cosines and sines of the rows alive; scaled frequencies go by the prompts' lengths before anything left."""
+    if decoder.config.scaled_beyond is None:
+        return rotary_table(decoder.config, state.position_ids, state.hidden_states.dtype)
+    parts = zip(state.next_position, state.seqlens, strict=True)
+    lengths = torch.cat([position.expand(rows) for position, rows in parts])
+    return rotary_table(decoder.config, state.position_ids, state.hidden_states.dtype, lengths)
 
 
 def begin(decoder: Decoder, packed: PackedInputs, dropper: TokenDropper | None) -> PrefillState:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from ..models.config import LlavaConfig, Qwen2VLConfig, VLMConfig
+from ..models.config import LlavaConfig, Qwen2VLConfig, SmolVLMConfig, VLMConfig
 from ..models.decoder import Decoder
 from ..models.linear import as_bfloat16, can_prepack, packable, prepack
 from ..models.model_classes import MODEL_CLASSES
@@ -34,6 +34,7 @@ Parts = Mapping[str, tuple[slice, ...]]  # our name -> the part of that tensor t
 #   transformers 5 the hub's, but without `vision_model.`
 #   new            transformers 5 with save_original_format=False: everything but the head is below `model.`
 #   original       liuhaotian's and lmms-lab's, where the decoder itself is `model.`; Qwen2-VL's are like these
+# nanoVLM has names of its own.
 RENAMES: tuple[tuple[str, str | None], ...] = (
     (r".*\bposition_ids$", None),  # 0, 1, 2, ...: old versions saved it
     (r".*\brotary_emb\.inv_freq$", None),  # computed from rope_theta
@@ -43,12 +44,31 @@ RENAMES: tuple[tuple[str, str | None], ...] = (
     (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
     (r"(language_model\.)?(model\.)?image_newline$", "image_newline"),
     (r"(model\.)?visual\.", "visual."),
+    (r"(model\.)?vision_model\.", "vision_tower."),  # SmolVLM's, under every set of names
+    (r"(model\.)?connector\.modality_projection\.", "connector."),
+    (r"(model\.)?text_model\.", "language_model."),
     (r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),  # original: Sequential(Linear, GELU, Linear)
     (r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"language_model\.model\.", "language_model."),  # hub, transformers 5
     (r"model\.language_model\.", "language_model."),  # new
     (r"model\.", "language_model."),  # original
     (r"lm_head\.", "language_model.lm_head."),  # new, original
+    (r"vision_encoder\.patch_embedding\.conv\.", "vision_tower.embeddings.patch_embedding."),  # from here on nanoVLM
+    (r"vision_encoder\.patch_embedding\.position_embedding$", "vision_tower.embeddings.position_embedding.weight"),
+    (r"vision_encoder\.layer_norm\.", "vision_tower.post_layernorm."),
+    (r"vision_encoder\.blocks\.(\d+)\.ln", r"vision_tower.encoder.layers.\1.layer_norm"),
+    (r"vision_encoder\.blocks\.(\d+)\.attn\.", r"vision_tower.encoder.layers.\1.self_attn."),
+    (r"vision_encoder\.blocks\.", "vision_tower.encoder.layers."),
+    (r"MP\.", "connector."),
+    (r"decoder\.rotary_embd\.inv_freq$", None),
+    (r"decoder\.token_embedding\.", "language_model.embed_tokens."),
+    (r"decoder\.head\.", "language_model.lm_head."),
+    (r"decoder\.blocks\.(\d+)\.norm1\.", r"language_model.layers.\1.input_layernorm."),
+    (r"decoder\.blocks\.(\d+)\.norm2\.", r"language_model.layers.\1.post_attention_layernorm."),
+    (r"decoder\.blocks\.(\d+)\.attn\.out_proj\.", r"language_model.layers.\1.self_attn.o_proj."),
+    (r"decoder\.blocks\.(\d+)\.attn\.", r"language_model.layers.\1.self_attn."),
+    (r"decoder\.blocks\.", "language_model.layers."),
+    (r"decoder\.norm\.", "language_model.norm."),
 )
 DECODER_LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 VISION_BLOCK = re.compile(r"(?:vision_tower\.encoder\.layers|visual\.blocks)\.(\d+)\.")
@@ -122,7 +142,7 @@ def share_model(tensors: Mapping[str, Tensor], config: VLMConfig, attention: str
     model, sources = matched_model(stored, config, attention, IN_MEMORY)
     for source in sources.values():
         check_finite(tensors[source.name], source, tensors[source.name].dtype)
-    fill(model, {name: tensors[source.name] for name, source in sources.items()}, {})
+    fill(model, {name: tensors[source.name][source.part] for name, source in sources.items()}, {})
     return model
 
 
@@ -164,6 +184,9 @@ def check_depth(stored: Sequence[StoredTensor], config: VLMConfig, folder: Path)
     match config:
         case LlavaConfig(vision_config=clip, vision_layers_run=run):
             needed.append(("vision", f"vision_config.num_hidden_layers {clip.num_hidden_layers}", VISION_BLOCK, run))
+        case SmolVLMConfig(vision_config=siglip):
+            depth = siglip.num_hidden_layers
+            needed.append(("vision", f"vision_config.num_hidden_layers {depth}", VISION_BLOCK, depth))
         case Qwen2VLConfig(vision_config=tower):
             needed.append(("vision", f"vision_config.depth {tower.depth}", VISION_BLOCK, tower.depth))
     for what, setting, pattern, wanted in needed:
@@ -179,13 +202,28 @@ def our_name(stored_name: str) -> str | None:
     """Our name for a stored tensor, or None for one that is left out on purpose."""
     for pattern, replacement in RENAMES:
         if match := re.match(pattern, stored_name):
-            return None if replacement is None else replacement + stored_name[match.end() :]
+            return None if replacement is None else match.expand(replacement) + stored_name[match.end() :]
     return stored_name
+
+
+def places_of(stored: StoredTensor) -> list[tuple[str | None, StoredTensor]]:
+    """Our name for a stored tensor; nanoVLM's joined queries, keys and values become three, its positions lose an axis of 1."""
+    name, shape = our_name(stored.name), stored.shape
+    if name is not None and name.endswith("position_embedding.weight") and len(shape) == 3 and shape[0] == 1:
+        return [(name, stored._replace(shape=shape[1:], part=(0,)))]
+    if name is None or ".self_attn.qkv_proj." not in name or not shape or shape[0] % 3:
+        return [(name, stored)]
+    size = shape[0] // 3
+    parts = [slice(start, start + size) for start in range(0, shape[0], size)] if size else []
+    return [
+        (name.replace("qkv_proj", f"{letter}_proj"), stored._replace(shape=(size, *shape[1:]), part=(part,)))
+        for letter, part in zip("qkv", parts, strict=False)
+    ]
 
 
 def match_tensors(stored: Sequence[StoredTensor], model: VLM, folder: Path) -> dict[str, StoredTensor]:
     """Find the stored tensor of every parameter; raises CheckpointError unless they correspond one to one."""
-    named = [(our_name(tensor.name), tensor) for tensor in stored]
+    named = [place for tensor in stored for place in places_of(tensor)]
     needed = [(name, tensor) for name, tensor in named if name is not None and not is_unused(name, model.config)]
     check_floating([tensor for _, tensor in needed])
     parameters = model.state_dict()
@@ -199,6 +237,8 @@ def match_tensors(stored: Sequence[StoredTensor], model: VLM, folder: Path) -> d
         if name in sources:
             raise CheckpointError(f"{folder} stores {name} twice: as {sources[name]} and as {tensor}; remove one")
         sources[name] = tensor
+    if model.config.text_config.tie_word_embeddings and HEAD in sources and EMBEDDINGS not in sources:
+        sources[EMBEDDINGS] = sources.pop(HEAD)  # of two names for one tensor, safetensors keeps the first
     check_nothing_missing(sources, model, folder)
     check_shapes(sources, parameters)
     return sources
@@ -251,7 +291,8 @@ def read_tensors(
     for file, items in groupby(sources.items(), key=lambda item: item[1].file):
         with open_safetensors(file) as opened:
             for name, source in items:
-                stored = opened.get_slice(source.name)[parts[name]] if name in parts else opened.get_tensor(source.name)
+                whole = opened.get_slice(source.name) if name in parts else opened.get_tensor(source.name)
+                stored = whole[parts.get(name, source.part)]
                 check_finite(stored, source, dtype)
                 yield name, stored if name in as_stored else converted(stored, device, dtype)
 

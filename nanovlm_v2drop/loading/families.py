@@ -8,18 +8,22 @@ from ..models.config import (
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
+    NanoVLMConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    SmolVLMConfig,
     VLMConfig,
     read_json_object,
 )
 from ..processing.chat_template import read_chat_template
 from ..processing.images import ImageProcessor, PlannedMedium
+from ..processing.images_nanovlm import NanoVLMImageProcessor
 from ..processing.images_onevision import NextImageProcessor, OnevisionImageProcessor
 from ..processing.images_qwen2 import Qwen2VLImageProcessor
+from ..processing.images_smolvlm import SmolVLMImageProcessor, read_sampling
 from ..processing.opening import ImageSource
 from ..processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Conversation, named_template
-from ..processing.video import FpsSampling, FrameSampling, SampledVideo, UniformSampling
+from ..processing.video import FpsSampling, FrameSampling, SampledVideo, SmolVLMSampling, UniformSampling
 from .specs import OWN_TEMPLATE
 
 VICUNA_TYPES = (None, "llama", "llava", "llava_llama")  # model_type of its decoder in config.json
@@ -50,12 +54,18 @@ FAMILIES: dict[type[VLMConfig], Family] = {
     LlavaOnevisionConfig: Family("qwen_1_5", UniformSampling()),
     Qwen2VLConfig: Family("qwen2_vl", FpsSampling()),
     Qwen2_5_VLConfig: Family("qwen2_vl", FpsSampling()),
+    SmolVLMConfig: Family("smolvlm", SmolVLMSampling()),
+    NanoVLMConfig: Family("nanovlm", UniformSampling()),
 }
 
 
 def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, max_pixels: int | None) -> MediaProcessor:
     """What makes pictures ready for a model of this family, with the settings of its folder."""
     match config:
+        case NanoVLMConfig():
+            return NanoVLMImageProcessor.from_config(config)
+        case SmolVLMConfig():
+            return SmolVLMImageProcessor.from_folder(folder, config)
         case Qwen2VLConfig():
             return Qwen2VLImageProcessor.from_folder(folder, config.vision_config, max_pixels)
         case LlavaOnevisionConfig():
@@ -67,11 +77,20 @@ def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, ma
     raise TypeError(f"{type(config).__name__} has no image processor")
 
 
+def released_sampling(folder: Path, config: VLMConfig, frames: int | None) -> FrameSampling:
+    """Which frames of a video a model was released with: `frames` spread evenly, or what its folder or its family says."""
+    if frames is not None:
+        return UniformSampling(frames)
+    return read_sampling(folder) if type(config) is SmolVLMConfig else FAMILIES[type(config)].sampling
+
+
 def papers_template(folder: Path, config: VLMConfig) -> str | None:
     """The named template with which the papers ask this model; None where its decoder is another than theirs."""
     raw = read_json_object(folder / "config.json")
     text = raw.get("text_config", raw)  # the original files are flat
-    if isinstance(config, Qwen2VLConfig):
+    if isinstance(config, NanoVLMConfig) and config.max_side is None:
+        return "nanovlm_222m"
+    if isinstance(config, Qwen2VLConfig | SmolVLMConfig):
         known = True
     elif isinstance(config, LlavaOnevisionConfig):
         known = config.text_config.qkv_bias  # Qwen2's

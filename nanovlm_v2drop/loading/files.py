@@ -14,6 +14,7 @@ from ..models.config import read_json_object
 from ..models.config.settings import MapOf, Text
 
 WEIGHT_MAP = MapOf(Text(r"[^\0]{1,255}"))  # tensor name -> file name
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 SAFETENSORS_TWINS = (
     "liuhaotian/llava-v1.5-7b is llava-hf/llava-1.5-7b-hf there, liuhaotian/llava-v1.5-13b is llava-hf/llava-1.5-13b-hf"
@@ -48,6 +49,7 @@ class StoredTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
+    part: tuple[int | slice, ...] = ()  # where a stored tensor holds several of ours; the shape is the part's
 
     def __str__(self) -> str:
         return f"{self.name} ({self.file.name})"
@@ -69,6 +71,10 @@ def check_folder(folder: Path) -> None:
             raise CheckpointError(quantised_message(folder, f"config.json names {describe_quantisation(quantisation)}"))
     if found := [name for name in QUANTISATION_FILES if (folder / name).is_file()]:
         raise CheckpointError(quantised_message(folder, f"it holds {found[0]}"))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def adapter_message(folder: Path, found: str) -> str:

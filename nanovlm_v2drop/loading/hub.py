@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import get_session
 
-from ..models.config import VLMConfig
-from .files import CheckpointError, check_folder, weight_files
+from ..models.config import VLMConfig, read_json_object
+from .files import CheckpointError, check_folder, has_tokenizer, weight_files
 from .specs import MODELS, ModelSpec, WeightsUnavailable
 
 SETTINGS_FILES = ("*.json", "*.jinja", "tokenizer.model")
 WEIGHT_FILES = ("*.safetensors",)  # only these: a repository may hold the same weights as pickles too
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "tokenizer.model")
 TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds that the Hub may say nothing; 10, or what the environment says
 WORKERS = 8  # files at a time, as many as huggingface_hub
 SHA256_LENGTH = 64  # hexadecimal digits
@@ -64,8 +64,33 @@ def cached(spec: ModelSpec) -> Path | None:
         weight_files(folder)
     except (errors.LocalEntryNotFoundError, FileNotFoundError, CheckpointError):
         return None
-    has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
-    return folder if has_tokenizer and (folder / "config.json").is_file() else None
+    config = folder / "config.json"
+    if not config.is_file():
+        return None
+    elsewhere = "lm_tokenizer" in read_json_object(config)  # nanoVLM's comes from another repository
+    return folder if elsewhere or has_tokenizer(folder) else None
+
+
+def download_tokenizer(repository: str) -> Path:
+    """The folder of a tokenizer in the Hub's cache, downloaded where it is not there.
+
+    Raises WeightsUnavailable where the Hub does not give it.
+    """
+    try:
+        with suppress(errors.LocalEntryNotFoundError):
+            folder = Path(
+                huggingface_hub.snapshot_download(repository, allow_patterns=[*TOKENIZER_FILES], local_files_only=True)
+            )
+            if has_tokenizer(folder):
+                return folder
+        with bounded_requests():
+            info = huggingface_hub.HfApi().model_info(repository, timeout=TIMEOUT)
+            names = wanted([file.rfilename for file in info.siblings or () if "/" not in file.rfilename], TOKENIZER_FILES)
+            fetch_all(repository, str(info.sha), names)
+            return Path(huggingface_hub.snapshot_download(repository, allow_patterns=names))
+    except Exception as error:  # as in `download`
+        first, _ = str(unavailable(ModelSpec("the model's tokenizer", "", repository), error)).split("\n")
+        raise WeightsUnavailable(f"{first}\ncopy tokenizer.json of {repository} into the folder of the model") from error
 
 
 def fetched(spec: ModelSpec) -> Path:

@@ -33,6 +33,7 @@ class ModelSpec:
             were trained with one.
         template: name of the conversation in prompts.TEMPLATES with which the papers ask this model; None is its family's.
         frames: how many frames of a video it was released with, evenly spaced; None is its family's choice.
+        bits: of each stored weight.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelSpec:
     takes: tuple[str, ...] = STILLS
     template: str | None = None
     frames: int | None = None
+    bits: int = 16
 
     @property
     def folder(self) -> Path:
@@ -59,11 +61,11 @@ class ModelSpec:
 
     @property
     def download_size(self) -> float | None:
-        """Size in GB (10^9 bytes), since all these repositories store 16-bit weights; None where nothing is downloaded."""
-        return None if self.repository is None or self.parameters is None else 2 * self.parameters
+        """Size of the weights in GB (10^9 bytes); None where nothing is downloaded."""
+        return None if self.repository is None or self.parameters is None else self.bits / 8 * self.parameters
 
 
-LLAMA2, APACHE, TONGYI = "llama2", "apache-2.0", "tongyi-qianwen"
+LLAMA2, APACHE, TONGYI, MIT = "llama2", "apache-2.0", "tongyi-qianwen", "mit"
 QWEN, QWEN_RESEARCH = "qwen", "qwen-research"
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
@@ -199,6 +201,79 @@ MODELS: dict[str, ModelSpec] = {
             parameters=73.4,
             licence=QWEN,
             takes=ALL_MEDIA,
+        ),
+        ModelSpec(
+            "smolvlm-256m",
+            "SmolVLM 256M, runs on a laptop, 64 vision tokens a tile",
+            "HuggingFaceTB/SmolVLM-256M-Instruct",
+            parameters=0.2565,
+            licence=APACHE,
+        ),
+        ModelSpec(
+            "smolvlm-500m",
+            "SmolVLM 500M, runs on a laptop, 64 vision tokens a tile",
+            "HuggingFaceTB/SmolVLM-500M-Instruct",
+            parameters=0.5075,
+            licence=APACHE,
+        ),
+        ModelSpec(
+            "smolvlm-2.2b",
+            "SmolVLM 2.2B, 81 vision tokens a tile",
+            "HuggingFaceTB/SmolVLM-Instruct",
+            parameters=2.247,
+            licence=APACHE,
+        ),
+        ModelSpec(
+            "smolvlm2-256m",
+            "SmolVLM2 256M, pictures and videos on a laptop",
+            "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+            parameters=0.2565,
+            licence=APACHE,
+            takes=ALL_MEDIA,
+            bits=32,
+        ),
+        ModelSpec(
+            "smolvlm2-500m",
+            "SmolVLM2 500M, pictures and videos on a laptop",
+            "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+            parameters=0.5075,
+            licence=APACHE,
+            takes=ALL_MEDIA,
+            bits=32,
+        ),
+        ModelSpec(
+            "smolvlm2-2.2b",
+            "SmolVLM2 2.2B, pictures and videos",
+            "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+            parameters=2.247,
+            licence=APACHE,
+            takes=ALL_MEDIA,
+            bits=32,
+        ),
+        ModelSpec(
+            "nanovlm-222m",
+            "nanoVLM 222M, 49 vision tokens a picture, runs on a laptop",
+            "lusxvr/nanoVLM-222M",
+            parameters=0.2221,
+            licence=MIT,
+            takes=(PICTURE,),
+            bits=32,
+        ),
+        ModelSpec(
+            "nanovlm-230m-8k",
+            "nanoVLM 230M, 64 vision tokens a tile, runs on a laptop",
+            "lusxvr/nanoVLM-230M-8k",
+            parameters=0.2281,
+            licence=MIT,
+            bits=32,
+        ),
+        ModelSpec(
+            "nanovlm-450m",
+            "nanoVLM 450M, 64 vision tokens a tile, runs on a laptop",
+            "lusxvr/nanoVLM-450M",
+            parameters=0.4601,
+            licence=MIT,
+            bits=32,
         ),
     )
 }

@@ -1,7 +1,7 @@
 """`load`: from a name, a folder or a model in memory to something that takes requests."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from ..models.attention import resolve_backend
-from ..models.config import Qwen2VLConfig, VLMConfig
+from ..models.config import NanoVLMConfig, Qwen2VLConfig, VLMConfig
 from ..models.parallel import join_processes, tensor_mesh
 from ..models.vlm import VLM, PackedInputs, VisionInput
 from ..processing.images import DEFAULT_ASPECT_RATIO, PlannedMedium
-from ..processing.prompts import Conversation, Request, build_prompt, encode_prompt, named_template
+from ..processing.prompts import Conversation, Given, Request, build_prompt, encode_prompt, named_template, write_media
 from ..processing.tokenizer import Tokenizer, load_tokenizer
-from ..processing.video import FrameSampling, UniformSampling, sample_video
+from ..processing.video import FrameSampling, sample_video
 from .checkpoint import load_model, share_model
-from .families import FAMILIES, MediaProcessor, find_conversation, media_processor
-from .files import check_folder
+from .families import MediaProcessor, find_conversation, media_processor, released_sampling
+from .files import check_folder, has_tokenizer
 from .in_memory import HeldModel, held_name, held_weights, is_held_model, write_settings
 from .specs import DTYPE_NAMES, MODELS, OWN_TEMPLATE, ModelSpec, WeightsUnavailable, find_spec
 
@@ -81,28 +81,36 @@ class VisionLanguageModel:
         """A request's token ids, and its pictures and videos in the order of their tokens; raises as `prepare`."""
         # Tokens are counted before pixels are decoded: a prompt that does not fit costs nothing.
         planned = self.planned_media(request)
-        prompt = build_prompt(request, self.conversation, tuple(self.config.vision_tokens))
-        token_ids, ordered = encode_prompt(self.tokenizer, prompt, planned)
+        prompt = build_prompt(request, self.conversation, self.config.marks)
+        token_ids, ordered = self.encode(prompt, planned)
         self.check_prompt(token_ids, sum(medium.num_tokens for medium in ordered))
-        media = {token_id: [medium.read() for medium in given] for token_id, given in planned.items()}
+        media = {mark: [medium.read() for medium in given] for mark, given in planned.items()}
         # Counted again: a damaged video may hold fewer frames than it announces.
-        return encode_prompt(self.tokenizer, prompt, media)
+        return self.encode(prompt, media)
 
-    def planned_media(self, request: Request) -> dict[int, list[PlannedMedium]]:
-        """A request's pictures and videos by the id of the token that stands for them, not decoded yet; raises as `prepare`."""
-        processor, alone = self.image_processor, len(request.images) == 1
-        media = {self.config.image_token_id: [processor.plan_image(image, alone) for image in request.images]}
-        if self.config.video_token_id is not None:
-            sampled = [sample_video(video, self.sampling) for video in request.videos]
-            media[self.config.video_token_id] = list(map(processor.plan_video, sampled))
-        elif request.videos:
+    def planned_media(self, request: Request) -> dict[str, list[PlannedMedium]]:
+        """A request's pictures and videos by the mark for them in a prompt, not decoded yet; raises as `prepare`."""
+        processor, (image_mark, *video_marks) = self.image_processor, self.config.marks
+        alone = len(request.images) == 1
+        media = {image_mark: [processor.plan_image(image, alone) for image in request.images]}
+        if request.videos and not video_marks:
             raise ValueError(f"{self.name} takes pictures only, not a video; give its frames as images")
+        for mark in video_marks:
+            media[mark] = [processor.plan_video(sample_video(video, self.sampling)) for video in request.videos]
         return media
+
+    def encode(self, prompt: str, media: Mapping[str, Sequence[Given]]) -> tuple[list[int], list[Given]]:
+        """Token ids of a prompt, and its pictures and videos in the order of their tokens."""
+        if any(medium.text for given in media.values() for medium in given):
+            prompt, ordered = write_media(prompt, media)
+            return encode_prompt(self.tokenizer, prompt, {self.config.image_token_id: ordered})
+        ids = self.config.vision_tokens
+        return encode_prompt(self.tokenizer, prompt, {ids[mark]: given for mark, given in media.items() if mark in ids})
 
     def check_prompt(self, token_ids: Sequence[int], num_vision_tokens: int) -> None:
         """Raise ValueError for a prompt that is too long, that ends with a picture, or that has an unknown token."""
         text, length, vision_tokens = self.config.text_config, len(token_ids), set(self.config.vision_tokens.values())
-        if length > text.max_position_embeddings:
+        if length > text.max_position_embeddings and text.scaled_beyond is None:
             raise ValueError(
                 f"the prompt has {length} tokens ({num_vision_tokens} of them from pictures and frames), but the context of "
                 f"{self.name} holds {text.max_position_embeddings}; shorten the text, give fewer of them, or lower --frames or "
@@ -223,20 +231,30 @@ def surround(spec: ModelSpec, folder: Path, options: Options) -> tuple[VLMConfig
         raise ValueError(
             f"max_pixels {options.max_pixels} has no meaning for {spec.name}: only Qwen-VL's pictures come in any size"
         )
-    if options.sampling is not None and config.video_token_id is None:
+    if options.sampling is not None and not config.takes_video:
         raise ValueError(f"{spec.name} takes pictures only: no frames of a video can be chosen for it")
     image_processor = media_processor(folder, config, options.image_aspect_ratio, options.max_pixels)
-    tokenizer = load_tokenizer(folder, config.vision_tokens)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, config), config.added_tokens)
     template, conversation = find_conversation(folder, config, options.template or spec.template)
-    sampling = FAMILIES[type(config)].sampling if spec.frames is None else UniformSampling(spec.frames)
     return config, {
         "name": spec.name,
         "tokenizer": tokenizer,
         "image_processor": image_processor,
         "template": template,
         "conversation": conversation,
-        "sampling": options.sampling or sampling,
+        "sampling": options.sampling or released_sampling(folder, config, spec.frames),
     }
+
+
+def tokenizer_folder(folder: Path, config: VLMConfig) -> Path:
+    """Where the tokenizer is: in the model's folder, or in the repository that nanoVLM's config names."""
+    if not isinstance(config, NanoVLMConfig) or not config.tokenizer or has_tokenizer(folder):
+        return folder
+    if has_tokenizer(folder / config.tokenizer):
+        return folder / config.tokenizer
+    from .hub import download_tokenizer
+
+    return download_tokenizer(config.tokenizer)
 
 
 def find_place(device: str | torch.device, tensor_parallel: int) -> "tuple[torch.device, DeviceMesh | None]":

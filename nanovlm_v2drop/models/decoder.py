@@ -36,13 +36,18 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(hidden_states.dtype)
 
 
-def rotary_table(config: TextConfig, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
+def rotary_table(config: TextConfig, position_ids: Tensor, dtype: torch.dtype, lengths: Tensor | None = None) -> Rotary:
     """Cosines and sines for positions (T,), or (3, T) for Qwen2-VL's multimodal rotary embedding.
+
+    `lengths` (T,): number of tokens of the whole sequence that a row belongs to. Only frequencies that are scaled read it.
 
     Computed in float32 from the positions themselves: kept tokens keep their original ids, however large.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
-    angles = position_ids[..., None].float() * (1.0 / config.rope_theta**exponents)  # (T, half) or (3, T, half)
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.scaled_beyond is not None and lengths is not None:
+        frequencies = frequencies / (lengths[:, None] / config.scaled_beyond).clamp(min=1.0)  # (T, half)
+    angles = position_ids[..., None].float() * frequencies  # (T, half) or (3, T, half)
     if config.mrope_section is not None:
         angles = interleave_sections(angles, config.mrope_section)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)  # (T, 1, head_dim)

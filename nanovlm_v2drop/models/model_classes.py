@@ -3,8 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-from .config import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2_5_VLConfig, Qwen2VLConfig, VLMConfig
+from .config import (
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    NanoVLMConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    SmolVLMConfig,
+    VLMConfig,
+)
 from .qwen2_vl import Qwen2_5_VLModel, Qwen2VLModel
+from .smolvlm import NanoVLMModel, SmolVLMModel
 from .vlm import VLM, LlavaModel, LlavaNextModel, LlavaOnevisionModel
 
 MODEL_CLASSES: dict[type[VLMConfig], Callable[[Any, str], VLM]] = {
@@ -13,4 +23,6 @@ MODEL_CLASSES: dict[type[VLMConfig], Callable[[Any, str], VLM]] = {
     LlavaOnevisionConfig: LlavaOnevisionModel,
     Qwen2VLConfig: Qwen2VLModel,
     Qwen2_5_VLConfig: Qwen2_5_VLModel,
+    SmolVLMConfig: SmolVLMModel,
+    NanoVLMConfig: NanoVLMModel,
 }

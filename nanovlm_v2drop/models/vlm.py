@@ -28,8 +28,10 @@ class VisionInput:
 
     `pixel_values` float32. LLaVA-1.5: (1, 3, S, S); LLaVA-OneVision: (tiles, 3, S, S) with the whole picture first, or
     (frames, 3, S, S); Qwen2-VL: (patches, 3 * temporal_patch_size * patch_size ** 2). `grids`: frames, rows and columns of its
-    vision tokens in the decoder, including newline tokens. `size`: height and width in pixels before any resizing.
-    `seconds_per_grid`: the time from one frame of the grid to the next, for models whose positions tell it.
+    vision tokens in the decoder, including newline tokens. `size`: height and width in pixels before any resizing. `text`: how
+    it is written in a prompt where words stand between its tiles or frames: the model's vision token once for each frame of
+    each grid. Where it is empty, a single vision token stands for all. `overview`: the number of the grid that shows the whole
+    picture. `seconds_per_grid`: the time from one frame of the grid to the next, for models whose positions tell it.
     """
 
     pixel_values: Tensor
@@ -37,6 +39,12 @@ class VisionInput:
     size: tuple[int, int]
     is_video: bool = False
     seconds_per_grid: float = 0.0
+    text: str = ""
+    overview: int = 0
+
+    @property
+    def overview_grid(self) -> tuple[int, int, int]:
+        return self.grids[self.overview]
 
     @property
     def num_tokens(self) -> int:

@@ -41,6 +41,13 @@ _QWEN2_VL: Settings = {
     "image_mean": CLIP_IMAGE_MEAN,
     "image_std": CLIP_IMAGE_STD,
 }
+_SMOLVLM: Settings = {
+    "max_image_size": {"longest_edge": 364},
+    "do_image_splitting": True,
+    "resample": int(Image.Resampling.LANCZOS),
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
 CLASS_DEFAULTS: Mapping[str, Settings] = {
     "CLIPImageProcessor": _CLIP,
     "LlavaImageProcessor": _CLIP,
@@ -54,6 +61,9 @@ CLASS_DEFAULTS: Mapping[str, Settings] = {
         "image_std": CLIP_IMAGE_STD,
         "image_grid_pinpoints": tuple((high, wide) for high in range(384, 2305, 384) for wide in range(384, 2305, 384)),
     },
+    "Idefics3ImageProcessor": {**_SMOLVLM, "size": {"longest_edge": 4 * 364}},
+    "SmolVLMImageProcessor": {**_SMOLVLM, "size": {"longest_edge": 4 * 364}},
+    "SmolVLMVideoProcessor": _SMOLVLM,
     "Qwen2VLImageProcessor": {**_QWEN2_VL, "size": {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}},
     "Qwen2VLVideoProcessor": {**_QWEN2_VL, "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}},
 }
@@ -69,13 +79,13 @@ def read_image_settings(folder: str | Path, *classes: str) -> Settings:
     return _with_class_defaults(folder, stored, "image_processor_type", classes) if stored else {}
 
 
-def read_frame_settings(folder: str | Path) -> Settings:
-    """Qwen2-VL's settings for videos: the folder's own, or those of its pictures where it has none; empty without either.
+def read_frame_settings(folder: str | Path, class_name: str) -> Settings:
+    """The settings for videos: the folder's own, or those of its pictures where it has none; empty without either.
 
-    Raises as `read_image_settings`.
+    The defaults are those of the transformers class `class_name`. Raises as `read_image_settings`.
     """
     stored = read_video_settings(Path(folder)) or read_settings(Path(folder))
-    return _with_class_defaults(folder, stored, "video_processor_type", ("Qwen2VLVideoProcessor",)) if stored else {}
+    return _with_class_defaults(folder, stored, "video_processor_type", (class_name,)) if stored else {}
 
 
 def _with_class_defaults(folder: str | Path, stored: Settings, type_field: str, classes: tuple[str, ...]) -> Settings:

@@ -44,12 +44,13 @@ LESS_EXTREME = "cut it into less extreme shapes, or raise PIL.Image.MAX_IMAGE_PI
 class PlannedMedium:
     """A picture or a video whose tokens are counted and whose pixels are not decoded yet.
 
-    `grids` as in VisionInput. `read` decodes: it returns the VisionInput, whose grids have fewer frames only where a damaged
-    video file announces more frames than decode. It raises ValueError for damaged data.
+    `grids` and `text` as in VisionInput. `read` decodes: it returns the VisionInput, whose grids have fewer frames only where a
+    damaged video file announces more frames than decode. It raises ValueError for damaged data.
     """
 
     grids: tuple[tuple[int, int, int], ...]
     read: Callable[[], VisionInput]
+    text: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -57,6 +58,11 @@ class PlannedMedium:
 
 
 def resize_bicubic(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize to exactly `width` x `height` pixels by bicubic interpolation; raises as `resize_picture`."""
+    return resize_picture(picture, width, height, Image.Resampling.BICUBIC)
+
+
+def resize_picture(picture: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
     """Resize to exactly `width` x `height` pixels, with the same bytes under every version of Pillow.
 
     Raises ValueError where more than `pixel_limit` pixels would be needed between the passes.
@@ -64,8 +70,7 @@ def resize_bicubic(picture: Image.Image, width: int, height: int) -> Image.Image
     # Pillow rounds to bytes between its two passes, so their order shows. Up to 12 the horizontal pass came first;
     # 13 picks the order by the shape. One call per pass keeps the order that the models were trained with.
     check_pixel_count("the picture would become", 1, width, picture.height, LESS_EXTREME)
-    horizontal = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
-    return horizontal.resize((width, height), Image.Resampling.BICUBIC)
+    return picture.resize((width, picture.height), resample).resize((width, height), resample)
 
 
 def pad_to_square(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

@@ -125,7 +125,7 @@ class Qwen2VLImageProcessor:
         for something else than a bicubic resize and a normalisation.
         """
         settings = read_image_settings(folder, "Qwen2VLImageProcessor")
-        video_settings = read_frame_settings(folder)
+        video_settings = read_frame_settings(folder, "Qwen2VLVideoProcessor")
         statistics = read_statistics(settings, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
         _check_settings(folder, settings, config)
         _check_settings(folder, video_settings, config)

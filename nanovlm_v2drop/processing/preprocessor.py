@@ -30,6 +30,9 @@ SETTINGS: dict[str, Kind] = {
     "size": SIZE,
     "crop_size": SIZE,
     "pad_size": SIZE,
+    "max_image_size": SIZE,
+    "do_image_splitting": or_null(FLAG),
+    "video_sampling": or_null(JSON_OBJECT),
     "default_to_square": or_null(FLAG),
     "min_pixels": or_null(MIN_PIXELS),
     "max_pixels": or_null(MAX_PIXELS),
@@ -59,6 +62,9 @@ SIDES: dict[str, Kind] = {
     "min_pixels": or_null(MIN_PIXELS),
     "max_pixels": or_null(MAX_PIXELS),
 }
+
+# Which frames of a video SmolVLM2 sees, and how large.
+VIDEO_SAMPLING: dict[str, Kind] = {"fps": Real(1e-3, 1e3), "max_frames": Whole(1, 4096), "video_size": or_null(JSON_OBJECT)}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -99,7 +105,9 @@ def read_nested(folder: Path, section: str) -> dict[str, Any]:
 def checked_settings(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The known settings, checked, also those inside of the sizes."""
     settings = checked(raw, SETTINGS, prefix)
-    for name in ("size", "crop_size", "pad_size"):
+    for name in ("size", "crop_size", "pad_size", "max_image_size"):
         if isinstance(settings.get(name), dict):
             checked(settings[name], SIDES, f"{prefix}{name}.")
+    sampling = checked(settings.get("video_sampling") or {}, VIDEO_SAMPLING, f"{prefix}video_sampling.")
+    checked(sampling.get("video_size") or {}, SIDES, f"{prefix}video_sampling.video_size.")
     return settings

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
@@ -17,6 +18,7 @@ from .tokenizer import Tokenizer
 from .video import VideoSource
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"  # how a request marks where its pictures and its videos stand
+NANOVLM_IMAGE = "<|image|>"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif", ".mpo")
 QWEN_SYSTEM = "You are a helpful assistant."
 VICUNA_SYSTEM = (
@@ -127,6 +129,26 @@ def qwen_1_5(text: str) -> str:
     return f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n{qwen_hub(text)}"
 
 
+def smolvlm(text: str) -> str:
+    """SmolVLM's conversation. Its words begin with a space, and its pictures do not."""
+    space = "" if text.startswith(IMAGE_TOKEN) else " "
+    return f"<|im_start|>User:{space}{text}<end_of_utterance>\nAssistant:"
+
+
+def nanovlm(text: str) -> str:
+    """nanoVLM's conversation; several pictures are numbered from zero."""
+    first, *others = text.split(NANOVLM_IMAGE)
+    numbers = [f"<image: {number}>" if len(others) > 1 else "" for number in range(len(others))]
+    pieces = (f"{number}{NANOVLM_IMAGE}{piece}" for number, piece in zip(numbers, others, strict=True))
+    return qwen_hub(first + "".join(pieces))
+
+
+def nanovlm_222m(text: str) -> str:
+    """How the first nanoVLM, which has no conversation, is asked; its picture stands before everything."""
+    pictures = text.count(NANOVLM_IMAGE)
+    return f"{NANOVLM_IMAGE * pictures}Question: {text.replace(NANOVLM_IMAGE, '')} Answer:"
+
+
 def qwen_hub(text: str) -> str:
     """Qwen2's conversation without a system turn."""
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
@@ -165,6 +187,9 @@ TEMPLATES: dict[str, Template] = {
     "qwen2_vl": Template(
         qwen_1_5, "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>", ""
     ),
+    "smolvlm": Template(smolvlm, separator=""),
+    "nanovlm": Template(nanovlm, NANOVLM_IMAGE, separator=""),
+    "nanovlm_222m": Template(nanovlm_222m, NANOVLM_IMAGE, separator=""),
 }
 
 
@@ -216,30 +241,66 @@ class Counted(Protocol):
     """A picture or video whose tokens are counted, decoded (VisionInput) or not yet (PlannedMedium)."""
 
     @property
-    def num_tokens(self) -> int: ...
+    def grids(self) -> tuple[tuple[int, int, int], ...]: ...
+
+    @property
+    def text(self) -> str: ...
 
 
 Given = TypeVar("Given", bound=Counted)
 
 
+def token_counts(medium: Counted) -> list[int]:
+    """The number of features for each vision token with which a picture or video is written in a prompt."""
+    if not medium.text:
+        return [sum(map(prod, medium.grids))]
+    return [rows * columns for frames, rows, columns in medium.grids for _ in range(frames)]
+
+
+def write_media(prompt: str, media: Mapping[str, Sequence[Given]]) -> tuple[str, list[Given]]:
+    """Put the text of each picture and video in the place of its mark, such as `<image>`; and the media in that order.
+
+    `media`: for each mark the pictures or videos that its occurrences stand for, in order. Raises ValueError where the prompt
+    has more or fewer of a mark than there are pictures or videos.
+    """
+    for mark, given in media.items():
+        if (places := prompt.count(mark)) != len(given):
+            raise ValueError(
+                f"the prompt has {places} {mark} but {len(given)} pictures or videos are given for it; write one for each"
+            )
+    queues = {mark: iter(given) for mark, given in media.items()}
+    pieces = re.split("(" + "|".join(map(re.escape, media)) + ")", prompt)
+    ordered = [next(queues[mark]) for mark in pieces[1::2]]
+    pieces[1::2] = [medium.text for medium in ordered]
+    return "".join(pieces), ordered
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str, media: Mapping[int, Sequence[Given]]) -> tuple[list[int], list[Given]]:
-    """Token ids of a prompt in which each picture's or video's token stands once per feature, and the media in that order.
+    """Token ids of a prompt in which each vision token stands once per feature, and the media in the order of their tokens.
 
     `media`: for each vision token's id the pictures or videos that its occurrences stand for, in order.
-    Raises ValueError where the prompt has more or fewer of a token than there are pictures or videos.
+    Raises ValueError where the prompt has more or fewer of a token than its pictures or videos are written with.
     """
     token_ids = tokenizer.encode(prompt)
-    for token_id, given in media.items():
-        if (placeholders := token_ids.count(token_id)) != len(given):
+    places = {token_id: [place for medium in given for place in places_of(medium)] for token_id, given in media.items()}
+    for token_id, needed in places.items():
+        if (placeholders := token_ids.count(token_id)) != len(needed):
             raise ValueError(
-                f"the prompt has {placeholders} image or video tokens (id {token_id}) but {len(given)} pictures or videos are "
-                "given for it; write one for each, and check that the tokenizer knows the token"
+                f"the prompt has {placeholders} image or video tokens (id {token_id}) but {len(media[token_id])} pictures or "
+                f"videos, which take {len(needed)}, are given for it; write one for each, and check that the tokenizer knows "
+                "the token"
             )
-    queues = {token_id: iter(given) for token_id, given in media.items()}
+    queues = {token_id: iter(needed) for token_id, needed in places.items()}
     expanded: list[int] = []
     ordered: list[Given] = []
     for token_id in token_ids:
-        if token_id in queues:
-            ordered.append(next(queues[token_id]))
-        expanded += [token_id] * (ordered[-1].num_tokens if token_id in queues else 1)
+        count, begun = next(queues[token_id]) if token_id in queues else (1, None)
+        expanded += [token_id] * count
+        ordered += [] if begun is None else [begun]
     return expanded, ordered
+
+
+def places_of(medium: Given) -> list[tuple[int, Given | None]]:
+    """For each vision token of a picture or video, the number of its features; with the first, the medium itself."""
+    first, *others = token_counts(medium)
+    return [(first, medium), *((count, None) for count in others)]

@@ -1,9 +1,10 @@
 """Videos: which frames a model looks at, and what they cost before they are decoded.
 
-Three official ways to choose the frames exist. Each is offered as a `FrameSampling`, by its name in SAMPLINGS:
+Four official ways to choose the frames exist. Each is offered as a `FrameSampling`, by its name in SAMPLINGS:
   UniformSampling   LLaVA-OneVision: as many frames as asked, spread evenly from the first frame to the last
   FpsSampling       Qwen2-VL: so many frames per second of video, an even number, between two bounds
   LmmsEvalSampling  Qwen2-VL in lmms-eval: the frames of qwen_vl_utils, of which 32 are kept
+  SmolVLMSampling   SmolVLM2: one frame per second of video, at most 64
 All count frames, not seconds, as the official code does: where the frame rate varies, so does the time between frames.
 """
 
@@ -25,6 +26,7 @@ Result = TypeVar("Result")
 VideoSource = str | Path | Sequence[ImageSource]
 
 MAX_FRAMES = 4096  # the most frames that a sampling may choose; Qwen2-VL's own maximum is 768
+SKIPPED_SECONDS = 1  # at both ends of a long video, by SmolVLM2
 TEMPORAL_PATCH_SIZE = 2  # Qwen2-VL's tower reads frames in pairs
 PASSES = 2  # the second pass is for a container that announces more frames than decode
 
@@ -127,10 +129,41 @@ class LmmsEvalSampling:
         return first[np.unique(np.linspace(0, count - 1, self.num_frames, dtype=int))].tolist()
 
 
+@dataclass(frozen=True)
+class SmolVLMSampling:
+    """`fps` frames per second of video, `max_frames` at most, spread evenly. The ends of a long video are left out.
+
+    As `SmolVLMVideoProcessor.sample_frames` of transformers (models/smolvlm/video_processing_smolvlm.py).
+    """
+
+    fps: float = 1.0
+    max_frames: int = 64
+
+    def __post_init__(self) -> None:
+        _check_rate(self.fps, "fps", "1.0 is SmolVLM2's")
+        _check_whole(self.max_frames, "max_frames", minimum=1, maximum=MAX_FRAMES)
+
+    def indices(self, num_frames: int, fps: float | None) -> list[int]:
+        """The indices into a video of `num_frames` frames at `fps` frames per second; raises as `FpsSampling.indices`.
+
+        Where the rate is unknown (None), every frame counts as one sampled at `self.fps`, and the ends stay.
+        """
+        _check_whole(num_frames, "the video's number of frames", minimum=1)
+        rate = self.fps if fps is None else fps
+        _check_rate(rate, "the video's frame rate", "use UniformSampling, or give the frames as a list of pictures")
+        seconds, first, last = num_frames / rate, 0, num_frames - 1
+        if fps is not None and seconds - 2 * SKIPPED_SECONDS > self.max_frames * self.fps:
+            first, last = int(SKIPPED_SECONDS * rate), min(int(num_frames - SKIPPED_SECONDS * rate), last)
+        first, last = (first, last) if first < last else (0, num_frames - 1)
+        count = max(min(round(self.fps * seconds), self.max_frames), 1)
+        return np.unique(np.linspace(first, last, count, dtype=int)).tolist()
+
+
 SAMPLINGS: dict[str, Callable[..., FrameSampling]] = {
     "uniform": UniformSampling,
     "fps": FpsSampling,
     "lmms-eval": LmmsEvalSampling,
+    "smolvlm": SmolVLMSampling,
 }
 
 

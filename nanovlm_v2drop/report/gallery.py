@@ -58,7 +58,7 @@ def board_of(vlm: VisionLanguageModel, request: Request) -> Board:
     """The board of a request with at least one picture or video."""
     _, media = vlm.tokens_and_media(request)
     panels = seen_pictures(vlm, request, media)
-    grids = [medium.grids[0][1:] for medium in media for _ in range(medium.grids[0][0])]
+    grids = [medium.overview_grid[1:] for medium in media for _ in range(medium.overview_grid[0])]
     alike = [panel for panel, grid in zip(panels, grids, strict=True) if grid == grids[0]]
     (rows, columns), across, newlines = grids[0], min(FRAMES_A_ROW, len(alike)), newline_columns(vlm, media[0])
     columns -= newlines
@@ -84,7 +84,7 @@ def seen_pictures(vlm: VisionLanguageModel, request: Request, media: Sequence[Vi
     for medium in media:
         if medium.is_video:
             frames = read_frames(next(videos), vlm.sampling, shrink)
-            seen += frames[:: -(-len(frames) // medium.grids[0][0])]
+            seen += frames[:: -(-len(frames) // medium.overview_grid[0])]
         else:
             picture = open_image(next(pictures))
             seen.append(processor.to_square(picture) if isinstance(processor, ImageProcessor) else picture)
@@ -99,12 +99,12 @@ def shrink(frame: Image.Image) -> Image.Image:
 
 def board_cells(media: Sequence[VisionInput], across: int, newlines: int) -> list[int]:
     """For each vision token the number of its place on a board with `across` pictures side by side; -1 for newlines."""
-    _, rows, columns = media[0].grids[0]
+    _, rows, columns = media[0].overview_grid
     cells: list[int] = []
     place, shown = 0, columns - newlines
     for medium in media:
         for number, (frames, high, wide) in enumerate(medium.grids):
-            if number or (high, wide) != (rows, columns):
+            if number != medium.overview or (high, wide) != (rows, columns):
                 cells += [-1] * (frames * high * wide)
                 continue
             for frame in range(place, place + frames):

@@ -51,6 +51,9 @@ PUBLISHED_WEIGHTS = {
     "qwen2.5-vl-3b": 3_085_938_688 - 151936 * 2048,
     "qwen2.5-vl-7b": 7_615_616_512 - 2 * 152064 * 3584,
     "qwen2.5-vl-72b": 72_706_203_648 - 2 * 152064 * 8192,
+    **dict.fromkeys(("smolvlm-256m", "smolvlm2-256m", "nanovlm-222m", "nanovlm-230m-8k"), 134_515_008 - 49152 * 576),
+    **dict.fromkeys(("smolvlm-500m", "smolvlm2-500m", "nanovlm-450m"), 361_821_120 - 49152 * 960),
+    **dict.fromkeys(("smolvlm-2.2b", "smolvlm2-2.2b"), 1_711_376_384 - 49152 * 2048),
 }
 
 
@@ -68,6 +71,7 @@ def tiny_shape(monkeypatch):
     qwen2 = replace(shape, qkv_bias=True, num_hidden_layers=12)
     monkeypatch.setitem(SHAPES, "tiny", shape)
     monkeypatch.setitem(SHAPES, "tiny-of-32-layers", replace(shape, num_hidden_layers=32))
+    monkeypatch.setitem(SHAPES, "smolvlm2-tiny", shape)
     monkeypatch.setitem(SHAPES, "llava-onevision-tiny", replace(qwen2, tie_word_embeddings=True))
     monkeypatch.setitem(SHAPES, "qwen2-vl-tiny", replace(qwen2, mrope_section=(1, 1, 2)))
 
@@ -226,7 +230,7 @@ def test_every_model_that_is_not_shipped_has_a_shape_with_the_published_number_o
 def test_shapes_differ_from_llama_where_qwen2_does():
     for name, shape in SHAPES.items():
         is_llama = name.startswith(("llava-1.5", "llava-v1.6"))
-        if "tiny" not in name:
+        if "tiny" not in name and not name.startswith(("smolvlm", "nanovlm")):
             assert (shape.rope_theta, shape.rms_norm_eps) == ((1e4, 1e-5) if is_llama else (1e6, 1e-6)), name
             assert (shape.mrope_section is not None) == name.startswith(("qwen2-vl", "qwen2.5-vl")), name
 
@@ -240,6 +244,7 @@ def test_tied_embeddings_are_one_tensor():
     ("model", "frames", "grids"),
     [
         ("llava-onevision-tiny", 3, ((3, 14, 14), (1, 1, 1))),  # 196 tokens a frame and a newline
+        ("smolvlm2-tiny", 3, ((3, 8, 8),)),
         ("qwen2-vl-tiny", 3, ((2, 13, 23),)),  # 299 tokens for two frames; the last of three is taken twice
     ],
 )

@@ -11,22 +11,28 @@ import torch
 from safetensors import safe_open
 
 from nanovlm_v2drop.benchmark.workload import SHAPES
+from nanovlm_v2drop.loading.families import FAMILIES
 from nanovlm_v2drop.loading.specs import MODELS, VIDEO
-from nanovlm_v2drop.loading.zoo import FAMILIES
 from nanovlm_v2drop.models.config import (
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
+    NanoVLMConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLVisionConfig,
     Qwen2VLConfig,
     Qwen2VLVisionConfig,
+    SiglipVisionConfig,
+    SmolVLMConfig,
     TextConfig,
     VLMConfig,
 )
 from nanovlm_v2drop.models.model_classes import MODEL_CLASSES
 from nanovlm_v2drop.processing.prompts import TEMPLATES
 
+SIGLIP_BASE = SiglipVisionConfig(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=512, patch_size=16
+)
 ROOT = Path(__file__).parents[2]
 PUBLISHED_SHARDS = {"llava-1.5-7b": [4.99, 4.96, 4.18], "qwen2-vl-7b": [3.9, 3.86, 3.86, 3.86, 1.09]}  # GB
 REMOTE = [name for name, spec in MODELS.items() if spec.repository is not None]
@@ -39,6 +45,15 @@ def config_of(name: str, text: TextConfig) -> VLMConfig:
         inner = 3456 if name.endswith("72b") else 3420
         sizes = {"hidden_size": 1280, "out_hidden_size": text.hidden_size, "intermediate_size": inner}
         return Qwen2_5_VLConfig(text_config=text, vision_config=Qwen2_5_VLVisionConfig(**sizes))
+    if name == "nanovlm-222m":
+        return NanoVLMConfig(text, 49152, vision_config=replace(SIGLIP_BASE, image_size=224), scale_factor=2)
+    if name.startswith("nanovlm"):
+        return NanoVLMConfig(text, 49152, vision_config=SIGLIP_BASE, scale_factor=4)
+    if name.startswith("smolvlm"):
+        tower, scale = (SiglipVisionConfig(), 3) if name.endswith("2.2b") else (SIGLIP_BASE, 4)
+        return SmolVLMConfig(
+            text, image_token_id=49190, vision_config=tower, scale_factor=scale, takes_video=name.startswith("smolvlm2")
+        )
     if name.startswith("llava-v1.6"):
         return LlavaNextConfig(text_config=text)
     return (LlavaConfig if name.startswith("llava-1.5") else LlavaOnevisionConfig)(text_config=text)
@@ -82,10 +97,9 @@ def test_every_entry_has_a_summary_and_every_family_a_known_template() -> None:
         assert spec.folder == ROOT / "weights" / name
 
 
-def test_the_models_that_take_a_video_are_those_whose_config_has_a_token_for_it() -> None:
+def test_the_models_that_take_a_video_are_those_whose_config_takes_one() -> None:
     for name in REMOTE:
-        takes_video = config_of(name, SHAPES[name]).video_token_id is not None
-        assert (VIDEO in MODELS[name].takes) == takes_video, name
+        assert (VIDEO in MODELS[name].takes) == config_of(name, SHAPES[name]).takes_video, name
 
 
 def test_the_table_is_read_without_torch() -> None:

@@ -81,13 +81,13 @@ def test_a_folder_of_the_same_name_counts_only_with_a_config(
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "name": (
         {"model": "llava-9"},
-        "unknown model 'llava-9'; choose one of: demo, demo-video, llava-1.5-7b, llava-1.5-13b, .*qwen2-vl-72b, .*;",
+        "unknown model 'llava-9'; choose one of: demo, demo-video, llava-1.5-7b, llava-1.5-13b, .*nanovlm-450m;",
     ),
     "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'; choose one of: float32, bfloat16, float16, float64"),
     "device": ({"device": "gpu"}, "device 'gpu' cannot be used here: .*; use cpu"),
     "attention": ({"attention": "flash"}, "unknown attention back end 'flash'"),
     "flash on a CPU": ({"attention": "flash-attn"}, "'flash-attn' cannot run: it needs a CUDA device, not cpu"),
-    "template": ({"template": "chatml"}, "unknown template 'chatml'; choose one of: hub, qwen2_vl, qwen_1_5, qwen_hub, vic"),
+    "template": ({"template": "chatml"}, "unknown template 'chatml'; choose one of: hub, nanovlm, .*vic"),
     "aspect ratio": ({"image_aspect_ratio": "anyres"}, "unknown image_aspect_ratio 'anyres'; choose one of: pad, crop"),
     "folder and weights": ({"weights": "elsewhere"}, "or give the folder without other weights"),
 }

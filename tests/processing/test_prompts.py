@@ -1,7 +1,9 @@
 """Prompts: literal templates, the place of pictures and videos, and requests that cannot be meant."""
 
+from itertools import groupby
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from llama import IMAGE_TOKEN_ID, llama_tokenizer, train_sentencepiece
 from PIL import Image
 
 from nanovlm_v2drop.models.vlm import VisionInput
-from nanovlm_v2drop.processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, build_prompt, encode_prompt
+from nanovlm_v2drop.processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, build_prompt, encode_prompt, write_media
 from nanovlm_v2drop.processing.tokenizer import JsonTokenizer
 
 
@@ -40,7 +42,7 @@ def test_hub_prompt_has_no_system_sentence():
 
 def test_default_template_is_in_the_table():
     assert DEFAULT_TEMPLATE == "vicuna_v1"
-    assert set(TEMPLATES) == {"vicuna_v1", "hub", "qwen_1_5", "qwen_hub", "qwen2_vl"}
+    assert set(TEMPLATES) == {"vicuna_v1", "hub", "qwen_1_5", "qwen_hub", "qwen2_vl", "smolvlm", "nanovlm", "nanovlm_222m"}
 
 
 def test_pictures_without_a_place_come_first():
@@ -91,7 +93,7 @@ def test_blank_request_is_refused(field, blank):
 
 
 def test_unknown_template_is_refused_with_the_known_names():
-    with pytest.raises(ValueError, match="'llama'; choose one of: hub, qwen2_vl, qwen_1_5, qwen_hub, vicuna_v1"):
+    with pytest.raises(ValueError, match=r"'llama'; choose one of: hub, nanovlm, nanovlm_222m, qwen2_vl, .*, vicuna_v1"):
         build_prompt(Request(text="Hi"), "llama")
 
 
@@ -218,3 +220,46 @@ def test_a_text_that_is_no_unicode_is_refused_in_one_line(case):
     with pytest.raises(ValueError, match=message) as caught:
         Request(**{field: value})
     assert "\n" not in str(caught.value)
+
+
+# Pictures and videos with words between their tokens
+
+
+def written(text: str, *grids: tuple[int, int, int]) -> VisionInput:
+    return VisionInput(torch.zeros(1, 3, 2, 2), grids, (2, 2), text=text)
+
+
+def test_media_that_bring_their_own_words_stand_in_the_place_of_their_marks(from_json):
+    tiles, video = written("a<image>b<image>c", (1, 2, 1), (1, 1, 1)), written("<image>, <image>", (2, 1, 3))
+    prompt, ordered = write_media("<image> and <video>?", {"<image>": [tiles], "<video>": [video]})
+    assert prompt == "a<image>b<image>c and <image>, <image>?"
+    assert ordered == [tiles, video]
+    expanded, again = encode_prompt(from_json, prompt, {IMAGE_TOKEN_ID: ordered})
+    counts, rows = [2, 1, 3, 3], iter(expanded)
+    runs = [list(run) for is_image, run in groupby(rows, key=IMAGE_TOKEN_ID.__eq__) if is_image]
+    assert [len(run) for run in runs] == counts
+    assert again == [tiles, video]
+
+
+@pytest.mark.parametrize(("prompt", "count"), [("a", 0), ("<image><image>", 2)])
+def test_marks_must_be_as_many_as_the_media(prompt, count):
+    with pytest.raises(ValueError, match=f"the prompt has {count} <image> but 1 pictures or videos are given for it"):
+        write_media(prompt, {"<image>": [written("<image>", (1, 1, 1))]})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ["What?"],
+        ["<image>", "What?"],
+        ["<image>", "<image>", "Which?"],
+        ["Is", "<image>", " blue?"],
+        ["<video>", "What happens?"],
+    ],
+)
+def test_smolvlms_conversation_is_that_of_transformers(content):
+    module = pytest.importorskip("transformers.models.smolvlm.processing_smolvlm")
+    kinds = {"<image>": {"type": "image"}, "<video>": {"type": "video"}}
+    message = {"role": "user", "content": [kinds.get(piece, {"type": "text", "text": piece}) for piece in content]}
+    official = jinja2.Template(module.DEFAULT_CHAT_TEMPLATE).render(messages=[message], add_generation_prompt=True)
+    assert TEMPLATES["smolvlm"]("".join(content)) == official

@@ -147,7 +147,12 @@ def test_lmms_evals_sampling_takes_no_more_frames_than_asked_and_none_twice(num_
 
 
 def test_samplings_have_names():
-    assert {name: make().max_frames for name, make in SAMPLINGS.items()} == {"uniform": 32, "fps": 768, "lmms-eval": 32}
+    assert {name: make().max_frames for name, make in SAMPLINGS.items()} == {
+        "uniform": 32,
+        "fps": 768,
+        "lmms-eval": 32,
+        "smolvlm": 64,
+    }
 
 
 def test_uniform_sampling_repeats_frames_of_a_short_video():

@@ -8,9 +8,11 @@ not the depth of its tower.
 from .llava import LlavaConfig
 from .llava_next import LlavaNextConfig
 from .llava_onevision import LlavaOnevisionConfig
+from .nanovlm import NanoVLMConfig
 from .qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLVisionConfig
 from .qwen2_vl import Qwen2VLConfig, Qwen2VLVisionConfig, QwenVisionConfig
 from .settings import from_fields, read_json_object
+from .smolvlm import SmolVLMConfig
 from .text import TextConfig, flatten_rope
 from .vision import SiglipVisionConfig, VisionConfig
 from .vlm import VLMConfig
@@ -19,12 +21,14 @@ __all__ = [
     "LlavaConfig",
     "LlavaNextConfig",
     "LlavaOnevisionConfig",
+    "NanoVLMConfig",
     "Qwen2VLConfig",
     "Qwen2VLVisionConfig",
     "Qwen2_5_VLConfig",
     "Qwen2_5_VLVisionConfig",
     "QwenVisionConfig",
     "SiglipVisionConfig",
+    "SmolVLMConfig",
     "TextConfig",
     "VLMConfig",
     "VisionConfig",

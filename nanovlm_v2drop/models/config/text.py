@@ -82,6 +82,8 @@ class TextConfig(Checked):
     mrope_section: Annotated[tuple[int, ...] | None, MROPE_SECTION] = None
     qkv_bias: Flag = False
     tie_word_embeddings: Flag = False
+    # For a sequence of more tokens than this, all frequencies are divided by length / scaled_beyond. Only nanoVLM has it.
+    scaled_beyond: Annotated[int | None, or_null(Whole(1, 2**27))] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

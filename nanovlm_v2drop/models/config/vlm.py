@@ -24,6 +24,7 @@ from .settings import (
 )
 from .text import TEXT_MODEL_TYPES, TextConfig, text_settings
 
+NANOVLM = "nanovlm"  # the only family whose files name no model_type
 VISION_TOKEN_SETTINGS = ("image_token_index", "image_token_id", "video_token_index", "video_token_id")
 
 
@@ -53,6 +54,21 @@ class VLMConfig(Checked):
         """Name and id of each token that stands where vision features go."""
         ids = (self.image_token_id, self.video_token_id)
         return {name: token for name, token in zip(self.vision_token_names, ids, strict=True) if token is not None}
+
+    @property
+    def takes_video(self) -> bool:
+        """Whether a request may hold a video."""
+        return self.video_token_id is not None
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """How a prompt marks the place of a picture, and that of a video where the model takes one."""
+        return self.vision_token_names[: 1 + self.takes_video]
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Name and id of each token that is added to a tokenizer which lacks it."""
+        return self.vision_tokens
 
     @classmethod
     def families(cls) -> dict[str, type["VLMConfig"]]:
@@ -136,8 +152,10 @@ class VLMConfig(Checked):
 def family_of(raw: Mapping[str, Any]) -> type[VLMConfig]:
     """The family that the `model_type` of a config.json names; raises ValueError for an unknown one."""
     families = VLMConfig.families()
-    require("model_type", raw.get("model_type"), OneOf(*families))
-    return families[raw["model_type"]]
+    unnamed = NANOVLM if "model_type" not in raw and "vit_hidden_dim" in raw else None
+    model_type = raw.get("model_type", unnamed)
+    require("model_type", model_type, OneOf(*families))
+    return families[model_type]
 
 
 def require_in_vocabulary(name: str, token: int, text_config: TextConfig) -> None:
