@@ -57,7 +57,7 @@ def test_a_photo_is_met_with_a_note_and_a_model_that_fits(tmp_path, capsys, monk
     words = " ".join(out.split())
     assert code == 0
     assert "demo knows only synthetic scenes of 144 x 144 pixels. This is 300 x 200, so its answers mean nothing" in words
-    assert "--model qwen2-vl-2b --dtype bfloat16 fits this machine (4.4 GB to download)" in words
+    assert "--model smolvlm-2.2b --dtype bfloat16 fits this machine (4.5 GB to download)" in words
 
 
 def test_several_pictures_and_a_folder_of_pictures_are_one_question(scene, tmp_path, capsys):
