@@ -247,7 +247,7 @@ def test_an_error_in_one_process_ends_the_run_and_is_shown(tmp_path):
     ("options", "message"),
     [
         (("--claims",), "--claims is for one process"),
-        (("--image", "a.png", "--prompt", "What?"), "or share the decoder with --tensor-parallel 2"),
+        (("--image", str(ROOT / "weights/demo/report.png"), "--prompt", "What?"), "or share the decoder with --tensor-parallel 2"),
         (("--tensor-parallel", 4), "tensor_parallel 4 needs a number of processes that is a multiple of it, not 2"),
     ],
 )
