@@ -23,6 +23,7 @@ from nanovlm_v2drop.models.config import TextConfig
 from nanovlm_v2drop.models.parallel import ALONE, Processes, join_processes
 
 ROOT = Path(__file__).parents[2]
+PICTURE = str(ROOT / "weights" / "demo" / "report.png")
 TOLERANCE = 1e-4  # share of the largest logit in float32; only the order of sums differs
 OPTIONS = ("--methods", "dense,v2drop,random", "--tokens", "32", "--seeds", "2", "--limit", "5")
 
@@ -247,7 +248,7 @@ def test_an_error_in_one_process_ends_the_run_and_is_shown(tmp_path):
     ("options", "message"),
     [
         (("--claims",), "--claims is for one process"),
-        (("--image", str(ROOT / "weights/demo/report.png"), "--prompt", "What?"), "or share the decoder with --tensor-parallel 2"),
+        (("--image", PICTURE, "--prompt", "What?"), "or share the decoder with --tensor-parallel 2"),
         (("--tensor-parallel", 4), "tensor_parallel 4 needs a number of processes that is a multiple of it, not 2"),
     ],
 )
