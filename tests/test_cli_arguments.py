@@ -99,7 +99,7 @@ def refused(arguments, capsys) -> str:
         (["--methods", ""], "argument --methods: nothing is named"),
         (["--methods", "nowhere.py:Own"], "there is no file nowhere.py"),
         (["--tasks", "chess"], "unknown name 'chess'; choose from: demo, demo-video, mme, pope"),
-        (["--ablation", "size"], "unknown name 'size'; choose from: metric, layers, steps, schedules"),
+        (["--ablation", "size"], "unknown name 'size'; choose from: metric, layers, steps, schedules, ranking"),
         (["--model", "gpt"], "unknown model 'gpt'; choose one of: demo, "),
         (["--retain", " , "], "argument --retain: nothing is named"),
         (["--retain", "1.5"], "1.5 must be above 0 and at most 1"),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from ..dropping import PUBLISHED_SCHEDULES, DropSchedule, V2Drop
+from ..dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, V2Drop
 from ..dropping.budget import Budget, Shape
 from ..dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS, layers_at_depths
 from ..dropping.v2drop import METRICS
@@ -32,6 +32,7 @@ SCHEDULE_NUMBERS = {
     "paper-128": {"GQA": 56.3, "SQA": 68.8, "TextVQA": 53.8, "POPE": 80.9, "MME": 1712, "MMB": 61.8, "average %": 94.0},
     "paper-64": {"GQA": 50.5, "SQA": 68.9, "TextVQA": 51.8, "POPE": 75.1, "MME": 1470, "MMB": 55.2, "average %": 86.9},
 }
+RANKED, RANKED_SHARE = ("v2drop", "v2drop-plus", "random"), 1 / 12  # our own question: the paper has no numbers for it
 
 
 def share_of_paper(tokens: float) -> Budget:
@@ -91,11 +92,25 @@ def schedule_plans(shape: Shape) -> list[Plan]:
     ]
 
 
+def ranking_plans(shape: Shape) -> list[Plan]:
+    """At each layer one drop to a twelfth of the vision tokens, ranked by V2Drop, V2Drop-plus and at random."""
+    return [
+        Plan(f"{name} at layer {layer}", DROPPERS[name], partial(one_drop, layer), shape)
+        for layer in range(1, shape.num_layers)
+        for name in RANKED
+    ]
+
+
+def one_drop(layer: int, shape: Shape) -> DropSchedule:
+    return DropSchedule({layer: RANKED_SHARE})
+
+
 ABLATIONS: Mapping[str, Callable[[Shape], list[Plan]]] = {
     "metric": metric_plans,
     "layers": layer_plans,
     "steps": step_plans,
     "schedules": schedule_plans,
+    "ranking": ranking_plans,
 }
 
 

@@ -8,8 +8,8 @@ from nanovlm_v2drop.research.ablations import ABLATIONS, ablation_plans
 DEMO, LLAVA_7B = Shape(144, 12), Shape(576, 32)
 
 
-def test_every_ablation_has_the_papers_rows_at_the_papers_size():
-    plans = ablation_plans(list(ABLATIONS), LLAVA_7B)
+def test_every_ablation_of_the_paper_has_its_rows_at_its_size():
+    plans = ablation_plans([name for name in ABLATIONS if name != "ranking"], LLAVA_7B)
     assert len({plan.key for plan in plans}) == len(plans) == 1 + 3 + 6 + 2 + 3
     assert all(plan.paper for plan in plans[1:])
     by_label = {plan.label: plan for plan in plans}
@@ -33,6 +33,14 @@ def test_layers_that_fall_together_in_a_shallow_model_are_one_row_that_says_so()
     assert plans["v2drop 3/17/22"].note == "drops at layers 1/6/8 here; 2/16/21 falls on the same layers here"
 
 
+def test_the_ranking_of_three_methods_is_asked_at_every_layer_that_has_one_before_it():
+    plans = ablation_plans(["ranking"], DEMO)[1:]
+    assert len({plan.key for plan in plans}) == len(plans) == 3 * 11
+    assert {plan.method for plan in plans} == {"v2drop", "v2drop-plus", "random"}
+    counts = [plan.schedule.vision_tokens_per_layer(144, 12) for plan in plans]
+    assert counts == [[144] * layer + [12] * (12 - layer) for layer in range(1, 12) for _ in range(3)]
+
+
 def test_an_unknown_ablation_is_refused():
-    with pytest.raises(ValueError, match="unknown ablation 'size'; choose from: metric, layers, steps, schedules"):
+    with pytest.raises(ValueError, match="unknown ablation 'size'; choose from: metric, layers, steps, schedules, ranking"):
         ablation_plans(["size"], DEMO)
