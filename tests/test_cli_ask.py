@@ -9,8 +9,11 @@ from PIL import Image
 
 from nanovlm_v2drop import Request, cli, load
 from nanovlm_v2drop.cli import chat as chat_module
+from nanovlm_v2drop.cli.arguments import parse_arguments
 from nanovlm_v2drop.cli.chat import Conversation
+from nanovlm_v2drop.cli.planning import sampling_of
 from nanovlm_v2drop.processing.prompts import build_prompt
+from nanovlm_v2drop.processing.video import FpsSampling, FrameSampling, LmmsEvalSampling, SmolVLMSampling, UniformSampling
 from nanovlm_v2drop.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
@@ -160,3 +163,18 @@ def test_the_second_answer_equals_one_prompt_with_both_turns(scene):
     assert ids.count(vlm.config.image_token_id) == 144
     assert ids.count(vlm.tokenizer.bos_token_id) == 1
     assert ids.count(vlm.tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], None),
+        (["--frames", "8"], UniformSampling(8)),
+        (["--sampling", "uniform"], UniformSampling()),
+        (["--sampling", "fps", "--frames", "16"], FpsSampling(max_frames=16)),
+        (["--sampling", "lmms-eval", "--frames", "16"], LmmsEvalSampling(16)),
+        (["--sampling", "smolvlm"], SmolVLMSampling()),
+    ],
+)
+def test_frames_are_chosen_by_the_rule_that_is_named(options: list[str], expected: FrameSampling | None) -> None:
+    assert sampling_of(parse_arguments(["--model", "qwen2-vl-2b", *options])) == expected

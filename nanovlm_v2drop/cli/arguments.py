@@ -126,7 +126,8 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--image-aspect-ratio", choices=choices.aspect_ratios(), help="LLaVA-1.5: pad as the papers, or crop as llava-hf")
     add("--template", choices=choices.templates(), help="prompt template; default the model's own")
     add("--max-pixels", type=int, metavar="N", help="Qwen-VL: largest picture or frame; default the checkpoint's own")
-    add("--frames", type=int, metavar="N", help="frames of a video, evenly spaced; default as the model was released with")
+    add("--sampling", choices=choices.samplings(), help="rule that chooses a video's frames; default the model's own")
+    add("--frames", type=int, metavar="N", help="frames of a video: evenly spaced, or with --sampling the most that it takes")
 
 
 def add_comparison_options(group: argparse._ArgumentGroup) -> None:

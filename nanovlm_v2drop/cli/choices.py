@@ -76,6 +76,10 @@ def templates() -> tuple[str, ...]:
     return (*listed_in("processing/prompts.py", "TEMPLATES"), OWN_TEMPLATE)
 
 
+def samplings() -> tuple[str, ...]:
+    return listed_in("processing/video.py", "SAMPLINGS")
+
+
 def aspect_ratios() -> tuple[str, ...]:
     return listed_in("processing/images.py", "ASPECT_RATIOS")
 

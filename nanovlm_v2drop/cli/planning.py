@@ -8,7 +8,7 @@ from ..dropping.budget import Budget, Shape
 from ..evaluation.plans import Plan, equal_budget_plans, official_plans
 from ..loading.zoo import VisionLanguageModel, load
 from ..processing.images import DEFAULT_ASPECT_RATIO
-from ..processing.video import UniformSampling
+from ..processing.video import SAMPLINGS, FrameSampling
 from ..report.page import RESULTS
 from ..research.ablations import ablation_plans
 
@@ -26,12 +26,21 @@ def load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
         attention=arguments.attention,
         weights=arguments.weights,
         max_pixels=arguments.max_pixels,
-        sampling=UniformSampling(arguments.frames) if arguments.frames else None,
+        sampling=sampling_of(arguments),
         tensor_parallel=arguments.tensor_parallel,
     )
     if arguments.compile:
         vlm.model.language_model.compile_layers()
     return vlm
+
+
+def sampling_of(arguments: argparse.Namespace) -> FrameSampling | None:
+    """How frames are chosen from a video file; None is the model's own way."""
+    name, frames = arguments.sampling, arguments.frames
+    if name is None and frames is None:
+        return None
+    limit = {} if frames is None else {"max_frames" if name in ("fps", "smolvlm") else "num_frames": frames}
+    return SAMPLINGS[name or "uniform"](**limit)
 
 
 def plans_for(shape: Shape, arguments: argparse.Namespace) -> list[Plan]:

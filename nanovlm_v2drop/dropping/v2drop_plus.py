@@ -13,7 +13,7 @@ frame resembles it.
    model that sees mostly objects counts too many. The limit is tighter at layer 0, where no layer has counted yet.
 
 Cost: at each drop point one product of N x N x D for N vision tokens of width D, however many are kept. No attention, query or
-key is read. The kept counts follow from the schedule, and no value comes to the host. The N x N cosines are in memory in float32:
+key is read. The kept counts follow from the schedule, and no value comes to the host. The N x N cosines are kept in float32:
 157 MB for 6,272 tokens, and about as much again while they are compared.
 """
 
