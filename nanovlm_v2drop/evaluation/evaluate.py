@@ -50,12 +50,7 @@ def evaluate(
     Raises ValueError, and overwrites nothing, where the output holds answers to this task and `resume` is not set, where its
     answers were made with other settings, and where two plans or two samples share a name.
     """
-    check_names("plans", [plan.key for plan in plans], set())
-    if processes.is_first:
-        merge_records(output)
-        check_resumable(task, output, resume)
-        check_same_settings(run_settings(vlm, task, plans), output)
-    processes.wait()
+    prepare_output(vlm, task, plans, output, resume, processes)
     done = {(record.plan, record.sample_id) for record in read_records(output) if record.task == task.name}
     samples = task.samples(task.default_samples if limit is None else limit)
     warm, order, seen = False, list[tuple[str, str]](), set[str]()
@@ -72,6 +67,18 @@ def evaluate(
     processes.wait()
     if processes.is_first and processes.world_size > 1:
         merge_records(output, task.name, order)
+    processes.wait()
+
+
+def prepare_output(
+    vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], output: Path, resume: bool, processes: Processes
+) -> None:
+    """Join what an earlier run has left, and note the settings of this one; all processes wait. Raises as `evaluate`."""
+    check_names("plans", [plan.key for plan in plans], set())
+    if processes.is_first:
+        merge_records(output)
+        check_resumable(task, output, resume)
+        check_same_settings(run_settings(vlm, task, plans), output)
     processes.wait()
 
 
