@@ -252,3 +252,8 @@ def test_options_and_chains_of_methods_are_read_without_torch(capsys):
     assert "unknown method 'nobody'" in refused(["--methods", "divprune+nobody:power=2"], capsys)
     assert "method 'v2drop:metric': 'metric' is no option" in refused(["--methods", "v2drop:metric"], capsys)
     assert "there is no file mine.py" in refused(["--methods", "divprune+mine.py:Mine:power=2"], capsys)
+
+
+def test_a_comparison_of_everything_in_a_folder_leaves_the_shared_script_out() -> None:
+    runs = parse_comparison(["results/a", "results/b", "results/plotly-4.1.1.min.js"]).runs
+    assert [run.name for run in runs] == ["a", "b"]

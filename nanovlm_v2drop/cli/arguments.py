@@ -93,6 +93,8 @@ def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help=runs)
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
     arguments = parser.parse_args(argv)
+    # results/* also names the script that the reports of a folder share.
+    arguments.runs = [run for run in arguments.runs if not run.match("plotly-*.min.js")]
     if len(arguments.runs) < 2:
         parser.error("give two runs or more")
     return arguments
