@@ -8,7 +8,7 @@ import pytest
 
 from nanovlm_v2drop import DROPPERS, cli
 from nanovlm_v2drop.cli import choices
-from nanovlm_v2drop.cli.arguments import build_parser, parse_arguments, typed_command
+from nanovlm_v2drop.cli.arguments import build_parser, parse_arguments, parse_comparison, typed_command
 from nanovlm_v2drop.cli.checks import MOST_PICTURES, check_files_and_packages
 from nanovlm_v2drop.cli.models import fitting_model
 from nanovlm_v2drop.loading.specs import MODELS, PICTURE, VIDEO
