@@ -16,7 +16,7 @@ from .fastv import last_row_attention
 from .schedule import DropSchedule, OutOfReach, layers_at_depths
 
 
-class PDrop(TokenDropper):
+class PyramidDrop(TokenDropper):
     """Drop, stage by stage, the vision tokens that receive least attention from the end of the instruction.
 
     Deviations from the released code: batches are packed (in the released code, a padded batch fails without FlashAttention).

@@ -1,8 +1,8 @@
 """V2Drop-plus: this project's own method. It keeps what is new in the hidden states, inside the prefill loop.
 
-It comes from a search on the two shipped demos. There the variation that V2Drop ranks by does worse than chance in some layers
-(`--ablation ranking`), so it is not used here. A token is worth keeping if it is unusual and if no more unusual token of its
-frame resembles it.
+It comes from a search on the two shipped demos. There the variation that V2Drop ranks by does no better than chance in some
+layers (`--ablation ranking`), so it is not used here. A token is worth keeping if it is unusual and if no more unusual token of
+its frame resembles it.
 
 1. `unusual` is 1 minus the cosine of a token's hidden state and the mean hidden state of the prompt's vision tokens.
 2. `distance` is 1 minus the largest cosine with any more unusual token of the same frame, after the mean has been subtracted.

@@ -239,7 +239,7 @@ def test_a_method_above_the_budget_is_shown_but_not_ranked():
     comparison, headline = comparison_of(scores, pdrop={"mean_vision_tokens": 33.7}, v2drop={"mean_vision_tokens": 33.5})
     assert [row["method"] for row in comparison["best"]] == ["v2drop"]
     assert [row["method"] for row in comparison["left_out"]] == ["pdrop"]
-    assert "PDrop" not in headline
+    assert "PyramidDrop" not in headline
     names = [trace["y"][0] for trace in task_report(make_run())["rankings"]["16"]["data"]]
     assert names == ["Random", "FastV (25.6)", "V2Drop"]
     assert [trace["y"] for trace in task_report(make_run())["rankings"]["published"]["data"]] == [["FastV K=2 R=50% (77.0)"]]
