@@ -1,6 +1,7 @@
 """A tiny random LLaVA, made by transformers and laid out as llava-hf lays out its checkpoints."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from nanovlm_v2drop.demo.data import llama_tokenizer
 from nanovlm_v2drop.processing.prompts import TEMPLATES
 
 IMAGE_SIZE, PATCH_SIZE = 42, 7  # 36 vision tokens
+
+
+def pytest_configure() -> None:
+    """pytest-xdist runs one process a core; with torch's default, each of them would start one thread a core."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
 
 
 def tiny_tokenizer() -> Tokenizer:

@@ -17,7 +17,7 @@ from nanovlm_v2drop import load
 WEIGHTS = Path(__file__).parents[1] / "weights"
 REPORTED = (ValueError, OSError, ImportError)  # what the command line shows as one line
 PINPOINTS = [[144, 144], [144, 288], [288, 144], [288, 288]]
-MISSING = object()  # as a value: the entry is removed
+MISSING = "(removed)"  # as a value: the entry is removed
 
 
 class BadInput(NamedTuple):
@@ -83,7 +83,7 @@ def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     name, _, inner = path.partition(".")
     if inner:
         return {**content, name: changed(content.get(name) or {}, inner, value)}
-    return {key: entry for key, entry in {**content, name: value}.items() if entry is not MISSING}
+    return {key: entry for key, entry in {**content, name: value}.items() if entry != MISSING}
 
 
 def setting(model: str, file: str, path: str, value: Any, message: str) -> BadInput:

@@ -47,7 +47,7 @@ def parse(command: str) -> None:
         build_parser().parse_args(words[3:])
     elif words[1] == "-c":
         exec(words[2], {})
-    elif words[1:] in (["-m", "pytest"], ["lab", "notebooks"]):
+    elif words[1:] in (["-m", "pytest", "-n", "auto"], ["lab", "notebooks"]):
         assert words[0] in (".venv/bin/python", ".venv/bin/jupyter")
     else:
         program = next(program for program in PROGRAMS if command.startswith(program))

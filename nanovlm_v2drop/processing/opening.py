@@ -100,7 +100,9 @@ def existing_file(source: str | Path, kind: str) -> Path:
     if found:
         return path
     name = str(source)
-    shown = name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "..."
+    half = LONGEST_NAME // 2
+    # The end of a long path says more than its middle.
+    shown = name if len(name) <= LONGEST_NAME else f"{name[:half]}...{name[-half:]}"
     advice = "; web addresses are not fetched: download the file first" if "://" in name else ""
     raise FileNotFoundError(f"no {kind} file at {shown!r}{advice}")
 

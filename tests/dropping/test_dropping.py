@@ -35,7 +35,7 @@ GOLDEN_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "variant", "dropper"), GOLDEN_CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "variant", "dropper"), GOLDEN_CASES, ids=[case[0] + case[1] for case in GOLDEN_CASES])
 def test_kept_tokens_logits_cache_and_decode_equal_the_authors_code(name, variant, dropper):
     golden = Golden.open(name)
     base = Golden.open("v2drop_llama_b") if name == "v2drop_llama_extra" else golden

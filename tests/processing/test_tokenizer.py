@@ -104,7 +104,7 @@ def test_both_formats_give_equal_ids_for_any_text(text, from_json, from_sentence
 @given(token_ids=st.lists(st.integers(0, PAD_TOKEN_ID + 5), max_size=12))
 @settings(max_examples=300, deadline=None)
 def test_both_formats_decode_any_ids_equally(token_ids, from_json, from_sentencepiece):
-    said = [token_id for token_id in token_ids if token_id > 2]
+    said = [token_id for token_id in token_ids if 2 < token_id < VOCAB_SIZE]
     assume(said[:1] != byte_tokens(from_json, " "))  # no text begins with this token; only tokenizer.json's decoder drops it
     assert from_sentencepiece.decode(token_ids) == from_json.decode(token_ids)
 
