@@ -75,6 +75,13 @@ class TokenDropper:
         """The layers that show it their module outputs; see `observe`."""
         return frozenset()
 
+    @property
+    def acts(self) -> str:
+        """Where tokens leave: before the decoder, in it, or both, by the drop points; and while decoding."""
+        places = [place for place, found in (("before", 0 in self.schedule), ("in", any(self.schedule))) if found]
+        decoding = type(self).decode_pruning is not TokenDropper.decode_pruning
+        return " and ".join(places) + " the decoder" * bool(places) + ", while decoding" * decoding
+
     @classmethod
     def official(cls, setting: str | None = None, **options: Any) -> Self:
         """The method as in its authors' released code. `setting` is a name in `published`; None means the first.

@@ -62,6 +62,14 @@ def score_fields(own: Resampled, dense: Resampled | None) -> dict[str, Any]:
     return {**fields, "relative_score": round(100 * own.score / dense.score, 3), "relative_interval": interval(ratios)}
 
 
+def difference_fields(own: Resampled, reference: Resampled | None) -> dict[str, Any]:
+    """Score minus the reference's, paired by question, with its 95 % interval; None without the same questions."""
+    if reference is None or reference is own or reference.sample_ids != own.sample_ids:
+        return {"difference": None, "difference_interval": None}
+    gain, bounds = difference(own, reference)
+    return {"difference": round(gain, 3), "difference_interval": bounds}
+
+
 def difference(one: Resampled, other: Resampled) -> tuple[float, list[float]]:
     """Paired difference of two scores on the same questions, and its 95 % interval."""
     pairs = zip(one.draws, other.draws, strict=True)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from ..dropping import V2Drop
 from ..dropping.budget import Shape
 from ..loading.zoo import VisionLanguageModel
 from ..models.attention import decode_backend
 from ..tasks import Task
-from .bootstrap import resample, score_fields
+from .bootstrap import Resampled, difference_fields, resample, score_fields
 from .methods import DENSE
 from .plans import Plan
 from .position_bias import position_bias
@@ -22,7 +23,7 @@ def summarise(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], recor
     """One row for each method and budget: scores with 95 % bootstrap intervals, cost by the one accounting, measured times.
 
     The seeds of a method share a row, whose score is their mean. `relative_score` is the percentage of the dense score; None
-    unless dense answered the same samples.
+    unless dense answered the same samples. `difference` is the score minus that of V2Drop at the same budget.
     """
     answers = defaultdict[str, list[dict[str, Any]]](list)
     for record in records:
@@ -33,10 +34,17 @@ def summarise(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], recor
         if plan.key in answers:
             rows.setdefault(plan.row, []).append(plan)
     resampled = {row: resample(task, [answers[plan.key] for plan in own]) for row, own in rows.items()}
-    return [
-        summary_row(vlm, task, own, [answers[plan.key] for plan in own], score_fields(resampled[row], resampled.get(DENSE)))
-        for row, own in rows.items()
-    ]
+    dense, v2drop = resampled.get(DENSE), {row: beside(own[0], rows, resampled) for row, own in rows.items()}
+    scores = {row: score_fields(own, dense) | difference_fields(own, v2drop[row]) for row, own in resampled.items()}
+    return [summary_row(vlm, task, own, [answers[plan.key] for plan in own], scores[row]) for row, own in rows.items()]
+
+
+def beside(plan: Plan, rows: Mapping[str, Sequence[Plan]], resampled: Mapping[str, Resampled]) -> Resampled | None:
+    """V2Drop's answers at the budget of this plan."""
+    for row, (other, *_) in rows.items():
+        if plan.budget is not None and other.label == V2Drop.name and other.budget == plan.budget:
+            return resampled[row]
+    return None
 
 
 def summary_row(
@@ -48,6 +56,7 @@ def summary_row(
     return {
         "method": plan.method,
         "label": plan.label,
+        "acts": "" if plan.dropper is None else plan.dropper.acts,
         "task": task.name,
         "schedule": {str(layer): value for layer, value in plan.schedule.items()},
         **budget_fields(plan, shapes),

@@ -36,6 +36,7 @@ class Style(NamedTuple):
 STYLES = {
     "dense": Style("#2b2f34", "#d7d9db", "square"),
     "v2drop": Style("#d63c00", "#ff7f4d", "circle"),
+    "v2drop-plus": Style("#b8860b", "#ffc940", "octagon"),
     "fastv": Style("#1470e8", "#4a8fe0", "triangle-up"),
     "pdrop": Style("#2f9e6e", "#85c297", "diamond"),
     "sparsevlm": Style("#ab8c47", "#f2c832", "triangle-down"),
@@ -44,14 +45,21 @@ STYLES = {
     "dycoke": Style("#076369", "#3adcf5", "hexagon"),
     "visionzip": Style("#e43fb8", "#ed89d0", "pentagon"),
     "tome": Style("#82310e", "#a8782a", "bowtie"),
+    "cdpruner": Style("#3d2edb", "#a0a3fc", "triangle-left"),
+    "clse": Style("#538518", "#b8d777", "triangle-right"),
+    "divprune": Style("#c0392b", "#ff8a80", "hexagram"),
+    "fastvid": Style("#164423", "#2fb457", "hourglass"),
+    "holov": Style("#00838f", "#4dd0c8", "star-square"),
+    "transprune": Style("#8e3b6f", "#d98cba", "diamond-tall"),
+    "vidcom2": Style("#455a9e", "#8fa8f0", "diamond-wide"),
     "random": Style("#868c93", "#868c93", "x"),
     "random-grid": Style("#868c93", "#868c93", "cross"),
 }
 SPARE_STYLES = (
-    Style("#3d2edb", "#a0a3fc", "triangle-left"),
-    Style("#538518", "#b8b777", "triangle-right"),
-    Style("#c9655d", "#c9605f", "hexagram"),
-    Style("#164423", "#2fb457", "hourglass"),
+    Style("#7a5230", "#c99d74", "triangle-ne"),
+    Style("#1b7a5a", "#5fd1a8", "triangle-sw"),
+    Style("#a01860", "#f06aa8", "star-triangle-up"),
+    Style("#5b6b00", "#c6d64a", "star-triangle-down"),
 )
 
 

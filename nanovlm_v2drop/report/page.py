@@ -57,6 +57,7 @@ COLUMNS = (
     Column("asked_tokens", "asked", "g", "mean vision tokens a layer that were asked for"),
     Column("score", "score", ".1f", "with its 95 % interval", "score_interval"),
     Column("relative_score", "% of dense", ".1f", "with its 95 % interval, paired by question", "relative_interval"),
+    Column("difference", "minus V2Drop", "+.1f", "score minus V2Drop's, paired by question", "difference_interval"),
     Column("mean_vision_tokens", "mean tokens", ".1f", "vision tokens entering a layer, averaged over the layers"),
     Column("final_vision_tokens", "last layer", ".1f", "vision tokens entering the last layer"),
     Column("prefill_ms", "prefill ms", ".1f", "one prompt through the decoder"),
@@ -189,9 +190,10 @@ def budgets_of(rows: Sequence[Row]) -> list[str]:
 
 
 def table_order(rows: Sequence[Row]) -> list[Row]:
-    """Dense, then budget by budget, the best score first."""
+    """Dense, then budget by budget; there the methods by where tokens leave, and the best score first."""
     order = budgets_of(rows)
-    return sorted(rows, key=lambda row: (-1 if row["method"] == DENSE else order.index(budget_of(row)), -row["score"]))
+    place = {id(row): -1 if row["method"] == DENSE else order.index(budget_of(row)) for row in rows}
+    return sorted(rows, key=lambda row: (place[id(row)], row["acts"], -row["score"]))
 
 
 def budget_title(budget: str) -> str:

@@ -38,3 +38,13 @@ def standing(row: Row) -> tuple[float, Sequence[float]]:
     if row["relative_score"] is None:
         return row["score"], row["score_interval"]
     return row["relative_score"], row["relative_interval"]
+
+
+def by_place(row: Row) -> tuple[float, str, float]:
+    """Sorts rows by budget, from large to small, then by where tokens leave, then by score, the best first."""
+    return -(row["asked_tokens"] or float("inf")), row["acts"], -row["score"]
+
+
+def leaves_out_zero(bounds: Sequence[float]) -> bool:
+    """Whether an interval of a difference lies on one side of zero."""
+    return bounds[0] > 0 or bounds[1] < 0

@@ -14,7 +14,7 @@ from rich.text import Text
 from ..evaluation.plans import DENSE
 from ..evaluation.position_bias import BINS
 from ..tasks import TASKS
-from .rows import Row, at_budget, budget_of, met_budget, standing
+from .rows import Row, at_budget, budget_of, by_place, leaves_out_zero, met_budget, standing
 
 Cell = Callable[[Row], str]
 Columns = Mapping[str, Cell]
@@ -98,6 +98,9 @@ def print_details(rows: Sequence[Row], bias: Sequence[Row], console: Console) ->
     """Every other table of a run, task by task; intervals are 95 %."""
     for task in dict.fromkeys(row["task"] for row in rows):
         own = by_budget([row for row in rows if row["task"] == task])
+        placed = sorted((row for row in own if row["asked_tokens"] is not None), key=by_place)
+        title = f"{task}: by where tokens leave (before the decoder or in it); * the interval leaves out zero"
+        print_table(title, placed, DIFFERENCES, console)
         print_table(f"{task}: intervals and costs", own, INTERVALS, console)
         published = [row for row in own if row["paper"]]
         benchmarks = {name: paper(name) for row in published for name in row["paper"]}
@@ -167,6 +170,13 @@ def with_interval(value: float | None, bounds: Sequence[float] | None) -> str:
     return "-" if value is None or bounds is None else f"{value:.1f} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
 
 
+def signed(value: float | None, bounds: Sequence[float] | None) -> str:
+    """A difference and its 95 % interval; a star where the interval leaves out zero."""
+    if value is None or bounds is None:
+        return "-"
+    return f"{value:+.1f} [{bounds[0]:+.1f}, {bounds[1]:+.1f}]{'*' if leaves_out_zero(bounds) else ' '}"
+
+
 def percent(name: str, index: int) -> Cell:
     """Probability of being kept in one tenth of the sequence, or in one frame; "-" where no token stands."""
     return lambda entry: "-" if entry[name][index] is None else f"{100 * entry[name][index]:.0f}"
@@ -179,6 +189,11 @@ def frame_columns(entries: Sequence[Row]) -> Columns:
     return {"layer": number("layer", "d"), **{str(frame + 1): percent("frames", frame) for frame in shown}}
 
 
+DIFFERENCES: Columns = {
+    "tokens leave": lambda row: row["acts"].replace(" the decoder", ""),
+    "score": lambda row: with_interval(row["score"], row["score_interval"]),
+    "score - V2Drop's": lambda row: signed(row["difference"], row["difference_interval"]),
+}
 INTERVALS: Columns = {
     "final": number("final_vision_tokens", "g"),
     "score": lambda row: with_interval(row["score"], row["score_interval"]),

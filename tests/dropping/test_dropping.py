@@ -14,6 +14,7 @@ from nanovlm_v2drop.dropping import (
     DROPPERS,
     PUBLISHED_SCHEDULES,
     BatchSchedule,
+    Chain,
     DropSchedule,
     PrefillState,
     TokenDropper,
@@ -240,6 +241,15 @@ def test_a_vision_token_without_a_number_is_an_error_and_a_text_token_without_on
     with answer:
         out = prefill(tiny_decoder(), one_prompt(5, 24, 7), Mine(DropSchedule({1: 0.5})))
         assert out.kept[0][1][0].tolist() == list(range(12, 24))
+
+
+def test_a_dropper_says_where_its_tokens_leave():
+    layers, first, both = DropSchedule({1: 0.5}), DropSchedule({0: 0.5}), Chain.of([DROPPERS["divprune"], V2Drop])
+    assert V2Drop(layers).acts == "in the decoder"
+    assert DROPPERS["divprune"](first).acts == "before the decoder"
+    assert both(both.schedule_for(4, 16, 6)).acts == "before and in the decoder"
+    assert DROPPERS["dycoke"](first).acts == "before the decoder, while decoding"
+    assert V2Drop(DropSchedule({})).acts == ""
 
 
 def test_an_unknown_or_missing_published_setting_is_refused():

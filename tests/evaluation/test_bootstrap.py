@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluate import Loose, Twins
 
-from nanovlm_v2drop.evaluation.bootstrap import resample, resampling_units, score_fields
+from nanovlm_v2drop.evaluation.bootstrap import difference_fields, resample, resampling_units, score_fields
 from nanovlm_v2drop.tasks import Task
 
 
@@ -43,6 +43,13 @@ def test_the_relative_interval_is_a_paired_one() -> None:
     result = bootstrap(Loose(), scored([correct / 2 for correct in corrects]), scored(corrects))
     assert result["score_interval"][0] < result["score_interval"][1]
     assert (result["relative_score"], result["relative_interval"]) == (50, [50, 50])
+
+
+def test_a_difference_is_paired_by_question_and_stands_beside_another_row_only() -> None:
+    one, other = (resample(Loose(), [scored(corrects)]) for corrects in ([1.0, 0.5, 1.0, 0.5], [0.5, 0.0, 0.5, 0.0]))
+    assert difference_fields(one, other) == {"difference": 50, "difference_interval": [50, 50]}
+    for nothing in (None, one, resample(Loose(), [scored([1.0])])):
+        assert difference_fields(one, nothing) == {"difference": None, "difference_interval": None}
 
 
 def test_a_dense_model_without_a_right_answer_has_no_relative_score() -> None:

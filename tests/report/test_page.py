@@ -20,6 +20,8 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
+from nanovlm_v2drop.dropping import DROPPERS
+from nanovlm_v2drop.evaluation.plans import DENSE
 from nanovlm_v2drop.report import figures, page
 
 HOSTILE = """It's </script><script>document.title = "broken"</script><img src=x onerror='document.title="broken"'> "&" there?"""
@@ -35,7 +37,8 @@ def make_row(task: str, method: str, asked: float | None, score: float, **change
         "method": method, "label": method, "task": task, "schedule": {"1": 0.5} if method != "dense" else {},
         "asked_tokens": asked, "vision_tokens": 144.0, "mean_vision_tokens": tokens, "final_vision_tokens": tokens / 3,
         "note": "", "score": score, "score_interval": [score - 2.5, score + 1.5], "relative_score": score + 1.25,
-        "relative_interval": [score - 1.25, score + 2.75], "metrics": {"score": score, "digit": score - 3.21},
+        "relative_interval": [score - 1.25, score + 2.75], "acts": "in the decoder", "difference": score - 90,
+        "difference_interval": [score - 95, score - 85], "metrics": {"score": score, "digit": score - 3.21},
         "samples": 361, "seeds": [0, 1, 2] if method == "random" else [0], "vision_ms": 7.0, "prefill_ms": tokens / 7,
         "decode_ms": 4.0, "decode_ms_per_token": None if method == "fastv" else 2.34, "total_ms": 11.0 + tokens / 7,
         "items_per_s": 43.21, "prefill_tflops": tokens / 1e5, "kv_cache_mb": tokens / 50, "peak_memory_mb": None, "paper": {},
@@ -205,7 +208,8 @@ def test_hostile_text_stays_text(parsed):
 def test_the_table_holds_every_row_with_its_intervals_and_its_note(parsed):
     (row,) = [cells for cells in parsed.table_rows if cells[0].strip() == "Random" and "32" in cells[1] and len(cells) > 6][:1]
     shown = [" ".join(cell.split()) for cell in row]
-    assert shown[1:5] == ["32", "55.0 [52.5, 56.5]", "56.2 [53.8, 57.8]", "32.0"]
+    assert shown[1:6] == ["32", "55.0 [52.5, 56.5]", "56.2 [53.8, 57.8]", "-35.0 [-40.0, -30.0]", "32.0"]
+    assert "in the decoder" in shown
     assert {"4.6", "2.34", "43.21", "0.00032", "0.64", "–", "361", "3", "1: 0.5"} <= set(shown)
     noted = [" ".join(cells[0].split()) for cells in parsed.table_rows if cells and "1" in cells[0].split()]
     assert noted == ["FastV 1"] * 2
@@ -365,6 +369,7 @@ def test_colours_of_figures_are_in_the_style_sheet(parsed):
 def test_every_method_has_a_mark_of_its_own_that_the_page_can_draw():
     styles = [*figures.STYLES.values(), *figures.SPARE_STYLES]
     assert len({style.symbol for style in styles}) == len(styles)
+    assert figures.STYLES.keys() == {DENSE, *DROPPERS}
     template = (Path(page.__file__).parent / "page.html").read_text()
     assert {style.symbol for style in styles} == set(re.findall(r'<symbol id="mark-([a-z-]+)"', template))
 

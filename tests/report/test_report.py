@@ -41,9 +41,10 @@ def test_a_gallery_has_one_row_a_method_and_one_column_a_stage():
 
 
 ROW = {
-    "method": "v2drop", "label": "v2drop l1", "task": "demo", "asked_tokens": 48.0, "vision_tokens": 144.0,
-    "mean_vision_tokens": 48.25, "final_vision_tokens": 1.0, "score": 80.0, "score_interval": [70.0, 90.0],
-    "relative_score": 97.5, "relative_interval": [95.0, 99.0], "metrics": {"score": 80.0, "digit": 75.0}, "samples": 60,
+    "method": "v2drop", "label": "v2drop l1", "acts": "in the decoder", "task": "demo", "asked_tokens": 48.0,
+    "vision_tokens": 144.0, "mean_vision_tokens": 48.25, "final_vision_tokens": 1.0, "score": 80.0,
+    "score_interval": [70.0, 90.0], "relative_score": 97.5, "relative_interval": [95.0, 99.0], "difference": None,
+    "difference_interval": None, "metrics": {"score": 80.0, "digit": 75.0}, "samples": 60,
     "seeds": [0], "vision_ms": 3.21, "prefill_ms": 12.34, "decode_ms": 4.56, "total_ms": 20.11, "items_per_s": 50.0,
     "peak_memory_mb": 321.0, "decode_ms_per_token": None, "prefill_tflops": 0.000917, "kv_cache_mb": 1.52, "note": "",
     "paper": {},
@@ -137,6 +138,20 @@ def test_the_other_tables_have_intervals_costs_and_throughput():
     for cell in ("80.0 [70.0, 90.0]", "97.5 [95.0, 99.0]", "0.917", "1.52", "75.0", "12.3", "20.1", "50.0", "321", "2.00x"):
         assert cell in text
     assert "2.00x" not in printed([ROW])
+
+
+def test_differences_to_v2drop_are_grouped_by_where_tokens_leave_and_starred_where_zero_is_outside():
+    before = {"acts": "before the decoder", "difference": -4.0, "difference_interval": [-6.0, -2.0]}
+    rows = [
+        ROW,
+        {**ROW, "method": "fastv", "label": "fastv", "score": 83.0, "difference": 3.0, "difference_interval": [-1.0, 7.0]},
+        {**ROW, "method": "divprune", "label": "divprune", "score": 76.0, **before},
+    ]
+    text = printed(rows).split("by where tokens leave")[1]
+    assert [line_of(text, name)[2] for name in ("divprune", "fastv")] == ["before", "in"]
+    assert text.index("divprune") < text.index("fastv") < text.index("v2drop l1")
+    assert "-4.0 [-6.0, -2.0]*" in text
+    assert "+3.0 [-1.0, +7.0]\n" in text
 
 
 def test_a_table_that_is_too_wide_goes_on_below_with_the_names_again():
