@@ -11,8 +11,9 @@ import pytest
 
 from nanovlm_v2drop import cli
 from nanovlm_v2drop.cli.arguments import FORMATS
-from nanovlm_v2drop.cli.compare import WRITERS, compare, latex_text, read_run
+from nanovlm_v2drop.cli.compare import WRITERS, latex_text
 from nanovlm_v2drop.evaluation.bootstrap import difference, resample
+from nanovlm_v2drop.evaluation.comparison import compare, read_run
 from nanovlm_v2drop.evaluation.records import Record
 from nanovlm_v2drop.tasks import load_task
 
@@ -110,6 +111,18 @@ def test_markdown_and_latex_have_a_cell_for_every_column(runs, capsys):
     assert latex_text("50 % of a_b & c ± d") == r"50 \% of a\_b \& c $\pm$ d"
 
 
+def test_a_star_marks_a_difference_whose_interval_leaves_out_zero_in_every_format(tmp_path, capsys):
+    right = rights(0, 0.5)
+    one = write_run(tmp_path / "one", {"dense": right, "v2drop 48": [0] * 60})
+    two = write_run(tmp_path / "two", {"dense": right, "v2drop 48": rights(1, 0.7)})
+    for form in ("table", "markdown", "latex"):
+        marked = [line for line in said(capsys, one, two, "--format", form).splitlines() if "]*" in line]
+        assert len(marked) == 1
+        assert "v2drop" in marked[0]
+    lines = list(csv.DictReader(said(capsys, one, two, "--format", "csv").splitlines()))
+    assert [line["significant"] for line in lines if line["run"] == str(two)] == ["0", "1"]
+
+
 def test_csv_has_plain_numbers_one_line_a_run(runs, capsys):
     lines = list(csv.DictReader(said(capsys, *runs, "--format", "csv").splitlines()))
     own = [line for line in lines if line["method"] == "v2drop"]
@@ -121,7 +134,7 @@ def test_csv_has_plain_numbers_one_line_a_run(runs, capsys):
 def test_more_than_two_runs_are_each_compared_with_the_first(runs, tmp_path, capsys):
     third = write_run(tmp_path / "third", {"dense": rights(6, 0.5)})
     header = next(line for line in said(capsys, *runs, third, "--format", "markdown").splitlines() if line.startswith("| task"))
-    assert header == "| task | method | asked | questions | run 1 | run 2 | 2 - 1 | run 3 | 3 - 1 |"
+    assert header == "| task | method | asked | samples | run 1 | run 2 | 2 - 1 | run 3 | 3 - 1 |"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tasks": (),
     "evaluation": (
         "records", "method_names", "methods", "plans", "fingerprints", "output", "position_bias", "bootstrap", "summary",
-        "evaluate",
+        "comparison", "evaluate",
     ),
     "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "__main__"),
     "research": ("ablations", "theory", "findings", "costs", "claims"),

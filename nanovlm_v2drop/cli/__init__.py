@@ -38,7 +38,7 @@ def carry_out(argv: Sequence[str]) -> int:
         given = parse_comparison(argv[1:])
         from .compare import print_comparison  # imports torch
 
-        return print_comparison(given.runs, given.format)
+        return print_comparison(given.runs, given.format, given.report)
     arguments = parse_arguments(argv)
     if arguments.list_models:
         from .models import print_models

@@ -92,6 +92,7 @@ def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
     runs = "output folders of finished runs; the others are compared with the first"
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help=runs)
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    parser.add_argument("--report", type=path, metavar="FILE", help="write one page with the comparison and all runs")
     arguments = parser.parse_args(argv)
     # results/* also names the script that the reports of a folder share.
     arguments.runs = [run for run in arguments.runs if not run.match("plotly-*.min.js")]

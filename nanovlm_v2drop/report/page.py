@@ -53,6 +53,8 @@ class Column(NamedTuple):
     interval: str = ""
 
 
+Reported = tuple[Row, Sequence[Row]]  # a run's summary and its galleries
+
 COLUMNS = (
     Column("asked_tokens", "asked", "g", "mean vision tokens a layer that were asked for"),
     Column("score", "score", ".1f", "with its 95 % interval", "score_interval"),
@@ -77,15 +79,35 @@ def write_page(output: Path, standalone: bool = False) -> Path:
 
     `standalone`: the page holds Plotly's script even where the runs beside it share one.
     """
-    run = read_json_object(output / "summary.json")
-    galleries = json.loads((output / "galleries.json").read_text(encoding="utf-8"))
+    run, galleries = read_run(output)
     if one_method(run["results"]):
         name_by_setting([*run["results"], *run["position_bias"], *(row for gallery in galleries for row in gallery["rows"])])
     path = output / "report.html"
     shares = output.absolute().parent.name == RESULTS.name and not standalone
     script = shared_script(output.absolute().parent) if shares else None
-    path.write_text(render_page(run, galleries, script), encoding="utf-8")
+    path.write_text(render_page([(run, galleries)], script), encoding="utf-8")
     return path
+
+
+def write_common_page(outputs: Sequence[Path], compared: Sequence[Sequence[str]], path: Path) -> Path:
+    """Write one page with several runs, which holds Plotly's script; returns `path`.
+
+    `compared`: a table of the runs side by side; its first row has the names of the columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_page([read_run(output) for output in outputs], compared=compared), encoding="utf-8")
+    return path
+
+
+def read_run(output: Path) -> Reported:
+    """The run's summary and galleries. Raises OSError for a missing file, and ValueError for a damaged or older one."""
+    run, path = read_json_object(output / "summary.json"), output / "galleries.json"
+    if any("acts" not in row for row in run["results"]):
+        raise ValueError(f"{output / 'summary.json'} lacks fields: an older version wrote it; write it again with --resume")
+    try:
+        return run, json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); write it again with --resume") from error
 
 
 def shared_script(folder: Path) -> str:
@@ -109,7 +131,9 @@ def name_by_setting(rows: Sequence[dict[str, Any]]) -> None:
         row["method"] = row["label"]
 
 
-def render_page(run: Row, galleries: Sequence[Row], script: str | None = None) -> str:
+def render_page(
+    reported: Sequence[Reported], script: str | None = None, compared: Sequence[Sequence[str]] = ()
+) -> str:
     """The text of the page. `script`: name of Plotly's script in the folder above; None puts the script into the page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -121,17 +145,30 @@ def render_page(run: Row, galleries: Sequence[Row], script: str | None = None) -
     for function in (number, with_interval, title_of, label_of, budget_title, standing_text, dropped_path, verdict):
         environment.filters[function.__name__] = function
     environment.filters["zip"] = zip
-    styles = method_styles([row["method"] for row in run["results"]])
-    tasks = dict.fromkeys(row["task"] for row in run["results"])
+    runs = [run for run, _ in reported]
+    styles = method_styles([row["method"] for run in runs for row in run["results"]])
     return environment.get_template("page.html").render(
-        run=run,
+        runs=[{"claims": [], **run} for run in runs],
+        models=listed(list(dict.fromkeys(run["model"] for run in runs))),
+        devices=listed(list(dict.fromkeys(f"{run['device']}, {run['dtype']}" for run in runs))),
         styles=styles,
-        tasks=[task_report(name, index, run, galleries, styles) for index, name in enumerate(tasks, 1)],
+        tasks=task_reports(reported, styles),
         columns=COLUMNS,
         plotly=Markup("") if script else Markup(get_plotlyjs()),
         script=script,
-        claims=run.get("claims", []),
+        compared=compared,
     )
+
+
+def task_reports(reported: Sequence[Reported], styles: Mapping[str, Style]) -> list[dict[str, Any]]:
+    """The tasks of all runs, with titles that name the run where there are several."""
+    reports: list[dict[str, Any]] = []
+    for run_number, (run, galleries) in enumerate(reported, 1):
+        suffix = f", run {run_number}" if len(reported) > 1 else ""
+        for name in dict.fromkeys(row["task"] for row in run["results"]):
+            report = task_report(name, len(reports) + 1, run, galleries, styles)
+            reports.append({**report, "run": run, "title": name + suffix})
+    return reports
 
 
 def task_report(
@@ -279,7 +316,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="the run's folder, with summary.json and galleries.json")
     parser.add_argument("--standalone", action="store_true", help="one file that can be sent to somebody, 4.7 MB larger")
     arguments = parser.parse_args(argv)
-    print(write_page(arguments.output, arguments.standalone))
+    try:
+        print(write_page(arguments.output, arguments.standalone))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -341,6 +341,31 @@ def test_ablation_questions_are_separate_panels_and_not_ranked_with_each_other()
     assert reported["headline"] == ""
 
 
+def test_several_runs_share_a_page_with_their_comparison_and_a_choice_for_each(tmp_path):
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    other = {**make_run(["demo"]), "model": "another model"}
+    for output, run in zip(outputs, (make_run(["demo"]), other), strict=True):
+        write_run(output, run, make_galleries()[:2])
+    compared = [["method", "run 1", "2 - 1"], ["fastv", "93.0", "+1.0 [+0.5, +1.5]*"]]
+    found = Parsed(page.write_common_page(outputs, compared, tmp_path / "pages" / "both.html"))
+    (row,) = [cells for cells in found.table_rows if "fastv" in cells]
+    assert [cell.split("\n")[0] for cell in row] == compared[1]
+    panels = [attributes["data-value"] for _, attributes in found.tags if attributes.get("data-choice") == "task"]
+    assert panels == ["demo, run 1", "demo, run 2"]
+    assert "tiny & small and another model" in found.words
+    assert "How this was made, run 2" in found.words
+
+
+def test_a_run_of_an_older_version_is_told_in_one_line(tmp_path, capsys):
+    run = make_run()
+    run["results"] = [{name: value for name, value in row.items() if name != "acts"} for row in run["results"]]
+    with pytest.raises(ValueError, match="an older version wrote it"):
+        write_run(tmp_path, run, make_galleries())
+    with pytest.raises(SystemExit, match="2"):
+        page.main([str(tmp_path)])
+    assert "write it again with --resume" in capsys.readouterr().err
+
+
 def test_claims_stand_in_a_section_of_their_own(tmp_path):
     finding = {"claim": "it <b>works</b>", "paper": "yes", "measured": "+1.0", "verdict": "holds here", "decides": "by formula"}
     found = Parsed(write_run(tmp_path, {**ablation_run(), "claims": [finding]}, []))
