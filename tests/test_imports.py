@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "records", "method_names", "methods", "plans", "fingerprints", "output", "position_bias", "bootstrap", "summary",
         "comparison", "evaluate",
     ),
-    "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "__main__"),
+    "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
     "research": ("ablations", "theory", "findings", "costs", "claims"),
     "report": ("rows", "figures", "gallery", "watch", "tables", "results_csv", "page"),
     "cli": (
