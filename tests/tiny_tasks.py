@@ -61,12 +61,12 @@ def mme_rows(pictures=3, categories=PERCEPTION + COGNITION):
     ]
 
 
-def write_shards(folder, rows, shards=2, split="test"):
+def write_shards(folder, rows, shards=2, split="test", place="data"):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / place).mkdir(parents=True, exist_ok=True)
     size = -(-len(rows) // shards)
     for shard in range(shards):
-        file = folder / "data" / f"{split}-{shard:05}-of-{shards:05}.parquet"
+        file = folder / place / f"{split}-{shard:05}-of-{shards:05}.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(rows[shard * size : (shard + 1) * size]), file)
     return folder

@@ -2,16 +2,27 @@
 
 from pathlib import Path
 
+from .ai2d import Ai2d
 from .base import Sample, Task
 from .demo import Demo
 from .demo_video import DemoVideo
+from .gqa import Gqa
+from .mmbench import MmBench
 from .mme import Mme
+from .mmstar import MmStar
 from .parquet import DatasetUnavailable
 from .pope import Pope
+from .scienceqa import ScienceQa
+from .seed_image import SeedImage
+from .textvqa import TextVqa, TextVqaOcr
+from .vizwiz import VizWiz
 
 __all__ = ["TASKS", "DatasetUnavailable", "Demo", "DemoVideo", "Mme", "Pope", "Sample", "Task", "load_task"]
 
-TASKS: dict[str, type[Task]] = {"demo": Demo, "demo-video": DemoVideo, "pope": Pope, "mme": Mme}
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (Demo, DemoVideo, Gqa, ScienceQa, TextVqa, TextVqaOcr, Pope, Mme, MmBench, Ai2d, MmStar, SeedImage, VizWiz)
+}
 
 
 def load_task(name: str, data_dir: Path | None = None) -> Task:

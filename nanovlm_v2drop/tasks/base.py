@@ -5,22 +5,24 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 from PIL import Image
 
-from ..processing.images import open_image
 from ..processing.prompts import Request
 from ..processing.video import VideoSource
 
 SHORT_ANSWER_PROMPT = "\nAnswer the question using a single word or phrase."
+NO_LIMIT = 1024  # tokens of an answer where lmms-eval's task names no limit: what its wrapper of LLaVA then allows
 
 
 @dataclass(frozen=True)
 class Sample:
     """One question about pictures or a video (a file, or its frames).
 
-    `kind` is the category of a breakdown, `group` the picture by which paired metrics join, `answer` the ground truth.
+    `kind` is the category of a breakdown, `group` the picture by which paired metrics join, `answer` the ground truth,
+    `references` what else the scoring needs: all ten answers of people, or the texts of the options.
     No two samples of a task have the same `sample_id`.
     """
 
@@ -31,6 +33,7 @@ class Sample:
     kind: str
     group: str = ""
     video: VideoSource | None = None
+    references: tuple[str, ...] = ()
 
     @property
     def request(self) -> Request:
@@ -43,6 +46,7 @@ class Task(ABC):
     name: str
     max_new_tokens: int
     default_samples: int | None = None  # what a run without a limit takes; None is everything
+    score_name: ClassVar[str] = "accuracy, %"  # what the headline counts
     key_metrics: ClassVar[Sequence[str]] = ()  # keys of `summary` that papers report, shown beside the score
     # By model: what its paper reports for the dense model, under the names of `summary`.
     reported: ClassVar[Mapping[str, Mapping[str, float]]] = {}
@@ -71,6 +75,10 @@ class Task(ABC):
     def correct(self, answer: str, sample: Sample) -> float:
         """Score one answer of a model, 0 to 1. Confidence intervals and paired comparisons are made of these."""
 
+    def is_settled(self, text: str) -> bool:
+        """Whether every answer that goes on from this text scores alike, so that decoding may stop. False if in doubt."""
+        return False
+
     @abstractmethod
     def summary(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Compute the benchmark's numbers: "score" is the headline, the others are the official sub-metrics.
@@ -79,6 +87,20 @@ class Task(ABC):
             records: one per sample, with keys sample_id, kind, group, answer (ground truth), text (the model's answer)
                 and correct. No record at all is a ValueError.
         """
+
+
+def accuracy_of(records: Sequence[dict[str, Any]], task: str) -> dict[str, float]:
+    """The mean of `correct` in percent: "score" over all records, and under its name that of each kind.
+
+    No record at all is a ValueError.
+    """
+    if not records:
+        raise ValueError(f"{task} has no record to score; evaluate at least one sample")
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        by_kind[record["kind"]].append(record["correct"])
+    kinds = {kind: 100 * fmean(by_kind[kind]) for kind in sorted(by_kind) if kind}
+    return {"score": 100 * fmean(record["correct"] for record in records), **kinds}
 
 
 def spread(strata: Sequence[tuple[str, ...]], limit: int) -> list[int]:
@@ -110,24 +132,3 @@ def equal_shares(sizes: Sequence[int], total: int) -> list[int]:
             shares[index] += 1
         remaining -= min(remaining, len(open_strata))
     return shares
-
-
-def decode_picture(cell: object, place: str) -> Image.Image:
-    """A picture as data sets store it: {"bytes", "path"}, as the datasets library does, or the bytes alone; see open_image.
-
-    Raises ValueError with the `place` of the cell for anything else and for damaged bytes.
-    """
-    data = cell.get("bytes") if isinstance(cell, dict) else cell
-    if not isinstance(data, bytes) or not data:
-        kind = f"a {type(cell).__name__} without bytes" if isinstance(cell, dict | bytes) else shown(cell)
-        raise ValueError(f"{place}: {kind} is not a picture; use parquet files with embedded pictures")
-    try:
-        return open_image(data)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-
-
-def shown(value: object) -> str:
-    """A value for a message, on one line and not too long."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

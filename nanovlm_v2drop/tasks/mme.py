@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from .base import SHORT_ANSWER_PROMPT, Sample, spread
-from .parquet import ParquetTask, Row, read_rows
+from .parquet import ParquetTask, read_rows
+from .rows import Row
 
 REPO_ID = "lmms-lab-encoder/MME"
 PERCEPTION = (
@@ -25,15 +26,17 @@ class Mme(ParquetTask):
     """MME as lmms-eval asks and scores it: 2,374 questions about 1,187 pictures."""
 
     name = "mme"
+    score_name = "points, perception + cognition"
     max_new_tokens = 16
     repo_id = REPO_ID
     id_columns = ("category", "question_id")
+    columns = (*id_columns, "question", "answer", "image")
     key_metrics = ("score", "perception", "cognition", "accuracy", "accuracy_plus")
     reported: ClassVar[Mapping[str, Mapping[str, float]]] = {"llava-1.5-7b": {"perception": 1510.7, "score": 1862.0}}
 
     def sample_ids(self) -> list[str]:
         """PICTURE#1 and PICTURE#2, in the order of the data; with the category where two of them name a picture alike."""
-        keys = [(row.text("category"), row.key("question_id")) for row in read_rows(self.files, self.id_columns)]
+        keys = [(row.text("category"), row.key("question_id")) for row in read_rows(self.row_files, self.id_columns)]
         categories = Counter(picture for _, picture in set(keys))
         asked: Counter[tuple[str, str]] = Counter()
         ids = []
@@ -47,22 +50,28 @@ class Mme(ParquetTask):
         return super().num_samples(None if limit is None else limit // 2 * 2)
 
     def samples(self, limit: int | None = None) -> Iterator[Sample]:
-        """Give the questions in the order of the data; a limit takes limit // 2 whole pictures over the categories.
-
-        Every category gives as many pictures. With fewer than 14 pictures some category is missing, which max_score
-        of the summary tells.
-        """
+        """Give the questions in the order of the data; see `positions`."""
         if limit is not None and limit < 2:
             raise ValueError(f"a limit of {limit} is less than one MME picture, which has 2 questions; give 2 or more")
-        self.num_samples()
-        rows = read_rows(self.files, self.id_columns)
-        pictures = pair_by_picture((row.text("category"), row.key("question_id")) for row in rows)
-        positions = None
-        if limit is not None:
-            pairs = list(pictures.values())
-            chosen = spread([(category,) for category, _ in pictures], limit // 2)
-            positions = [position for index in chosen for position in pairs[index]]
-        return map(self.sample, self.read([*self.id_columns, "question", "answer", "image"], positions))
+        self.num_rows()
+        self.pictures()  # a picture without its pair is an error before anything is evaluated
+        return super().samples(limit)
+
+    def positions(self, limit: int | None) -> list[int] | None:
+        """The rows of limit // 2 whole pictures, as many of every category.
+
+        With fewer than 14 pictures some category is missing, which max_score of the summary tells.
+        """
+        if limit is None:
+            return None
+        pictures = self.pictures()
+        pairs, chosen = list(pictures.values()), spread([(category,) for category, _ in pictures], limit // 2)
+        return [position for index in chosen for position in pairs[index]]
+
+    def pictures(self) -> dict[tuple[str, str], list[int]]:
+        """The two rows of each picture; see `pair_by_picture`."""
+        rows = read_rows(self.row_files, self.id_columns)
+        return pair_by_picture((row.text("category"), row.key("question_id")) for row in rows)
 
     def sample(self, row: Row) -> Sample:
         question = row.text("question").strip().replace(" Please answer yes or no.", "")

@@ -6,62 +6,17 @@ from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from PIL import Image
-
-from .base import Task, decode_picture, shown
+from .base import Sample, Task, accuracy_of, spread
+from .rows import Row
 
 
 class DatasetUnavailable(RuntimeError):
     """The Hub did not give the data; the message says what was tried and what to do."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: its values by column, its file and its number in that file (from 0), and the id of its sample once known.
-
-    The methods read one cell each. They raise ValueError with the file, the row and the sample for a cell of another kind.
-    """
-
-    values: dict[str, Any]
-    file: Path
-    number: int
-    sample_id: str = ""
-
-    @property
-    def place(self) -> str:
-        return f"{self.file}, row {self.number}" + (f", sample {self.sample_id}" if self.sample_id else "")
-
-    def named(self, sample_id: str) -> "Row":
-        return replace(self, sample_id=sample_id)
-
-    def text(self, column: str) -> str:
-        value = self.values[column]
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{self.place}: the {column} is {shown(value)}, not a text")
-        return value
-
-    def key(self, column: str) -> str:
-        """A text, or a whole number as a text: data sets write their ids in either way."""
-        value = self.values[column]
-        return str(value) if type(value) is int else self.text(column)
-
-    def yes_or_no(self, column: str, dataset: str) -> str:
-        """A ground truth as "yes" or "no", whatever its case."""
-        label = self.text(column).strip().lower().removesuffix(".")
-        if label not in ("yes", "no"):
-            value = shown(self.values[column])
-            raise ValueError(f"{self.place}: the ground truth is {value}, not yes or no; is this {dataset}?")
-        return label
-
-    def picture(self, column: str) -> Image.Image:
-        """The picture in a cell; see `decode_picture`."""
-        return decode_picture(self.values[column], f"{self.place}, column {column}")
 
 
 class ParquetTask(Task):
@@ -69,29 +24,59 @@ class ParquetTask(Task):
 
     repo_id: ClassVar[str]
     split: ClassVar[str] = "test"
-    id_columns: ClassVar[tuple[str, ...]]  # what `sample_ids` reads
+    config: ClassVar[str] = ""  # the folder of the repository that holds the split, where it has several sets of data
+    columns: ClassVar[tuple[str, ...]]  # what `sample` reads
+    kind_columns: ClassVar[tuple[str, ...]] = ()  # a limit takes as many rows of each combination of their values
 
     @cached_property
+    def row_files(self) -> Sequence[Path]:
+        """The files whose rows are the questions. Raises as `dataset_files`."""
+        return dataset_files(self.repo_id, self.split, self.data_dir, self.config)
+
+    @property
     def files(self) -> Sequence[Path]:
-        """Raises as `dataset_files`."""
-        return dataset_files(self.repo_id, self.split, self.data_dir)
+        return self.row_files
+
+    def num_rows(self) -> int:
+        """From the metadata of the files: no row is read. Raises ValueError for files without rows."""
+        total = sum(num_rows(file) for file in self.row_files)
+        if not total:
+            raise ValueError(f"{self.row_files[0]} holds no rows: {self.name} has no sample; fetch the data again")
+        return total
 
     def num_samples(self, limit: int | None = None) -> int:
-        """From the metadata of the files: no row is read. Raises ValueError for files without rows."""
-        total = sum(num_rows(file) for file in self.files)
-        if not total:
-            raise ValueError(f"{self.files[0]} holds no rows: {self.name} has no sample; fetch the data again")
+        total = self.num_rows()
         return total if limit is None else min(limit, total)
 
+    def samples(self, limit: int | None = None) -> Iterator[Sample]:
+        self.num_rows()
+        return map(self.sample, self.read(self.columns, self.positions(limit)))
+
+    def positions(self, limit: int | None) -> Collection[int] | None:
+        """The rows that a run with this limit takes; None is every row."""
+        if limit is None:
+            return None
+        if not self.kind_columns:
+            return spread([()] * self.num_rows(), limit)
+        return spread([tuple(map(row.key, self.kind_columns)) for row in self.read(self.kind_columns)], limit)
+
     @abstractmethod
+    def sample(self, row: Row) -> Sample:
+        """The sample of a row with the values of `columns`. Raises ValueError with the place of a cell of another kind."""
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """`score`: the mean of what `correct` gives, in percent; and the same of each kind."""
+        return accuracy_of(records, self.name)
+
     def sample_ids(self) -> list[str]:
-        """One id a row, in the order of the data; no two are alike."""
+        """One id a row, in the order of the data; no two are alike. By default the row's number, as lmms-eval's doc_id."""
+        return [str(number) for number in range(self.num_rows())]
 
     def read(self, columns: Sequence[str], positions: Collection[int] | None = None) -> Iterator[Row]:
         """The rows at these positions (None: all of them) with the ids of their samples."""
         ids = self.sample_ids()
         wanted = ids if positions is None else [ids[position] for position in sorted(set(positions))]
-        for sample_id, row in zip(wanted, read_rows(self.files, columns, positions), strict=True):
+        for sample_id, row in zip(wanted, read_rows(self.row_files, columns, positions), strict=True):
             yield row.named(sample_id)
 
 
@@ -102,11 +87,12 @@ def unique_ids(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
     return [name if times[name] == 1 else f"{name}@{row.file.name}:{row.number}" for name, row in pairs]
 
 
-def dataset_files(repo_id: str, split: str, local_dir: Path | None) -> list[Path]:
+def dataset_files(repo_id: str, split: str, local_dir: Path | None, config: str = "") -> list[Path]:
     """Find the parquet files of one split, in order: in a folder, or on the Hub, from which missing files are downloaded.
 
-    A folder holds `data/SPLIT-*.parquet`, as a clone of the dataset does, or `*SPLIT*.parquet` anywhere below it. It
-    may also hold several datasets, each in a subfolder with its own name (POPE, MME).
+    A folder holds `data/SPLIT-*.parquet`, as a clone of the dataset does, or `*SPLIT*.parquet` anywhere below it; with a
+    `config` it holds `CONFIG/SPLIT-*.parquet`. It may also hold several datasets, each in a subfolder with its own name
+    (POPE, MME).
     The Hub is the one that huggingface_hub is set to (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE). Later runs use its cache.
 
     Raises:
@@ -114,13 +100,19 @@ def dataset_files(repo_id: str, split: str, local_dir: Path | None) -> list[Path
         DatasetUnavailable: the Hub cannot be reached or does not give the dataset.
     """
     if local_dir is None:
-        return files_in(download(repo_id, split), split)
+        return files_in(download(repo_id, split, config), split, config)
+    return files_in(dataset_folder(repo_id, split, local_dir, config), split, config)
+
+
+def dataset_folder(repo_id: str, split: str, local_dir: Path, config: str = "") -> Path:
+    """The folder itself, or its subfolder with the dataset's own name. Raises FileNotFoundError for what is no folder."""
     folder = Path(local_dir)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; give the one that holds data/{split}-*.parquet of {repo_id}")
+        held = f"{config or 'data'}/{split}-*.parquet"
+        raise FileNotFoundError(f"{folder} is no folder; give the one that holds {held} of {repo_id}")
     dataset_name = repo_id.split("/")[-1].lower()
     named = [child for child in sorted(folder.iterdir()) if child.is_dir() and child.name.lower() == dataset_name]
-    return files_in(named[0] if named else folder, split)
+    return named[0] if named else folder
 
 
 def read_rows(files: Sequence[Path], columns: Sequence[str], positions: Collection[int] | None = None) -> Iterator[Row]:
@@ -187,10 +179,16 @@ def naming(place: str) -> Iterator[None]:
         raise ValueError(f"{place} cannot be read: {reason}; fetch the file again") from error
 
 
-def files_in(folder: Path, split: str) -> list[Path]:
-    files = sorted(folder.glob(f"data/{split}-*.parquet")) or sorted(folder.rglob(f"*{split}*.parquet"))
+def files_in(folder: Path, split: str, config: str = "") -> list[Path]:
+    """The files of a split. Raises FileNotFoundError where there are none, or a shard is missing."""
+    if config:
+        files = sorted(folder.glob(f"{config}/{split}-*.parquet"))
+        wanted = f"no {config}/{split}-*.parquet"
+    else:
+        files = sorted(folder.glob(f"data/{split}-*.parquet")) or sorted(folder.rglob(f"*{split}*.parquet"))
+        wanted = f"no data/{split}-*.parquet and no other *{split}*.parquet"
     if not files:
-        raise FileNotFoundError(f"{folder} holds no data/{split}-*.parquet and no other *{split}*.parquet")
+        raise FileNotFoundError(f"{folder} holds {wanted}")
     require_all_shards(files)
     return files
 
@@ -206,13 +204,14 @@ def require_all_shards(files: Sequence[Path]) -> None:
             raise FileNotFoundError(f"{folder} holds {found} of {expected} parquet shards; finish the download first")
 
 
-def download(repo_id: str, split: str) -> Path:
+def download(repo_id: str, split: str, config: str = "") -> Path:
     """The folder of a split in the Hub's cache. The network is asked only where the cache does not hold all shards."""
     hub = imported("huggingface_hub")
-    options = {"repo_type": "dataset", "allow_patterns": [f"{split}-*.parquet", f"*/{split}-*.parquet"]}
+    anywhere = [f"{split}-*.parquet", f"*/{split}-*.parquet", f"{split}.parquet"]
+    options = {"repo_type": "dataset", "allow_patterns": [f"{config}/{split}-*.parquet"] if config else anywhere}
     try:
         folder = Path(hub.snapshot_download(repo_id, local_files_only=True, **options))
-        files_in(folder, split)
+        files_in(folder, split, config)
         return folder
     except (FileNotFoundError, ValueError):  # the library's LocalEntryNotFoundError is a FileNotFoundError
         pass

@@ -13,11 +13,12 @@ Papers report F1 or accuracy, and call both POPE. LLaVA-1.5's paper gives F1 per
 never with score.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from .base import SHORT_ANSWER_PROMPT, Sample, spread
-from .parquet import ParquetTask, Row, read_rows, unique_ids
+from .base import SHORT_ANSWER_PROMPT, Sample
+from .parquet import ParquetTask, read_rows, unique_ids
+from .rows import Row
 
 REPO_ID = "lmms-lab-encoder/POPE"
 CATEGORIES = ("random", "popular", "adversarial")
@@ -27,9 +28,12 @@ class Pope(ParquetTask):
     """POPE as lmms-eval asks it (9,000 questions pooled) and as LLaVA scores it."""
 
     name = "pope"
+    score_name = "accuracy by the first sentence (LLaVA), %"
     max_new_tokens = 128
     repo_id = REPO_ID
     id_columns = ("category", "question_id")
+    columns = (*id_columns, "question", "answer", "image_source", "image")
+    kind_columns = ("answer", "category")
     key_metrics = ("f1_random", "f1_popular", "f1_adversarial", "f1_mean_of_categories", "yes_ratio")
     reported: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "llava-1.5-7b": {"f1_random": 0.873, "f1_popular": 0.861, "f1_adversarial": 0.842, "f1_mean_of_categories": 0.859},
@@ -37,17 +41,8 @@ class Pope(ParquetTask):
 
     def sample_ids(self) -> list[str]:
         """CATEGORY-ID: `question_id` counts from the start in every category, and again for every source of pictures."""
-        rows = list(read_rows(self.files, self.id_columns))
+        rows = list(read_rows(self.row_files, self.id_columns))
         return unique_ids([f"{category_of(row)}-{row.key('question_id')}" for row in rows], rows)
-
-    def samples(self, limit: int | None = None) -> Iterator[Sample]:
-        """Give the questions in the order of the data; a limit is spread over the categories and over yes and no."""
-        self.num_samples()
-        positions = None
-        if limit is not None:
-            rows = self.read([*self.id_columns, "answer"])
-            positions = spread([(row.text("answer"), row.text("category")) for row in rows], limit)
-        return map(self.sample, self.read([*self.id_columns, "question", "answer", "image_source", "image"], positions))
 
     def sample(self, row: Row) -> Sample:
         return Sample(

@@ -1,13 +1,11 @@
 """What the tasks of the two demos have in common: each question is drawn from its number, in equal parts of every kind."""
 
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
-from statistics import mean
 from typing import Any, ClassVar
 
-from .base import Sample, Task
+from .base import Sample, Task, accuracy_of
 
 
 class SyntheticTask(Task):
@@ -31,12 +29,5 @@ class SyntheticTask(Task):
         return float(answer.strip().lower() == sample.answer)
 
     def summary(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-        by_kind = defaultdict(list)
-        for record in records:
-            by_kind[record["kind"]].append(record["correct"])
-        if not by_kind:
-            raise ValueError("no records to score; was --limit 0?")
-        return {
-            "score": 100 * mean(record["correct"] for record in records),
-            **{kind: 100 * mean(by_kind[kind]) for kind in self.kinds if kind in by_kind},
-        }
+        found = accuracy_of(records, self.name)
+        return {"score": found["score"], **{kind: found[kind] for kind in self.kinds if kind in found}}

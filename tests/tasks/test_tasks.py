@@ -20,8 +20,9 @@ from tiny_tasks import mme_rows, picture_bytes, pope_rows, write_shards
 from nanovlm_v2drop.tasks import TASKS, DatasetUnavailable, Mme, Pope, Sample, load_task
 from nanovlm_v2drop.tasks.base import spread
 from nanovlm_v2drop.tasks.mme import COGNITION, PERCEPTION, parse_answer
-from nanovlm_v2drop.tasks.parquet import Row, read_rows
+from nanovlm_v2drop.tasks.parquet import read_rows
 from nanovlm_v2drop.tasks.pope import first_sentence_label
+from nanovlm_v2drop.tasks.rows import Row
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -581,5 +582,5 @@ def test_load_task_hands_the_folder_on(pope_folder):
 
 
 def test_an_unknown_task_is_an_error_listing_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown task 'vqa'; choose one of: .*mme, pope"):
+    with pytest.raises(ValueError, match=r"unknown task 'vqa'; choose one of: .*mme, mmstar, .*pope"):
         load_task("vqa")
