@@ -178,8 +178,9 @@ def mmbench(rng: Random, number: int) -> Row:
     given = dict(zip("ABCD", options(rng, 2, 4), strict=False))
     missing = rng.choice((None, "nan"))
     return {
-        "index": question + 1_000_000 * rotation, "question": words(rng, 5), "hint": rng.choice((None, "nan", "", words(rng, 5))),
-        **{letter: given.get(letter, missing) for letter in "ABCD"}, "answer": rng.choice(list(given)),
+        "index": question + 1_000_000 * rotation, "question": words(rng, 5),
+        "hint": rng.choice((None, "nan", "", words(rng, 5))), **{letter: given.get(letter, missing) for letter in "ABCD"},
+        "answer": rng.choice(list(given)),
         "category": MMBENCH_KINDS[question % 3], "L2-category": "perception", "source": "made", "split": "dev",
         "image": picture(question),
     }  # fmt: skip
@@ -209,8 +210,9 @@ MAKERS: dict[str, Callable[[Random, int], Row]] = {
     "ai2d": ai2d, "mmstar": mmstar, "seed-image": seed_image,
 }  # fmt: skip
 PLACES = {  # folder below the data set's own, and split
-    "gqa": ("testdev_balanced_instructions", "testdev"), "scienceqa": ("ScienceQA-IMG", "test"), "textvqa": ("data", "validation"),
-    "textvqa-ocr": ("data", "validation"), "vizwiz": ("data", "val"), "mmbench": ("en", "dev"), "ai2d": ("data", "test"),
+    "gqa": ("testdev_balanced_instructions", "testdev"), "scienceqa": ("ScienceQA-IMG", "test"),
+    "textvqa": ("data", "validation"), "textvqa-ocr": ("data", "validation"),
+    "vizwiz": ("data", "val"), "mmbench": ("en", "dev"), "ai2d": ("data", "test"),
     "mmstar": ("data", "val"), "seed-image": ("data", "test"), "pope": ("data", "test"), "mme": ("data", "test"),
 }  # fmt: skip
 

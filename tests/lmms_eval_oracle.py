@@ -48,6 +48,11 @@ class Official:
         """The limit that the task names; None where it names none."""
         return (self.settings.get("generation_kwargs") or {}).get("max_new_tokens")
 
+    @property
+    def until(self) -> list[str]:
+        """What ends an answer: what the task names, or the separator of examples."""
+        return (self.settings.get("generation_kwargs") or {}).get("until") or ["\n\n"]
+
     def prompt(self, row: Row) -> str:
         kwargs = (self.settings.get("lmms_eval_specific_kwargs") or {}).get("default")
         if self.name == "textvqa-ocr":
@@ -162,6 +167,7 @@ def goldens_of(name: str) -> dict[str, Any]:
     texts = [[answer(rng, row) for _ in range(GOLDEN_ANSWERS // GOLDEN_ROWS)] for row in asked]
     return {
         "max_new_tokens": official.max_new_tokens,
+        "until": official.until,
         "rows": [plain(row) for row in rows],
         "prompts": [official.prompt(row) for row in asked],
         "answers": [[[text, official.score(row, text)] for text in own] for row, own in zip(asked, texts, strict=True)],

@@ -26,15 +26,15 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
     "tasks": (),
     "evaluation": (
-        "records", "method_names", "methods", "plans", "fingerprints", "output", "position_bias", "bootstrap", "summary",
-        "comparison", "evaluate",
+        "records", "method_names", "paper", "methods", "plans", "fingerprints", "output", "position_bias", "bootstrap",
+        "summary", "comparison", "evaluate",
     ),
     "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
     "research": ("ablations", "theory", "findings", "costs", "claims"),
-    "report": ("rows", "figures", "gallery", "watch", "tables", "results_csv", "page"),
+    "report": ("rows", "figures", "gallery", "watch", "tables", "averages", "results_csv", "page"),
     "cli": (
-        "choices", "arguments", "checks", "models", "planning", "progress", "earlier", "results", "runs", "ask", "chat",
-        "ledger", "compare", "start",
+        "choices", "arguments", "checks", "models", "paper", "planning", "progress", "earlier", "results", "runs", "ask",
+        "chat", "ledger", "compare", "start",
     ),
     "__main__": (),
 }

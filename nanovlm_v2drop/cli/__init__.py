@@ -2,6 +2,7 @@
 
     arguments   the options, their types and limits       choices   the names that options take
     checks      files, folders and packages               models    --list-models
+                                                          paper     --paper
     start       processes, errors, the JSON object        runs      tasks, method beside method
     ask, chat   one question, and a conversation          ledger    --claims
     compare     two finished runs                         progress  the plan, the bar, the remaining time
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def carry_out(argv: Sequence[str]) -> int:
-    """One of: `compare RUN RUN2`, `--list-models`, and everything that needs a model."""
+    """One of: `compare RUN RUN2`, `--list-models`, `--paper`, and everything that needs a model."""
     from .arguments import parse_arguments, parse_comparison
 
     if argv[:1] == ["compare"]:
@@ -45,6 +46,10 @@ def carry_out(argv: Sequence[str]) -> int:
 
         print_models()
         return 0
+    if arguments.paper:
+        from .paper import print_paper
+
+        return print_paper(arguments.model)
     from .checks import check_files_and_packages
 
     try:

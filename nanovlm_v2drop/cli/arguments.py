@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..evaluation.method_names import parse_methods
+from ..evaluation.method_names import ALL, DENSE, parse_methods
+from ..evaluation.paper import PAPER_TASKS, expanded
 from ..loading.specs import MODELS, find_spec
 from . import choices
 
@@ -25,6 +26,8 @@ DESCRIPTION = """Measure what dropping vision tokens costs and saves, without an
   nanovlm-v2drop --claims                   the paper's claims with verdicts
   nanovlm-v2drop --model llava-1.5-7b --tasks pope,mme
                                             official weights, from the Hub
+  nanovlm-v2drop --model llava-1.5-7b --tasks paper-image
+                                            the paper's benchmarks, beside its table
   nanovlm-v2drop --model llava-1.5-7b --weights DIR --data DIR
                                             the same from local folders
   nanovlm-v2drop --image photo.jpg --prompt "What is this?" --tokens 48
@@ -75,12 +78,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The options, with the defaults that depend on the model; exits with status 2 and one line on stderr for wrong ones."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if not arguments.list_models:
+    if not arguments.list_models and not arguments.paper:
         check_conflicts(parser, arguments)
         check_values(parser, arguments)
     demo = Path(arguments.model).name in DEMOS
     arguments.methods = arguments.methods or default_methods(arguments)
-    arguments.tasks = arguments.tasks or ([Path(arguments.model).name] if demo else ["pope", "mme"])
+    asked = arguments.tasks or ([Path(arguments.model).name] if demo else ["pope", "mme"])
+    arguments.tasks = expanded(asked, arguments.model)
     arguments.seeds = arguments.seeds or (SEEDS_OF_DEMOS if demo else SEEDS)
     return arguments
 
@@ -104,7 +108,7 @@ def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
 def default_methods(arguments: argparse.Namespace) -> list[str]:
     if arguments.chat:
         return ["v2drop"]
-    return [choices.ALL] if Path(arguments.model).name == "demo-video" else [choices.DENSE, "v2drop", "random"]
+    return [ALL] if Path(arguments.model).name == "demo-video" else [DENSE, "v2drop", "random"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,7 +141,7 @@ def add_comparison_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     known = ", ".join(choices.methods())
     forms = "FILE.py:CLASS; NAME:OPTION=VALUE; FIRST+SECOND:share=0.5 for both in one run"
-    add("--methods", type=methods, help=f"from {known}; {choices.ALL}; {forms}; default dense,v2drop,random")
+    add("--methods", type=methods, help=f"from {known}; {ALL}; {forms}; default dense,v2drop,random")
     add("--accounting", choices=ACCOUNTINGS, default=ACCOUNTINGS[0], help="equal budgets, or each method's published settings")
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--tokens", type=budgets, help="budgets: mean vision tokens a layer, e.g. 192,128,64")
@@ -145,8 +149,9 @@ def add_comparison_options(group: argparse._ArgumentGroup) -> None:
     budget.add_argument("--retain", type=retained_shares, help=shares)
     add("--ablation", type=some_of(choices.ablations()), help=f"the paper's ablations, from {', '.join(choices.ablations())}")
     add("--claims", action="store_true", help="put the paper's claims to the test on the demo; takes some minutes")
-    known = f"from {', '.join(choices.tasks())}; default the demo's own, else pope,mme"
-    add("--tasks", type=some_of(choices.tasks()), help=known)
+    add("--paper", action="store_true", help="print the paper's result tables (of --model, if given), and nothing else")
+    tasks, lists = (*choices.tasks(), *PAPER_TASKS), f"{' and '.join(PAPER_TASKS)} are the paper's lists for the model"
+    add("--tasks", type=some_of(tasks), help=f"from {', '.join(tasks)}; {lists}; default the demo's own, else pope,mme")
     add("--data", type=path, help="folder with the benchmarks' parquet files, instead of the Hub")
     add("--limit", type=int, metavar="N", help="samples of each task")
     add("--batch-size", type=int, default=1, metavar="N", help="samples that go through one packed prefill; default 1")
@@ -227,8 +232,8 @@ def methods(text: str) -> list[str]:
         if colon and source.endswith(".py"):
             if not Path(source).is_file():
                 raise argparse.ArgumentTypeError(f"there is no file {source}")
-        elif name not in (*known, choices.ALL):
-            ways = f"{', '.join(known)}; or {choices.ALL}; or give your own as FILE.py:CLASS"
+        elif name not in (*known, ALL):
+            ways = f"{', '.join(known)}; or {ALL}; or give your own as FILE.py:CLASS"
             raise argparse.ArgumentTypeError(f"unknown method {name!r}; choose from: {ways}")
     return found
 

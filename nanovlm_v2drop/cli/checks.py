@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..loading.specs import MODELS, VIDEO
+from .arguments import DEMOS
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".mpo"})
 MOST_PICTURES = 64  # of one question
-READ_FROM_PARQUET = ("pope", "mme")
 
 
 def check_files_and_packages(arguments: argparse.Namespace) -> None:
@@ -93,7 +93,7 @@ def check_packages(arguments: argparse.Namespace) -> None:
     asks = arguments.prompt is not None or arguments.chat
     needed = {
         "plotly": not asks,
-        "pyarrow": not asks and not arguments.claims and any(task in READ_FROM_PARQUET for task in arguments.tasks),
+        "pyarrow": not asks and not arguments.claims and any(task not in DEMOS for task in arguments.tasks),
         "av": arguments.video is not None,
         "flash_attn": arguments.attention == "flash-attn",
     }

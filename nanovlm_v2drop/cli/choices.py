@@ -8,10 +8,10 @@ import ast
 from functools import cache
 from pathlib import Path
 
+from ..evaluation.method_names import DENSE
 from ..loading.specs import DTYPE_NAMES, MODELS, OWN_TEMPLATE
 
 PACKAGE = Path(__file__).parents[1]
-DENSE, ALL = "dense", "all"
 
 
 @cache

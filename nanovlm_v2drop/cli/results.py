@@ -13,11 +13,13 @@ from typing import Any
 
 from ..evaluation.evaluate import machine_name
 from ..evaluation.output import write_whole
+from ..evaluation.paper import averages
 from ..evaluation.plans import Plan, first_seeds
 from ..evaluation.records import Record, read_records
 from ..evaluation.summary import run_summary, summarise, summarise_bias
 from ..loading.zoo import VisionLanguageModel
 from ..models.parallel import Processes
+from ..report.averages import print_averages
 from ..report.gallery import board_of, describe_gallery
 from ..report.page import write_page
 from ..report.results_csv import write_csv
@@ -59,6 +61,7 @@ def print_results(run: Mapping[str, Any], verbose: bool) -> None:
     """The scores, every other table with `verbose`, and last the path of the report."""
     console = console_for(verbose)
     print_scores(run["results"], console)
+    print_averages(run, averages(run["results"], run["model"]), console)
     if verbose:
         print_details(run["results"], run["position_bias"], console)
     print(f"report: {Path(run['output']) / 'report.html'}")

@@ -1,7 +1,8 @@
 """Confidence intervals: scores of resampled pictures, paired between methods."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import nan
 from statistics import mean
 from typing import Any
 
@@ -16,12 +17,13 @@ BOOTSTRAP_DRAWS = 500
 class Resampled:
     """The headline score of one row, and the scores of BOOTSTRAP_DRAWS resamplings of its pictures.
 
-    Samples without a picture's name are resampled one by one.
+    Samples without a picture's name are resampled one by one. `metrics`: the resamplings of the task's key metrics.
     """
 
     sample_ids: list[str]
     score: float
     draws: list[float]
+    metrics: dict[str, list[float]] = field(default_factory=dict)
 
 
 def resample(task: Task, by_seed: list[list[dict[str, Any]]]) -> Resampled:
@@ -40,22 +42,25 @@ def resample(task: Task, by_seed: list[list[dict[str, Any]]]) -> Resampled:
     units = [resampling_units(records) for records in by_seed]
     draws = np.random.default_rng(0).integers(len(units[0]), size=(BOOTSTRAP_DRAWS, len(units[0])))
     seeds = np.random.default_rng(1).integers(len(units), size=(BOOTSTRAP_DRAWS, len(units)))
-    scores = [
-        mean(resampled_score(task, units[seed], draw) for seed in chosen) for draw, chosen in zip(draws, seeds, strict=True)
+    found = [
+        [resampled_summary(task, units[seed], draw) for seed in chosen] for draw, chosen in zip(draws, seeds, strict=True)
     ]
     score = mean(task.summary(records)["score"] for records in by_seed)
-    return Resampled([record["sample_id"] for record in by_seed[0]], score, scores)
+    scores = [mean(values["score"] for values in own) for own in found]
+    metrics = {name: [mean(values.get(name, nan) for values in own) for own in found] for name in task.key_metrics}
+    return Resampled([record["sample_id"] for record in by_seed[0]], score, scores, metrics)
 
 
-def resampled_score(task: Task, units: list[list[dict[str, Any]]], draw: Sequence[int]) -> float:
-    """The score of the drawn pictures. A picture that is drawn twice counts as two, for tasks that pair by picture."""
+def resampled_summary(task: Task, units: list[list[dict[str, Any]]], draw: Sequence[int]) -> dict[str, float]:
+    """The numbers of the drawn pictures. A picture that is drawn twice counts as two, for tasks that pair by picture."""
     chosen = [{**record, "group": f"{record['group']}/{copy}"} for copy, unit in enumerate(draw) for record in units[unit]]
-    return task.summary(chosen)["score"]
+    return task.summary(chosen)
 
 
 def score_fields(own: Resampled, dense: Resampled | None) -> dict[str, Any]:
-    """Score and share of dense's score in percent, with 95 % intervals."""
-    fields = {"score": round(own.score, 3), "score_interval": interval(own.draws)}
+    """Score, share of dense's score in percent and key metrics, with 95 % intervals."""
+    metrics = {name: interval(draws) for name, draws in own.metrics.items()}
+    fields = {"score": round(own.score, 3), "score_interval": interval(own.draws), "metric_intervals": metrics}
     if dense is None or dense.sample_ids != own.sample_ids or not dense.score:
         return {**fields, "relative_score": None, "relative_interval": None}
     ratios = [100 * one / other if other else float("nan") for one, other in zip(own.draws, dense.draws, strict=True)]

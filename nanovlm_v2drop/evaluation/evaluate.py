@@ -150,7 +150,7 @@ def answer_batch(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: Pre
     count = len(prepared.samples)
     return [
         Record(
-            **answer_fields(task, plan, sample, vlm.tokenizer.decode(ids).strip()),
+            **answer_fields(task, plan, sample, task.cut(vlm.tokenizer.decode(ids).strip())),
             **prompt_fields(prepared.packed, index),
             vision_ms=prepared.vision_ms,
             prefill_ms=answered.prefill_ms / count,

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+DENSE, ALL = "dense", "all"
 SHARE = "share"
 NAMED = re.compile(r"[^:=]+\.py:[^:=]+|[^:=]+")  # FILE.py:CLASS or NAME, before the first option
 FORM = "NAME:OPTION=VALUE, FILE.py:CLASS:OPTION=VALUE, or two of them with + between"

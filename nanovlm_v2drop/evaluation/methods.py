@@ -13,9 +13,7 @@ from typing import Any
 from ..dropping import DROPPERS, Chain, DropSchedule, NotANumber, TokenDropper, by_name
 from ..dropping.contract import is_own
 from ..dropping.schedule import OutOfReach
-from .method_names import parse_methods
-
-DENSE, ALL = "dense", "all"
+from .method_names import ALL, DENSE, parse_methods
 
 
 class MethodFailed(ValueError):

@@ -42,6 +42,8 @@ def print_scores(rows: Sequence[Row], console: Console) -> None:
         own = by_budget([row for row in rows if row["task"] == task])
         title = f"{task}: {own[0]['samples']:,} questions, {own[0]['vision_tokens']:g} vision tokens a prompt"
         print_table(title, own, score_columns(own), console, bold=best_rows(own))
+        if task in TASKS and TASKS[task].score_name:
+            console.print(f"score: {TASKS[task].score_name}")
         print_key_metrics(task, own, console)
         for note in dict.fromkeys(row["note"] for row in own if row["note"]):
             noted = [f"{label(row)} {asked(row)}".removesuffix(" -") for row in own if row["note"] == note]
@@ -90,7 +92,7 @@ def print_key_metrics(task: str, rows: Sequence[Row], console: Console) -> None:
     papers = [
         {"label": f"{model}, papers", "asked_tokens": None, "metrics": numbers} for model, numbers in kind.reported.items()
     ]
-    columns = {textwrap.fill(name.replace("_", " "), 8, break_long_words=False): metric(name) for name in kind.key_metrics}
+    columns = {textwrap.fill(name.replace("_", " "), 8, break_long_words=False): key_metric(name) for name in kind.key_metrics}
     print_table(f"{task}: as papers report it", [*rows, *papers], columns, console)
 
 
@@ -230,6 +232,19 @@ def metric(name: str) -> Cell:
     def shown(row: Row) -> str:
         value = row["metrics"].get(name)
         return "-" if value is None else f"{value:.3f}" if abs(value) <= 1 else f"{value:.1f}"
+
+    return shown
+
+
+def key_metric(name: str) -> Cell:
+    """The same with half the width of the 95 % interval, where the row has one."""
+
+    def shown(row: Row) -> str:
+        value, bounds = row["metrics"].get(name), row.get("metric_intervals", {}).get(name)
+        if value is None or bounds is None:
+            return metric(name)(row)
+        digits = ".3f" if abs(value) <= 1 else ".1f"
+        return f"{value:{digits}} ± {(bounds[1] - bounds[0]) / 2:{digits}}"
 
     return shown
 

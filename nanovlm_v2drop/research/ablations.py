@@ -8,6 +8,7 @@ from ..dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, V2Drop
 from ..dropping.budget import Budget, Shape
 from ..dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS, layers_at_depths
 from ..dropping.v2drop import METRICS
+from ..evaluation.paper import TABLES, named_numbers
 from ..evaluation.plans import DENSE, Plan, mapped
 
 METRIC_NUMBERS = {
@@ -28,9 +29,9 @@ STEPS_NUMBERS = {
     "one-shot": {"MME": 1717, "POPE": 77.1, "MMB": 60.6, "GQA": 57.1, "TextVQA": 55.2},
 }
 SCHEDULE_NUMBERS = {
-    "paper-192": {"GQA": 58.5, "SQA": 69.3, "TextVQA": 55.6, "POPE": 85.1, "MME": 1826, "MMB": 63.7, "average %": 97.6},
-    "paper-128": {"GQA": 56.3, "SQA": 68.8, "TextVQA": 53.8, "POPE": 80.9, "MME": 1712, "MMB": 61.8, "average %": 94.0},
-    "paper-64": {"GQA": 50.5, "SQA": 68.9, "TextVQA": 51.8, "POPE": 75.1, "MME": 1470, "MMB": 55.2, "average %": 86.9},
+    f"paper-{row.retain * PAPER_VISION_TOKENS:.0f}": named_numbers(TABLES[0], row)
+    for row in TABLES[0].rows
+    if row.name == V2Drop.name
 }
 RANKED, RANKED_SHARE = ("v2drop", "v2drop-plus", "random"), 1 / 12  # our own question: the paper has no numbers for it
 

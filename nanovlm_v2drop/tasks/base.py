@@ -45,8 +45,9 @@ class Task(ABC):
 
     name: str
     max_new_tokens: int
+    until: ClassVar[tuple[str, ...]] = ()  # an answer ends before the first of these
     default_samples: int | None = None  # what a run without a limit takes; None is everything
-    score_name: ClassVar[str] = "accuracy, %"  # what the headline counts
+    score_name: ClassVar[str] = ""  # what the headline counts, where readings of one benchmark differ
     key_metrics: ClassVar[Sequence[str]] = ()  # keys of `summary` that papers report, shown beside the score
     # By model: what its paper reports for the dense model, under the names of `summary`.
     reported: ClassVar[Mapping[str, Mapping[str, float]]] = {}
@@ -74,6 +75,12 @@ class Task(ABC):
     @abstractmethod
     def correct(self, answer: str, sample: Sample) -> float:
         """Score one answer of a model, 0 to 1. Confidence intervals and paired comparisons are made of these."""
+
+    def cut(self, text: str) -> str:
+        """The part of a model's text that is scored, without white space at its ends."""
+        for stop in self.until:
+            text = text.partition(stop)[0]
+        return text.strip()
 
     def is_settled(self, text: str) -> bool:
         """Whether every answer that goes on from this text scores alike, so that decoding may stop. False if in doubt."""

@@ -22,6 +22,8 @@ class DatasetUnavailable(RuntimeError):
 class ParquetTask(Task):
     """A benchmark whose samples are the rows of parquet files."""
 
+    score_name = "accuracy, %"
+    until = ("\n\n",)  # what lmms-eval takes where a task names nothing
     repo_id: ClassVar[str]
     split: ClassVar[str] = "test"
     config: ClassVar[str] = ""  # the folder of the repository that holds the split, where it has several sets of data

@@ -19,6 +19,7 @@ class SeedImage(ParquetTask):
 
     name = "seed-image"
     max_new_tokens = NO_LIMIT
+    until = ("ASSISTANT:",)
     repo_id = "lmms-lab-encoder/SEED-Bench"
     columns = ("image", "question", *CHOICES, "answer")
 

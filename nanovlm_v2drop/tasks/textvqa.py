@@ -19,6 +19,7 @@ class TextVqa(ParquetTask):
 
     name = "textvqa"
     max_new_tokens = NO_LIMIT
+    until = ("ASSISTANT:",)
     score_name = "VQA accuracy without OCR tokens, %"
     repo_id = "lmms-lab-encoder/textvqa"
     split = "validation"

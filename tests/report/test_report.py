@@ -120,6 +120,11 @@ def test_pope_and_mme_show_what_papers_report_and_the_papers_own_numbers():
     text = first_screen([{**ROW, "task": "pope", "metrics": {"score": 90.0, **pope}}])
     assert line_of(text.partition("papers report")[2], "v2drop l1")[2:] == ["48", "0.910", "0.890", "0.880", "0.893", "0.500"]
     assert line_of(text, "llava-1.5-7b, papers")[2:] == ["-", "0.873", "0.861", "0.842", "0.859", "-"]
+    bounds = {"f1_random": [0.90, 0.93], "exact_accuracy": [0.4, 0.5]}
+    text = first_screen([{**ROW, "task": "pope", "metrics": {**pope, "exact_accuracy": 0.45}, "metric_intervals": bounds}])
+    assert "score: accuracy by the first sentence (LLaVA), %" in text
+    assert "0.910 ± 0.015" in text
+    assert "0.450 ± 0.050" in text
     mme = {"score": 1700.4, "perception": 1400.0, "cognition": 300.4, "accuracy": 0.8, "accuracy_plus": 0.6}
     text = first_screen([{**ROW, "task": "mme", "metrics": mme}])
     assert line_of(text.partition("papers report")[2], "v2drop l1")[2:] == ["48", "1700.4", "1400.0", "300.4", "0.800", "0.600"]

@@ -58,6 +58,7 @@ def test_a_benchmark_asks_and_scores_as_the_stored_outputs_of_lmms_eval(name: st
     task, samples = loaded(name, tmp_path, with_pictures(name, stored["rows"]))
     assert [sample.text for sample in samples] == stored["prompts"]
     assert task.max_new_tokens == (stored["max_new_tokens"] or NO_LIMIT)
+    assert list(task.until) == stored["until"]
     for sample, answers in zip(samples, stored["answers"], strict=True):
         assert [(text, our_score(task, sample, text)) for text, _ in answers] == [tuple(pair) for pair in answers]
     assert our_summary(task, samples, [own[0][0] for own in stored["answers"]]) == pytest.approx(stored["summary"], abs=1e-12)
