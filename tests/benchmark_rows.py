@@ -225,10 +225,10 @@ def rows_of(task: str, number: int, seed: int = 0) -> list[Row]:
     return [MAKERS[task](rng, index) for index in range(number)]
 
 
-def write_rows(folder: Path, task: str, rows: list[Row]) -> Path:
-    """Write rows as the official parquet files of a benchmark, in two shards; returns the folder."""
+def write_rows(folder: Path, task: str, rows: list[Row], shards: int = 2) -> Path:
+    """Write rows as the official parquet files of a benchmark; returns the folder."""
     place, split = PLACES[task]
-    write_shards(folder, rows, split=split, place=place)
+    write_shards(folder, rows, shards, split=split, place=place)
     if task == "gqa":
         pictures = [{"id": f"n{number}", "image": picture(number)} for number in range(3)]
         write_shards(folder, pictures, split=split, place="testdev_balanced_images")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmark_rows import rows_of, write_rows
 from safetensors.torch import load_file, save_file
 from tiny_tasks import OWN_METHOD, mme_rows, pope_rows, write_shards
 
@@ -90,6 +91,34 @@ def test_pope_and_mme_run_from_local_parquet_files(tmp_path, capsys):
     assert all(low <= row["score"] <= high for row in rows for low, high in [row["score_interval"]])
     galleries = json.loads((tmp_path / "run" / "galleries.json").read_text())
     assert [gallery["task"] for gallery in galleries] == ["pope"] * 4 + ["mme"] * 4
+
+
+@pytest.mark.slow
+def test_the_papers_benchmarks_run_from_local_files_and_end_with_their_average(tmp_path, capsys):
+    tasks = {"gqa": "GQA", "scienceqa": "ScienceQA", "textvqa": "textvqa", "pope": "POPE", "mme": "MME", "mmbench": "MMBench"}
+    for task, folder in tasks.items():
+        write_rows(tmp_path / "data" / folder, task, rows_of(task, 8))
+    options = ["--tasks", "paper-image", "--data", tmp_path / "data", "--methods", "dense,v2drop", "--retain", "0.333"]
+    code, out, error = run(capsys, *options, "--limit", 4, "--batch-size", 4, "--output", tmp_path / "run")
+    assert code == 0, error
+    rows = json.loads(out.splitlines()[-1])["results"]
+    assert list(dict.fromkeys(row["task"] for row in rows)) == ["gqa", "scienceqa", "textvqa-ocr", "pope", "mme", "mmbench"]
+    assert set(rows[6]["metric_intervals"]) >= {"f1_mean_of_categories", "exact_accuracy"}
+    table = out.partition("paper-image: 6 benchmarks; average of the percentages of dense")[2]
+    assert [line.split()[0] for line in table.splitlines()[1:] if line[:6] in ("dense ", "v2drop")] == ["dense", "v2drop"]
+    assert "the paper has no line for demo with these methods and budgets (see --paper)" in table
+
+
+def test_the_papers_tables_are_printed_alone(capsys):
+    assert run(capsys, "--paper", "--model", "qwen2-vl-7b")[1].count("Qwen2-VL-7B") == 2
+    code, out, _ = run(capsys, "--paper")
+    assert code == 0
+    assert [table for table in range(1, 5) if f"table {table}" not in out] == []
+    v2drop = next(line for line in out.splitlines() if line.startswith("192") and "V2Drop" in line)
+    assert v2drop.split()[5:] == ["58.5", "69.3", "55.6", "85.1", "1826", "63.7", "97.6"]
+    code, _, error = run(capsys, "--paper", "--model", "smolvlm-256m")
+    assert code == 2
+    assert error.startswith("nanovlm-v2drop: the paper has no results for smolvlm-256m; it has some for: llava-1.5-7b, ")
 
 
 def test_a_run_with_other_settings_does_not_go_on_with_these_answers(tmp_path, capsys):

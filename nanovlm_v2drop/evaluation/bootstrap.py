@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import nan
+from math import isnan, nan
 from statistics import mean
 from typing import Any
 
@@ -59,7 +59,7 @@ def resampled_summary(task: Task, units: list[list[dict[str, Any]]], draw: Seque
 
 def score_fields(own: Resampled, dense: Resampled | None) -> dict[str, Any]:
     """Score, share of dense's score in percent and key metrics, with 95 % intervals."""
-    metrics = {name: interval(draws) for name, draws in own.metrics.items()}
+    metrics = {name: interval(draws) for name, draws in own.metrics.items() if not all(map(isnan, draws))}
     fields = {"score": round(own.score, 3), "score_interval": interval(own.draws), "metric_intervals": metrics}
     if dense is None or dense.sample_ids != own.sample_ids or not dense.score:
         return {**fields, "relative_score": None, "relative_interval": None}

@@ -9,7 +9,7 @@ from .base import Sample
 from .multiple_choice import LETTER_PROMPT, option_lines
 from .parquet import ParquetTask
 from .rows import Row
-from .vqa import exact_match
+from .vqa import exact_match, plain
 
 
 class Ai2d(ParquetTask):
@@ -33,3 +33,7 @@ class Ai2d(ParquetTask):
     def correct(self, answer: str, sample: Sample) -> float:
         begins = re.match(r"\s*([A-Z])\.", answer)
         return float(exact_match(begins[1] if begins else answer, sample.answer))
+
+    def is_settled(self, text: str) -> bool:
+        bare = text.strip()
+        return re.match(r"[A-Z]\.", bare) is not None or len(plain(bare)) > 1

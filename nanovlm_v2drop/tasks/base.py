@@ -46,6 +46,7 @@ class Task(ABC):
     name: str
     max_new_tokens: int
     until: ClassVar[tuple[str, ...]] = ()  # an answer ends before the first of these
+    smallest_limit: ClassVar[int] = 1  # more where several samples are scored as one
     default_samples: int | None = None  # what a run without a limit takes; None is everything
     score_name: ClassVar[str] = ""  # what the headline counts, where readings of one benchmark differ
     key_metrics: ClassVar[Sequence[str]] = ()  # keys of `summary` that papers report, shown beside the score
@@ -62,7 +63,7 @@ class Task(ABC):
 
     def first_sample(self) -> Sample:
         """One sample, to see how large a prompt is."""
-        return next(self.samples(2))  # MME's smallest limit: its questions come in pairs
+        return next(self.samples(self.smallest_limit))
 
     @abstractmethod
     def num_samples(self, limit: int | None = None) -> int:

@@ -29,6 +29,7 @@ class MmBench(ParquetTask):
 
     name = "mmbench"
     max_new_tokens = NO_LIMIT
+    smallest_limit = 4
     until = ("ASSISTANT:",)
     score_name = "circular accuracy by static rules, %"
     key_metrics = ("score", "vanilla")

@@ -19,6 +19,7 @@ REPO_ID = "lmms-lab-encoder/MME"
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
+READ = 4  # characters of an answer
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
@@ -28,6 +29,7 @@ class Mme(ParquetTask):
     name = "mme"
     score_name = "points, perception + cognition"
     max_new_tokens = 16
+    smallest_limit = 2
     repo_id = REPO_ID
     id_columns = ("category", "question_id")
     columns = (*id_columns, "question", "answer", "image")
@@ -51,7 +53,7 @@ class Mme(ParquetTask):
 
     def samples(self, limit: int | None = None) -> Iterator[Sample]:
         """Give the questions in the order of the data; see `positions`."""
-        if limit is not None and limit < 2:
+        if limit is not None and limit < self.smallest_limit:
             raise ValueError(f"a limit of {limit} is less than one MME picture, which has 2 questions; give 2 or more")
         self.num_rows()
         self.pictures()  # a picture without its pair is an error before anything is evaluated
@@ -88,6 +90,10 @@ class Mme(ParquetTask):
         """Return 1.0 where the answer reads as the ground truth, else 0.0."""
         return float(parse_answer(answer) == sample.answer)
 
+    def is_settled(self, text: str) -> bool:
+        read = cleaned(text)
+        return len(read) >= READ or (len(read) > 1 and parse_answer(text) != "other")
+
     def summary(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Compute MME's scores; records must hold both questions of every picture.
 
@@ -123,12 +129,16 @@ def parse_answer(answer: str) -> str:
 
     As in lmms-eval, "Not sure" is "no" by this rule, and "I know" (no "no" within "i kn") is "other".
     """
-    text = answer.lower().strip().replace(".", "")
+    text = cleaned(answer)
     if len(text) == 1:
         return {"y": "yes", "n": "no"}.get(text, "other")
-    if "yes" in text[:4]:
+    if "yes" in text[:READ]:
         return "yes"
-    return "no" if "no" in text[:4] else "other"
+    return "no" if "no" in text[:READ] else "other"
+
+
+def cleaned(answer: str) -> str:
+    return answer.lower().strip().replace(".", "")
 
 
 def pair_by_picture(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[int]]:

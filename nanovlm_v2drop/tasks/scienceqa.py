@@ -34,3 +34,6 @@ class ScienceQa(ParquetTask):
         if answer.lower() == sample.answer.lower():
             return 1.0
         return float(answer[:1].isupper() and answer[1:2] == "." and answer[0].lower() == sample.answer.lower())
+
+    def is_settled(self, text: str) -> bool:
+        return len(text.strip()) > 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_evaluate import Loose, Twins
 
 from nanovlm_v2drop.evaluation.bootstrap import difference_fields, resample, resampling_units, score_fields
-from nanovlm_v2drop.tasks import Task
+from nanovlm_v2drop.tasks import Pope, Task
 
 
 def scored(corrects: Sequence[float], groups: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -79,3 +79,19 @@ def test_seeds_that_disagree_widen_the_interval_and_share_the_score() -> None:
     alike = score_fields(resample(Loose(), [half] * 4), None)
     assert alike["score"] == 50
     assert alike["score_interval"][1] - alike["score_interval"][0] < high - low
+
+
+def test_both_readings_of_pope_have_intervals_and_a_category_without_questions_has_none() -> None:
+    answers = [("yes", "yes"), ("Yes.", "yes"), ("no", "no"), ("No.", "no"), ("yes", "no"), ("no", "yes")] * 10
+    records = [
+        {"sample_id": str(number), "group": "", "kind": "random", "text": text, "answer": truth, "correct": 1.0}
+        for number, (text, truth) in enumerate(answers)
+    ]
+    bounds = score_fields(resample(Pope(), [records]), None)["metric_intervals"]
+    metrics = Pope().summary(records)
+    assert {"exact_accuracy", "exact_f1", "f1_random", "yes_ratio"} <= set(bounds)
+    assert "f1_popular" not in bounds
+    for name, (low, high) in bounds.items():
+        assert low < high
+        assert low <= metrics[name] <= high
+    assert metrics["exact_accuracy"] == pytest.approx(metrics["accuracy"] / 2)

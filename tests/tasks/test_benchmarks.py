@@ -16,6 +16,8 @@ from nanovlm_v2drop.tasks.base import NO_LIMIT
 STORED = json.loads(GOLDENS.read_text(encoding="utf-8"))
 NAMES = tuple(STORED)
 LIVE_ROWS, LIVE_ANSWERS = 40, 2000
+SETTLING = ("scienceqa", "ai2d", "mmstar", "seed-image", "mme")  # tasks that tell when the rest of an answer does not count
+TAILS = ("", " ", ".", "\n\n", "a", "A", "no", "yes")
 
 
 def loaded(name: str, folder: Path, rows: list[dict[str, Any]]) -> tuple[Task, list[Sample]]:
@@ -83,3 +85,107 @@ def test_a_benchmark_asks_and_scores_two_thousand_answers_as_lmms_eval_does(name
         ours = [(text, our_score(task, sample, text)) for sample, text in zip(samples, texts, strict=True)]
         assert ours == [(text, official.score(row, text)) for row, text in zip(asked, texts, strict=True)]
         assert our_summary(task, samples, texts) == pytest.approx(official.summary(asked, texts), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_that_is_settled_scores_alike_however_it_goes_on(name: str, tmp_path: Path) -> None:
+    rows, rng = rows_of(name, 12, seed=3), Random(f"settled {name}")
+    task, samples = loaded(name, tmp_path, rows)
+    asked, settled = [row for row in rows if is_asked(row)], 0
+    for sample, row in list(zip(samples, asked, strict=True)) * 40:
+        text = answer(rng, row)[: rng.randint(1, 8)]
+        if task.is_settled(text):
+            scores = {task.correct(task.cut(text + rng.choice(TAILS) + answer(rng, row)), sample) for _ in range(8)}
+            settled += 1
+            assert scores == {task.correct(task.cut(text), sample)}, text
+    assert settled > 50 or not settled
+    assert bool(settled) == (name in SETTLING)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value", "message"),
+    [
+        ("gqa", "imageId", "n9", r"testdev_balanced_images holds no picture n9"),
+        ("gqa", "question", "", r"the question is '', not a text"),
+        ("scienceqa", "choices", ["one"], r"the choices has 1 options; a question has from 2 to 26"),
+        ("scienceqa", "choices", "one", r"the choices is 'one', not a list of texts"),
+        ("scienceqa", "answer", 7, r"the answer is 7, no number of one of the \d options"),
+        ("scienceqa", "hint", 7, r"the hint is 7, not a text"),
+        ("scienceqa", "image", None, r"column image: null is not a picture"),
+        ("textvqa", "answers", "cat", r"the answers is 'cat', not a list of texts"),
+        ("textvqa-ocr", "ocr_tokens", None, r"the ocr_tokens is null, not a list of texts"),
+        ("mmbench", "index", "x", r"the index x is no number of its own; is this lmms-lab-encoder/MMBench"),
+        ("mmbench", "answer", "F", r"the answer is 'F', none of the letters A, B, C, D"),
+        ("ai2d", "answer", "-1", r"the answer is '-1', no number of one of the \d options"),
+        ("mmstar", "answer", "AB", r"the answer is 'AB', none of the letters"),
+        ("seed-image", "image", [], r"the image is \[\], not a list of pictures"),
+    ],
+)
+def test_a_cell_of_another_kind_is_an_error_of_one_line_with_its_place(
+    name: str, column: str, value: object, message: str, tmp_path: Path
+) -> None:
+    (row,) = rows_of(name, 1)
+    task = load_task(name, write_rows(tmp_path, name, [{**row, column: value}], shards=1))
+    with pytest.raises(ValueError, match=message) as caught:
+        list(task.samples())
+    assert "row 0" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("pope", "mme")])
+def test_a_missing_column_is_named_with_those_that_are_there(name: str, tmp_path: Path) -> None:
+    rows = [{column: value for column, value in row.items() if column != "question"} for row in rows_of(name, 4)]
+    task = load_task(name, write_rows(tmp_path, name, rows))
+    with pytest.raises(ValueError, match=r"\.parquet has no column question; it has: "):
+        list(task.samples())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_limit_takes_samples_of_the_full_run(name: str, tmp_path: Path) -> None:
+    task, samples = loaded(name, tmp_path, rows_of(name, 40))
+    whole = {sample.sample_id: sample.text for sample in samples}
+    for limit in (4, 9, 40, 1000):
+        some = list(task.samples(limit))
+        assert len(some) == task.num_samples(limit) <= min(limit, len(samples))
+        assert {sample.sample_id: sample.text for sample in some}.items() <= whole.items()
+    assert task.num_samples() == len(samples)
+
+
+def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
+    write_rows(tmp_path, "ai2d", rows_of("ai2d", 4))
+    with pytest.raises(FileNotFoundError, match=r"holds no ScienceQA-IMG/test-\*\.parquet"):
+        load_task("scienceqa", tmp_path).num_samples()
+
+
+def test_mmbench_counts_a_question_only_if_all_its_rotations_are_right(tmp_path: Path) -> None:
+    task, samples = loaded("mmbench", tmp_path, rows_of("mmbench", 8))
+    right = [sample.answer for sample in samples]
+    assert task.summary(records(task, samples, right))["score"] == 100
+    wrong_rotation = ["E" if index == 3 else text for index, text in enumerate(right)]
+    summary = task.summary(records(task, samples, wrong_rotation))
+    assert (summary["score"], summary["vanilla"]) == (50, 100)
+    assert [sample.sample_id for sample in task.samples(7)] == [sample.sample_id for sample in samples[4:]]
+    with pytest.raises(ValueError, match="a limit of 3 is less than one MMBench question, which has up to 4 rotations"):
+        task.num_samples(3)
+
+
+def test_seed_image_leaves_out_the_questions_about_videos(tmp_path: Path) -> None:
+    task, samples = loaded("seed-image", tmp_path, rows_of("seed-image", 10))
+    assert [sample.sample_id for sample in samples] == ["0", "1", "2", "3", "5", "6", "7", "8"]
+    assert {len(sample.images) for sample in samples} == {1}
+    (tmp_path / "videos").mkdir()
+    task = load_task("seed-image", write_rows(tmp_path / "videos", "seed-image", rows_of("seed-image", 10)[4::5]))
+    with pytest.raises(ValueError, match="holds no row whose data_type is image"):
+        task.num_samples()
+
+
+def test_gqa_joins_questions_and_pictures_by_their_ids(tmp_path: Path) -> None:
+    _, samples = loaded("gqa", tmp_path, rows_of("gqa", 6))
+    assert [sample.group for sample in samples] == ["n0", "n1", "n2"] * 2
+    assert [sample.images[0].getpixel((0, 0)) for sample in samples] == [(number, 0, 0) for number in (0, 1, 2)] * 2
+
+
+def test_an_answer_ends_before_the_strings_that_lmms_eval_names(tmp_path: Path) -> None:
+    assert load_task("mme").cut(" Yes\n\nBecause no ") == "Yes"
+    assert load_task("textvqa").cut("cat\n\ndog ASSISTANT: x") == "cat\n\ndog"
+    assert load_task("demo").cut("a\n\nb") == "a\n\nb"
