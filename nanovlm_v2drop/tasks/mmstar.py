@@ -23,6 +23,7 @@ class MmStar(ParquetTask):
     score_name = "mean accuracy of 18 kinds, %"
     repo_id = "Lin-Chen/MMStar"
     split = "val"
+    config = "mmstar.parquet"
     columns = ("image", "question", "answer", "l2_category")
     kind_columns = ("l2_category",)
 

@@ -26,7 +26,7 @@ class ParquetTask(Task):
     until = ("\n\n",)  # what lmms-eval takes where a task names nothing
     repo_id: ClassVar[str]
     split: ClassVar[str] = "test"
-    config: ClassVar[str] = ""  # the folder of the repository that holds the split, where it has several sets of data
+    config: ClassVar[str] = ""  # the folder of a set of data, where a repository has several; or its only file
     columns: ClassVar[tuple[str, ...]]  # what `sample` reads
     kind_columns: ClassVar[tuple[str, ...]] = ()  # a limit takes as many rows of each combination of their values
 
@@ -182,8 +182,13 @@ def naming(place: str) -> Iterator[None]:
 
 
 def files_in(folder: Path, split: str, config: str = "") -> list[Path]:
-    """The files of a split. Raises FileNotFoundError where there are none, or a shard is missing."""
-    if config:
+    """The files of a split; `config` is the folder that holds it, or the file (MMStar).
+
+    Raises FileNotFoundError where there are none, or a shard is missing.
+    """
+    if is_file(config) and (folder / config).is_file():
+        return [folder / config]
+    if config and not is_file(config):
         files = sorted(folder.glob(f"{config}/{split}-*.parquet"))
         wanted = f"no {config}/{split}-*.parquet"
     else:
@@ -193,6 +198,11 @@ def files_in(folder: Path, split: str, config: str = "") -> list[Path]:
         raise FileNotFoundError(f"{folder} holds {wanted}")
     require_all_shards(files)
     return files
+
+
+def is_file(config: str) -> bool:
+    """Whether a set of data is named by its file and not by its folder."""
+    return config.endswith(".parquet")
 
 
 def require_all_shards(files: Sequence[Path]) -> None:
@@ -209,8 +219,9 @@ def require_all_shards(files: Sequence[Path]) -> None:
 def download(repo_id: str, split: str, config: str = "") -> Path:
     """The folder of a split in the Hub's cache. The network is asked only where the cache does not hold all shards."""
     hub = imported("huggingface_hub")
-    anywhere = [f"{split}-*.parquet", f"*/{split}-*.parquet", f"{split}.parquet"]
-    options = {"repo_type": "dataset", "allow_patterns": [f"{config}/{split}-*.parquet"] if config else anywhere}
+    anywhere = [f"{split}-*.parquet", f"*/{split}-*.parquet"]
+    patterns = anywhere if not config else [*anywhere, config] if is_file(config) else [f"{config}/{split}-*.parquet"]
+    options = {"repo_type": "dataset", "allow_patterns": patterns}
     try:
         folder = Path(hub.snapshot_download(repo_id, local_files_only=True, **options))
         files_in(folder, split, config)

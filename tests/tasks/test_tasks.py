@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from benchmark_rows import rows_of, write_rows
 from PIL import Image
 from tiny_tasks import mme_rows, picture_bytes, pope_rows, write_shards
 
@@ -530,10 +531,10 @@ def hub(tmp_path):
     server.server_close()
 
 
-def sample_ids_from(endpoint, cache):
-    """Load POPE in a fresh process: huggingface_hub reads its environment when it is imported."""
+def sample_ids_from(endpoint, cache, task="pope"):
+    """Load a task in a fresh process: huggingface_hub reads its environment when it is imported."""
     pytest.importorskip("huggingface_hub")
-    script = "from nanovlm_v2drop.tasks import load_task; print(*(s.sample_id for s in load_task('pope').samples()))"
+    script = f"from nanovlm_v2drop.tasks import load_task; print(*(s.sample_id for s in load_task('{task}').samples()))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "PYTHONPATH": str(ROOT), "no_proxy": "*"}
     return subprocess.run(
@@ -555,6 +556,22 @@ def test_samples_come_from_the_hub_that_hf_endpoint_names_and_later_from_its_cac
     hub.shutdown()
     hub.server_close()
     assert sample_ids_from(hub.endpoint, tmp_path).stdout.split() == expected
+
+
+def test_of_a_repository_with_several_sets_of_data_only_those_of_the_task_are_fetched(hub, tmp_path):
+    write_rows(hub.folder, "gqa", rows_of("gqa", 5))
+    write_shards(hub.folder, mme_rows(1), split="testdev", place="train_balanced_images")
+    fetched = sample_ids_from(hub.endpoint, tmp_path, "gqa")
+    assert fetched.stdout.split() == ["0", "1", "2", "3", "4"], fetched.stderr
+    folders = {path.split("/")[-2] for _, path in hub.requests if path.endswith(".parquet")}
+    assert folders == {"testdev_balanced_instructions", "testdev_balanced_images"}
+
+
+def test_mmstar_is_one_file_on_the_hub(hub, tmp_path):
+    write_rows(tmp_path / "made", "mmstar", rows_of("mmstar", 5), shards=1)
+    hub.folder.mkdir()
+    (tmp_path / "made" / "data" / "val-00000-of-00001.parquet").rename(hub.folder / "mmstar.parquet")
+    assert sample_ids_from(hub.endpoint, tmp_path, "mmstar").stdout.split() == ["0", "1", "2", "3", "4"]
 
 
 def test_an_unreachable_hub_says_in_two_lines_what_was_tried_and_what_to_do(tmp_path, monkeypatch):
