@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from ..models.config import SiglipVisionConfig, SmolVLMConfig, TextConfig
+from ..models.config import ARITHMETIC, SiglipVisionConfig, SmolVLMConfig, TextConfig
 from ..models.model_classes import MODEL_CLASSES
 from .workload import SHAPES
 
@@ -129,7 +129,7 @@ def settings_files(config: SmolVLMConfig) -> dict[str, dict[str, Any]]:
 
 def text_fields(config: TextConfig) -> dict[str, Any]:
     """The decoder's settings under official names."""
-    ours = ("mrope_section", "qkv_bias", "scaled_beyond")
+    ours = (*ARITHMETIC, "mrope_section", "scaled_beyond")
     return {name: value for name, value in asdict(config).items() if name not in ours}
 
 

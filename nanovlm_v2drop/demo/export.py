@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..models.config import LlavaConfig
+from ..models.config import ARITHMETIC, LlavaConfig
 from ..models.vlm import LlavaModel, LlavaOnevisionModel
 from ..processing.images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from ..processing.images_onevision import SIGLIP_IMAGE_MEAN, SIGLIP_IMAGE_STD
@@ -94,7 +94,7 @@ def llava_settings(config: LlavaConfig, tokenizer: Tokenizer) -> dict[str, dict[
 
 def llava_config(config: LlavaConfig, pad: int) -> dict[str, Any]:
     text = {**asdict(config.text_config), "model_type": "llama", "torch_dtype": "float16"}
-    derived = ("qkv_bias", "mrope_section")  # ours, not Hugging Face's
+    derived = (*ARITHMETIC, "mrope_section")  # ours, not Hugging Face's
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",

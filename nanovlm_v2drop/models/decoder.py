@@ -1,4 +1,4 @@
-"""The LLaMA / Qwen2 decoder on packed tokens.
+"""The LLaMA / Qwen2 / Qwen3 decoder on packed tokens.
 
 Shapes: T tokens of all sequences packed, D hidden_size, H query heads, K key/value heads.
 
@@ -48,18 +48,28 @@ def rotary_table(config: TextConfig, position_ids: Tensor, dtype: torch.dtype, l
     if config.scaled_beyond is not None and lengths is not None:
         frequencies = frequencies / (lengths[:, None] / config.scaled_beyond).clamp(min=1.0)  # (T, half)
     angles = position_ids[..., None].float() * frequencies  # (T, half) or (3, T, half)
-    if config.mrope_section is not None:
-        angles = interleave_sections(angles, config.mrope_section)
+    if config.mrope_section is not None and angles.dim() == 3:  # (T, half) is text only: all three axes agree
+        angles = by_turns(angles, config.mrope_section) if config.mrope_interleaved else by_blocks(angles, config.mrope_section)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)  # (T, 1, head_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def interleave_sections(angles: Tensor, mrope_section: tuple[int, ...]) -> Tensor:
-    """Take each frequency section from its own axis (time, height, width): (3, T, half) -> (T, half)."""
-    if angles.dim() == 2:  # text only: all three axes agree
-        return angles
+def by_blocks(angles: Tensor, mrope_section: tuple[int, ...]) -> Tensor:
+    """Take each block of frequencies from its own axis (time, height, width): (3, T, half) -> (T, half)."""
     sections = angles.split(mrope_section, dim=-1)
     return torch.cat([section[axis % 3] for axis, section in enumerate(sections)], dim=-1)
+
+
+def by_turns(angles: Tensor, mrope_section: tuple[int, ...]) -> Tensor:
+    """Take the frequencies from time, height, width, time, ...: (3, T, half) -> (T, half).
+
+    Height and width have as many as their sections say. All further frequencies are those of the time.
+    """
+    mixed = angles[0].clone()
+    for axis in (1, 2):
+        turns = slice(axis, 3 * mrope_section[axis], 3)
+        mixed[:, turns] = angles[axis, :, turns]
+    return mixed
 
 
 def apply_rotary(heads: Tensor, rotary: Rotary) -> Tensor:
@@ -80,6 +90,9 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def query_key_value(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """(T, H, head_dim), and twice (T, K, head_dim); the first two rotated"""
@@ -87,11 +100,11 @@ class SelfAttention(nn.Module):
 
     def query(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
         """(T, H, head_dim), rotated"""
-        return apply_rotary(self.heads(self.q_proj, hidden_states), rotary)
+        return apply_rotary(self.q_norm(self.heads(self.q_proj, hidden_states)), rotary)
 
     def key(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
         """(T, K, head_dim), rotated"""
-        return apply_rotary(self.heads(self.k_proj, hidden_states), rotary)
+        return apply_rotary(self.k_norm(self.heads(self.k_proj, hidden_states)), rotary)
 
     def heads(self, projection: nn.Linear, hidden_states: Tensor) -> Tensor:
         return projection(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -170,7 +183,7 @@ class Decoder(nn.Module):
     """The decoder's parameters, with official names, so an official checkpoint loads with `strict=True`.
 
     The loop over the layers is `inference.prefill`, because tokens leave in it.
-    Source: transformers models/llama/modeling_llama.py, models/qwen2/modeling_qwen2.py.
+    Source: transformers models/llama/modeling_llama.py, models/qwen2/modeling_qwen2.py, models/qwen3/modeling_qwen3.py.
     """
 
     def __init__(self, config: TextConfig, attention: str = "auto") -> None:

@@ -247,7 +247,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 OPTIONAL = tuple(TOWERS["llava_onevision"][1])
-TEXTS: dict[str, dict[str, Any]] = {"llama": {"model_type": "llama"}, "qwen2": {"model_type": "qwen2"}, "none": {}}
+TEXTS: dict[str, dict[str, Any]] = {**{name: {"model_type": name} for name in ("llama", "qwen2", "qwen3")}, "none": {}}
 
 
 def official_config(raw: dict[str, Any]) -> Any:
@@ -306,6 +306,7 @@ def test_a_text_config_has_the_defaults_of_its_own_model_type(family: str, text:
     assert_same(config, official, TextConfig)
     assert config.rope_theta == official.rope_parameters["rope_theta"]
     assert config.qkv_bias == (official.model_type == "qwen2")
+    assert config.qk_norm == (official.model_type == "qwen3")
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_vl"])

@@ -1,4 +1,4 @@
-"""The decoder in official names computes what transformers computes, for LLaMA, Qwen2 and Qwen2-VL."""
+"""The decoder in official names computes what transformers computes, for LLaMA, Qwen2, Qwen3 and the Qwen-VL families."""
 
 from typing import Any
 
@@ -37,8 +37,11 @@ FAMILIES = {
     ),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": False}),
     "qwen2, tied": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 12}),
+    "qwen3, tied": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True}),
 }
 MROPE_SECTION = [1, 2, 1]
+UNEVEN_SECTION = [3, 2, 1]  # interleaved, time has more turns than the other axes, and width fewer than height
 
 
 @torch.no_grad()
@@ -79,26 +82,33 @@ def test_logits_of_every_prefix_equal_those_of_transformers(family: str) -> None
     decoder = our_decoder(config, reference.state_dict())
     assert (decoder.lm_head.weight is decoder.embed_tokens.weight) == family.endswith("tied")
     assert (decoder.layers[0].self_attn.q_proj.bias is not None) == family.startswith("qwen2")
+    assert isinstance(decoder.layers[0].self_attn.k_norm, RMSNorm) == family.startswith("qwen3")
     token_ids = torch.tensor([3, 60, 0, 17, 3, 42, 9])
     packed = all_prefixes(decoder.embed_tokens(token_ids), torch.arange(len(token_ids)))
     wanted = reference(input_ids=token_ids[None]).logits[0]
     torch.testing.assert_close(prefill(decoder, packed).logits, wanted, atol=1e-4, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def qwen2_vl() -> tuple[Any, Decoder]:
-    """transformers' text model of Qwen2-VL, and ours, whose head is tied to the embeddings."""
-    modeling = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
+@pytest.fixture(scope="module", params=["qwen2-vl", "qwen3-vl"])
+def qwen_vl(request: pytest.FixtureRequest) -> tuple[Any, Decoder]:
+    """transformers' text model of a Qwen-VL family, and ours, whose head is tied to the embeddings."""
+    transformers = pytest.importorskip("transformers")
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": MROPE_SECTION}
-    config = modeling.Qwen2VLTextConfig(**SIZES, rope_parameters=rope, tie_word_embeddings=True)
-    reference = randomised(modeling.Qwen2VLTextModel(config))
+    if request.param == "qwen2-vl":
+        config = transformers.Qwen2VLTextConfig(**SIZES, rope_parameters=rope, tie_word_embeddings=True)
+        reference = randomised(transformers.Qwen2VLTextModel(config))
+    else:
+        rope = {**rope, "mrope_section": UNEVEN_SECTION, "mrope_interleaved": True}
+        config = transformers.Qwen3VLTextConfig(**SIZES, head_dim=12, rope_parameters=rope, tie_word_embeddings=True)
+        reference = randomised(transformers.Qwen3VLTextModel(config))
     state = reference.state_dict()
     return reference, our_decoder(config, {**state, "lm_head.weight": state["embed_tokens.weight"]})
 
 
-def test_positions_that_differ_by_axis_give_the_hidden_states_of_qwen2_vl(qwen2_vl: tuple[Any, Decoder]) -> None:
-    reference, decoder = qwen2_vl
-    assert decoder.config.mrope_section == tuple(MROPE_SECTION)
+def test_positions_that_differ_by_axis_give_the_hidden_states_of_transformers(qwen_vl: tuple[Any, Decoder]) -> None:
+    reference, decoder = qwen_vl
+    assert decoder.config.mrope_section == tuple(UNEVEN_SECTION if decoder.config.qk_norm else MROPE_SECTION)
+    assert decoder.config.mrope_interleaved == decoder.config.qk_norm
     time, height, width = [0, 1, 2, 2, 2, 2, 5, 6], [0, 1, 2, 2, 3, 3, 5, 6], [0, 1, 2, 3, 2, 3, 5, 6]  # text, 2 x 2, text
     position_ids = torch.tensor([time, height, width])
     inputs_embeds = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
@@ -110,8 +120,8 @@ def test_positions_that_differ_by_axis_give_the_hidden_states_of_qwen2_vl(qwen2_
     assert (logits - one_axis).abs().max() > 0.01
 
 
-def test_text_positions_mean_the_same_position_on_every_axis(qwen2_vl: tuple[Any, Decoder]) -> None:
-    config, position_ids = qwen2_vl[1].config, torch.tensor([0, 3, 700])
+def test_text_positions_mean_the_same_position_on_every_axis(qwen_vl: tuple[Any, Decoder]) -> None:
+    config, position_ids = qwen_vl[1].config, torch.tensor([0, 3, 700])
     short, long = (rotary_table(config, ids, torch.float32) for ids in (position_ids, position_ids.expand(3, -1)))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(short, long, strict=True))
 

@@ -13,11 +13,12 @@ from .qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLVisionConfig
 from .qwen2_vl import Qwen2VLConfig, Qwen2VLVisionConfig, QwenVisionConfig
 from .settings import from_fields, read_json_object
 from .smolvlm import SmolVLMConfig
-from .text import TextConfig, flatten_rope
+from .text import ARITHMETIC, TextConfig, flatten_rope
 from .vision import SiglipVisionConfig, VisionConfig
 from .vlm import VLMConfig
 
 __all__ = [
+    "ARITHMETIC",
     "LlavaConfig",
     "LlavaNextConfig",
     "LlavaOnevisionConfig",

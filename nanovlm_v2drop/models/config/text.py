@@ -1,4 +1,4 @@
-"""The decoder's sizes: LLaMA, Qwen2, Qwen2-VL and Qwen2.5-VL."""
+"""The decoder's sizes: LLaMA, Qwen2, Qwen2-VL, Qwen2.5-VL, Qwen3 and Qwen3-VL."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +27,9 @@ from .settings import (
 )
 
 # What transformers' classes have where a file says nothing, by the text section's model_type; TextConfig has LlamaConfig's.
-LLAMA: dict[str, Any] = {"qkv_bias": False, "eos_token_id": 2}
+LLAMA: dict[str, Any] = {"qkv_bias": False, "qk_norm": False, "mrope_interleaved": False, "eos_token_id": 2}
 QWEN2: dict[str, Any] = {
+    **LLAMA,
     "qkv_bias": True,
     "vocab_size": 151936,
     "intermediate_size": 22016,
@@ -49,6 +50,14 @@ QWEN2_VL: dict[str, Any] = {
     "rope_theta": 1e6,
     "max_window_layers": 80,
 }
+QWEN3: dict[str, Any] = {**QWEN2, "qkv_bias": False, "qk_norm": True, "head_dim": 128}
+QWEN3_VL: dict[str, Any] = {
+    **QWEN3,
+    "mrope_interleaved": True,
+    "mrope_section": (24, 20, 20),
+    "max_position_embeddings": 128000,
+    "rope_theta": 5e5,
+}
 # Only decoders of this arithmetic. Others share LLaMA's tensor names but multiply in between.
 TEXT_MODEL_TYPES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
@@ -60,14 +69,22 @@ TEXT_MODEL_TYPES: dict[str, dict[str, Any]] = {
     "qwen2_vl_text": QWEN2_VL,
     "qwen2_5_vl": QWEN2_VL,
     "qwen2_5_vl_text": QWEN2_VL,
+    "qwen3": QWEN3,
+    "qwen3_vl": QWEN3_VL,
+    "qwen3_vl_text": QWEN3_VL,
 }
+ARITHMETIC = ("qkv_bias", "qk_norm", "mrope_interleaved")  # the model_type decides these; config.json has no say
 ROPE_THETA = Real(1, 1e12)
 MROPE_SECTION = or_null(ListOf(Whole(1, 512), 3, 3))
 
 
 @dataclass(frozen=True)
 class TextConfig(Checked):
-    """LLaMA / Qwen2 decoder; defaults are those of transformers' LlamaConfig (the 7B sizes)."""
+    """LLaMA / Qwen2 / Qwen3 decoder; defaults are those of transformers' LlamaConfig (the 7B sizes).
+
+    `qk_norm`: an RMS norm on each head of the queries and keys, before the rotation. `mrope_section`: how many frequencies each
+    axis of multimodal positions has; `mrope_interleaved`: the axes take turns, instead of one block of frequencies each.
+    """
 
     vocab_size: Annotated[int, Whole(1, 2**24)] = 32000
     hidden_size: Width = 4096
@@ -80,7 +97,9 @@ class TextConfig(Checked):
     rms_norm_eps: Epsilon = 1e-6
     rope_theta: Annotated[float, ROPE_THETA] = 10000.0
     mrope_section: Annotated[tuple[int, ...] | None, MROPE_SECTION] = None
+    mrope_interleaved: Flag = False
     qkv_bias: Flag = False
+    qk_norm: Flag = False
     tie_word_embeddings: Flag = False
     # For a sequence of more tokens than this, all frequencies are divided by length / scaled_beyond. Only nanoVLM has it.
     scaled_beyond: Annotated[int | None, or_null(Whole(1, 2**27))] = None
@@ -126,7 +145,7 @@ def text_settings(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     given = flatten_rope(checked(raw, {**kinds_of(TextConfig), **TEXT_SETTINGS}, prefix), prefix)
     model_type = TEXT_MODEL_TYPES[given.get("model_type", "llama")]
-    settings = {**model_type, **given, "qkv_bias": model_type["qkv_bias"]}
+    settings = {**model_type, **given}
     check_full_attention(settings, prefix)
     if settings.get("eos_token_id") is None:
         settings["eos_token_id"] = model_type["eos_token_id"]
@@ -135,9 +154,11 @@ def text_settings(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def flatten_rope(text: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Bring the three spellings of the rotary settings (rope_theta, rope_scaling, rope_parameters) into plain fields."""
-    flat = {**text, "qkv_bias": "qwen" in text.get("model_type", "")}
+    model_type = TEXT_MODEL_TYPES.get(text.get("model_type", "llama"), LLAMA)
+    flat = {**text, **{name: model_type[name] for name in ARITHMETIC}}
+    kinds = {**ROPE_SETTINGS, "mrope_interleaved": OneOf(model_type["mrope_interleaved"])}
     for section in ("rope_scaling", "rope_parameters"):
-        rope = checked(text.get(section) or {}, ROPE_SETTINGS, f"{prefix}{section}.")
+        rope = checked(text.get(section) or {}, kinds, f"{prefix}{section}.")
         flat |= {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
     return flat
 
