@@ -61,8 +61,10 @@ def qwen2vl_reference(tokenizer: Tokenizer, tie_word_embeddings: bool = False) -
     return reference("Qwen2VL", {**TOWER, "hidden_size": TEXT["hidden_size"]}, tokenizer, tie_word_embeddings)
 
 
-def reference(family: str, vision_config: dict[str, Any], tokenizer: Tokenizer, tie_word_embeddings: bool) -> Any:
-    """transformers' model of a family with this tower, with random weights."""
+def reference(
+    family: str, vision_config: dict[str, Any], tokenizer: Tokenizer, tie_word_embeddings: bool, **text: Any
+) -> Any:
+    """transformers' model of a family with this tower and these settings of the decoder, with random weights."""
     transformers = pytest.importorskip("transformers")
     rope = {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": MROPE_SECTION}
     vocab_size = -(-tokenizer.get_vocab_size() // 64) * 64
@@ -73,6 +75,7 @@ def reference(family: str, vision_config: dict[str, Any], tokenizer: Tokenizer, 
             "rope_parameters": rope,
             "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
             "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+            **text,
         },
         vision_config=vision_config,
         image_token_id=tokenizer.token_to_id("<|image_pad|>"),
@@ -137,8 +140,6 @@ def write_qwen2vl_folder(
     folder: Path, official: Any, tokenizer: Tokenizer, config: dict[str, Any] | None = None
 ) -> Path:
     """A checkpoint in the layout of Qwen's repositories, float32. `config` is its config.json, by default Qwen2-VL's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ends = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
     picture = {
         "min_pixels": 3136,
         "max_pixels": 12845056,
@@ -150,16 +151,25 @@ def write_qwen2vl_folder(
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2VLProcessor",
     }
+    files = {"config.json": config or hub_config(official), "preprocessor_config.json": picture}
+    return write_folder(folder, files, hub_tensors(official), tokenizer)
+
+
+def write_folder(
+    folder: Path, settings: dict[str, dict[str, Any]], tensors: dict[str, Tensor], tokenizer: Tokenizer
+) -> Path:
+    """A folder with these settings by file, these weights and the files that all families have."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ends = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
     files: dict[str, dict[str, Any]] = {
-        "config.json": config or hub_config(official),
+        **settings,
         "generation_config.json": {"eos_token_id": ends, "pad_token_id": ends[1], "do_sample": True, "temperature": 0.01},
-        "preprocessor_config.json": picture,
         "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>"},
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     tokenizer.save(str(folder / "tokenizer.json"))
-    save_file(hub_tensors(official), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -198,15 +208,23 @@ def official_embeds(official: Any, inputs: dict[str, Tensor]) -> Tensor:
     return seen[0]
 
 
-def official_greedy(official: Any, inputs_embeds: Tensor, position_ids: Tensor, count: int) -> tuple[list[int], Tensor]:
+def official_greedy(
+    official: Any, inputs_embeds: Tensor, position_ids: Tensor, count: int, deepstack: tuple[Tensor, Any] | None = None
+) -> tuple[list[int], Tensor]:
     """`count` greedy token ids and their logits (count, V), by full forwards of transformers' decoder without any cache.
 
     inputs_embeds (T, D), position_ids (3, T): a new token stands behind the largest position, on all three axes.
+    `deepstack`: the mask (T,) of the vision tokens, and what Qwen3-VL's tower adds to them, as transformers takes it.
     """
     token_ids: list[int] = []
     logits = []
-    for _ in range(count):
-        hidden = official.model.language_model(inputs_embeds=inputs_embeds[None], position_ids=position_ids[:, None])
+    for step in range(count):
+        added = {}
+        if deepstack is not None:
+            mask = torch.cat([deepstack[0], torch.zeros(step, dtype=torch.bool)])
+            added = {"visual_pos_masks": mask[None], "deepstack_visual_embeds": deepstack[1]}
+        sizes = {"inputs_embeds": inputs_embeds[None], "position_ids": position_ids[:, None]}
+        hidden = official.model.language_model(**sizes, **added)
         logits.append(official.lm_head(hidden.last_hidden_state[0, -1]))
         token_ids.append(int(logits[-1].argmax()))
         inputs_embeds = torch.cat([inputs_embeds, official.get_input_embeddings()(torch.tensor(token_ids[-1:]))])
@@ -238,19 +256,28 @@ def positions_by_the_rule(
 
 
 def official_dropping(
-    official: Any, inputs_embeds: Tensor, position_ids: Tensor, is_vision: Tensor, ratios: dict[int, float]
+    official: Any,
+    inputs_embeds: Tensor,
+    position_ids: Tensor,
+    is_vision: Tensor,
+    ratios: dict[int, float],
+    deepstack: Sequence[Tensor] = (),
+    with_deepstack: bool = False,
 ) -> tuple[Tensor, dict[int, list[int]]]:
     """V2Drop on transformers' own layers, following the paper: logits (V) of the last row, and the rows left at each layer.
 
     Rows behind the last vision token may be decoded ones: no row that is dropped or kept depends on what follows it.
+    `deepstack`: what Qwen3-VL's tower adds to the rows (T, D) behind each of the first layers. It counts as variation only
+    `with_deepstack`.
     """
     decoder = official.model.language_model
     rows = torch.arange(len(inputs_embeds))
     hidden_states, before, left = inputs_embeds, inputs_embeds, {}
+    changed = hidden_states
     for layer_idx, layer in enumerate(decoder.layers):
         if layer_idx in ratios:
             vision = [index for index, row in enumerate(rows) if is_vision[row]]
-            variation = [(hidden_states[index] - before[index]).norm().item() for index in vision]
+            variation = [(changed[index] - before[index]).norm().item() for index in vision]
             kept = sorted(range(len(vision)), key=variation.__getitem__)[len(vision) - int(len(vision) * ratios[layer_idx]) :]
             alive = torch.tensor([index for index in range(len(rows)) if index not in vision or vision.index(index) in kept])
             rows, hidden_states, position_ids = rows[alive], hidden_states[alive], position_ids[:, alive]
@@ -259,5 +286,8 @@ def official_dropping(
         mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
         rotary = decoder.rotary_emb(hidden_states[None], position_ids[:, None])
         before = hidden_states
-        hidden_states = layer(hidden_states[None], attention_mask=mask, position_embeddings=rotary)[0]
+        changed = hidden_states = layer(hidden_states[None], attention_mask=mask, position_embeddings=rotary)[0]
+        if layer_idx < len(deepstack):
+            hidden_states = hidden_states + deepstack[layer_idx][rows]
+            changed = hidden_states if with_deepstack else changed
     return official.lm_head(decoder.norm(hidden_states[-1])), left

@@ -13,12 +13,13 @@ PACKAGE = Path(nanovlm_v2drop.__file__).parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "models": (
         *("config", "attention", "linear", "kv_cache", "arrange", "parallel", "decoder"),
-        *("vision", "vision_qwen2", "vision_qwen2_5", "vlm", "qwen2_vl", "smolvlm", "model_classes"),
+        *("vision", "vision_qwen2", "vision_qwen2_5", "vision_qwen3"),
+        *("vlm", "qwen2_vl", "qwen3_vl", "smolvlm", "model_classes"),
     ),
     "dropping": (),
     "processing": (
         *("opening", "video_file", "video", "preprocessor", "image_settings"),
-        *("images", "images_onevision", "images_qwen2", "images_smolvlm", "images_nanovlm"),
+        *("images", "images_onevision", "images_qwen2", "images_qwen3", "images_smolvlm", "images_nanovlm"),
         *("tokenizer", "prompts", "chat_template"),
     ),
     "loading": ("specs", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo"),

@@ -16,13 +16,14 @@ from onevision import onevision_names, onevision_reference, onevision_tokenizer,
 from PIL import Image
 from qwen2_5_vl import qwen2_5_vl_reference, write_qwen2_5_vl_folder
 from qwen2vl import qwen2vl_reference, qwen2vl_tokenizer, write_qwen2vl_folder
+from qwen3_vl import qwen3_vl_reference, write_qwen3_vl_folder
 from smolvlm import smollm2_tokenizer, smolvlm_reference, write_smolvlm_folder
 
 from nanovlm_v2drop import Request, generate, load
 
 REPORTED = (ValueError, OSError, ImportError)  # what the command line shows as one line
 CPU_SECONDS = 2.0  # of one case; the clock on the wall would also count other programs
-FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "smolvlm", "nanovlm")
+FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "nanovlm")
 INDEX = "model.safetensors.index.json"
 Folder = dict[str, Any]  # the parsed settings files of one checkpoint, by name
 
@@ -51,6 +52,8 @@ def folders(tiny_llava_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     }
     qwen2_5_vl = qwen2_5_vl_reference(qwen2vl_tokenizer())
     made["qwen2_5_vl"] = write_qwen2_5_vl_folder(place / "qwen2.5", qwen2_5_vl, qwen2vl_tokenizer())
+    qwen3_vl = qwen3_vl_reference(qwen2vl_tokenizer())
+    made["qwen3_vl"] = write_qwen3_vl_folder(place / "qwen3", qwen3_vl, qwen2vl_tokenizer())
     made["smolvlm"] = write_smolvlm_folder(place / "smolvlm", smolvlm_reference(smollm2_tokenizer()), smollm2_tokenizer())
     tokenizer = smollm2_tokenizer(())
     flat = nanovlm_config(tokenizer)

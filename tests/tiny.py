@@ -26,7 +26,9 @@ FAMILIES: dict[str, dict[str, object]] = {
     "llava-1.5": {},
     "llava-onevision": {"qkv_bias": True},
     "qwen2-vl": {"qkv_bias": True, "mrope_section": (1, 1, 2)},
+    "qwen3-vl": {"qk_norm": True, "head_dim": 12, "mrope_section": (3, 2, 1), "mrope_interleaved": True},
 }
+DEEPSTACK_LEVELS = 3  # of Qwen3-VL
 
 META = torch.device("meta")  # has shapes, dtypes and devices but no values, like a GPU that is still computing them
 
@@ -58,7 +60,8 @@ def changed_trace(trace: VisionTrace, change: Callable[[Tensor], Tensor]) -> Vis
 
 def changed_prompt(packed: PackedInputs, change: Callable[[Tensor], Tensor]) -> PackedInputs:
     """The prompt with all tensors changed, including those of its traces."""
-    fields = {name: change(getattr(packed, name)) for name in ("inputs_embeds", "position_ids", "vision_mask")}
+    names = ("inputs_embeds", "position_ids", "vision_mask", "deepstack")
+    fields = {name: change(value) for name in names if (value := getattr(packed, name)) is not None}
     return replace(packed, vision=tuple(changed_trace(trace, change) for trace in packed.vision), **fields)
 
 
@@ -83,7 +86,8 @@ def one_prompt(
 ) -> PackedInputs:
     """One prompt whose vision tokens are a video of four frames if their number allows it, with the traces of a tower.
 
-    LLaVA-OneVision's has four tokens of another grid behind it, as newlines and tiles are; Qwen2-VL's has places in a grid.
+    LLaVA-OneVision's has four tokens of another grid behind it, as newlines and tiles are; Qwen2-VL's has places in a grid, and
+    Qwen3-VL's has deepstack besides.
     """
     length = before + vision + behind
     embeds = torch.randn(length, hidden_size, generator=torch.Generator().manual_seed(seed))
@@ -93,7 +97,10 @@ def one_prompt(
     traces = tuple(tiny_trace(part, seed) for part in embeds[mask].split([prod(grid) for grid in grids]))
     pictures = {"vision_grids": (grids,), "vision": traces} if vision else {}
     token_ids = [0] * before + [1] * vision + [0] * behind
-    positions = multimodal_positions(token_ids, grids if vision else (), {1}) if family == "qwen2-vl" else rows
+    positions = multimodal_positions(token_ids, grids if vision else (), {1}) if family.startswith("qwen") else rows
+    if family == "qwen3-vl" and vision:
+        levels = torch.randn(length, DEEPSTACK_LEVELS, hidden_size, generator=torch.Generator().manual_seed(100 + seed))
+        pictures["deepstack"] = levels * mask[:, None, None]
     return PackedInputs(embeds, positions, mask, [length], seeds=(seed,), **pictures)
 
 
@@ -116,6 +123,8 @@ def tiny_trace(features: Tensor, seed: int) -> VisionTrace:
 
 
 def pack_together(parts: list[PackedInputs]) -> PackedInputs:
+    shape = next((part.deepstack.shape[1:] for part in parts if part.deepstack is not None), None)
+    levels = [torch.zeros(sum(part.seqlens), *shape) if part.deepstack is None else part.deepstack for part in parts if shape]
     return PackedInputs(
         torch.cat([part.inputs_embeds for part in parts]),
         torch.cat([part.position_ids for part in parts], dim=-1),
@@ -124,6 +133,7 @@ def pack_together(parts: list[PackedInputs]) -> PackedInputs:
         seeds=tuple(seed for part in parts for seed in part.seeds),
         vision_grids=tuple(grids for part in parts for grids in part.vision_grids),
         vision=tuple(trace for part in parts for trace in part.vision),
+        deepstack=torch.cat(levels) if levels else None,
     )
 
 
@@ -183,6 +193,8 @@ def masked_forward(decoder, packed, kept=(), more_tokens=(), renumbers=False, cu
             return torch.einsum("hqk,khd->qhd", weights, v)
 
         hidden = layer(hidden, rotary, attend)
+        if packed.deepstack is not None and layer_idx < packed.deepstack.shape[1]:
+            hidden = hidden + torch.cat([packed.deepstack[:, layer_idx], torch.zeros(len(more_tokens), hidden.shape[1])])
     return decoder.lm_head(decoder.norm(hidden))
 
 

@@ -108,15 +108,15 @@ def transformers_contenders(workload: Workload, attentions: Sequence[str]) -> li
 
 
 def transformers_contender(workload: Workload, attention: str) -> Contender:
-    """LlamaForCausalLM or Qwen2ForCausalLM with the decoder's own tensors. Nothing is copied."""
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    """Its decoder of the same arithmetic, such as LlamaForCausalLM, with the decoder's own tensors. Nothing is copied."""
+    import transformers
 
     assert workload.plain is not None
     settings: dict[str, Any] = {**asdict(workload.decoder.config), "attn_implementation": attention}
-    is_qwen2 = workload.decoder.config.qkv_bias
-    config: Any = (Qwen2Config if is_qwen2 else LlamaConfig)(**settings)
+    kind = "Qwen3" if settings["qk_norm"] else "Qwen2" if settings["qkv_bias"] else "Llama"
+    config: Any = getattr(transformers, f"{kind}Config")(**settings)
     with torch.device("meta"):
-        model = (Qwen2ForCausalLM if is_qwen2 else LlamaForCausalLM)(config).eval()
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     plain = {name: workload.plain[name.removeprefix("model.")] for name in model.state_dict()}
     model.load_state_dict(plain, assign=True)
     # The state dict does not hold the rotary frequencies, so they are still on the meta device.
@@ -124,7 +124,7 @@ def transformers_contender(workload: Workload, attention: str) -> Contender:
     inputs_embeds = workload.packed.inputs_embeds[None]
 
     def run() -> Any:
-        output = model.model(inputs_embeds=inputs_embeds, past_key_values=DynamicCache(), use_cache=True)
+        output = model.model(inputs_embeds=inputs_embeds, past_key_values=transformers.DynamicCache(), use_cache=True)
         # logits_to_keep=1 would slice (1, T, D), and the bfloat16 product of that slice is very slow on CPUs. We avoid it,
         # because it would make transformers look slower than it is.
         output.logits = model.lm_head(output.last_hidden_state[:, -1])

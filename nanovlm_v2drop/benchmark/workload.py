@@ -57,10 +57,22 @@ SMOLLM2_1_7B = SMOLLM2(
     max_position_embeddings=16384,
     rope_theta=273768.0,
 )
+QWEN3_VL = partial(
+    TextConfig,
+    vocab_size=151936,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=262144,
+    rope_theta=5e6,
+    qk_norm=True,
+    mrope_section=(24, 20, 20),
+    mrope_interleaved=True,
+)
 NANOVLM = partial(replace, vocab_size=49218, tie_word_embeddings=True, scaled_beyond=8192)
 # Sources: config.json of HuggingFaceTB/SmolVLM*, lusxvr/nanoVLM-*, llava-hf/llava-1.5-*-hf, llava-hf/llava-v1.6-vicuna-*-hf,
-# Qwen/Qwen2*-VL-*-Instruct and lmms-lab/llava-onevision-qwen2-*-ov. The conversions by llava-hf have the same decoders with a
-# padded vocabulary.
+# Qwen/Qwen2*-VL-*-Instruct, Qwen/Qwen3-VL-*-Instruct and lmms-lab/llava-onevision-qwen2-*-ov. The conversions by llava-hf have
+# the same decoders with a padded vocabulary.
 SHAPES = {
     "llava-1.5-7b": VICUNA_7B,
     "llava-1.5-13b": VICUNA_13B,
@@ -104,6 +116,26 @@ SHAPES = {
     ),
     "qwen2.5-vl-7b": QWEN2_7B(max_position_embeddings=128000, mrope_section=MROPE_SECTION),
     "qwen2.5-vl-72b": QWEN2_72B(max_position_embeddings=128000, mrope_section=MROPE_SECTION),
+    "qwen3-vl-2b": QWEN3_VL(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-vl-4b": QWEN3_VL(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-vl-8b": QWEN3_VL(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36),
+    "qwen3-vl-32b": QWEN3_VL(
+        hidden_size=5120,
+        intermediate_size=25600,
+        num_hidden_layers=64,
+        num_attention_heads=64,
+    ),
     "smolvlm-256m": SMOLLM2_135M,
     "smolvlm-500m": SMOLLM2_360M,
     "smolvlm-2.2b": SMOLLM2_1_7B,

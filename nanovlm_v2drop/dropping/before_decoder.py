@@ -1,11 +1,13 @@
 """The common part of methods that make fewer vision tokens before the decoder.
 
-Shapes: P tokens of one picture or video, n vision tokens of its prompt, Q tokens of its question, D hidden_size.
+Shapes: P tokens of one picture or video, n vision tokens of its prompt, Q tokens of its question, D hidden_size, S levels of
+deepstack.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,16 @@ class Picture:
     prompt_features: Tensor  # (n, D)
     question: Tensor  # (Q, D)
     has_newlines: bool = False
+    deepstack: Tensor | None = None  # (P, S, D)
+
+    def deepstack_by(self, reduce: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """(count, S, D) what the tower adds to the new tokens, given how their features come from those of the patches.
+
+        `reduce`: values (P, C) of the patches -> values (count, C) of the tokens, for any C.
+        """
+        if self.deepstack is None:
+            return None
+        return reduce(self.deepstack.flatten(1)).unflatten(1, self.deepstack.shape[1:]).to(self.deepstack.dtype)
 
     def frames_and_newlines(self) -> tuple[Tensor, Tensor]:
         """The places of its tokens (frames, tokens of a frame), and those of its newline column (newlines,)."""
@@ -42,13 +54,29 @@ class Picture:
             return places.flatten(1), places.flatten()[:0]
         return places[..., :-1].flatten(1), places[..., -1].flatten()
 
+
+class Reduced(NamedTuple):
+    """The tokens that replace a picture.
+
+    `features` (count, D), `indices` (count,) as `vision_indices`, and the patch (count,) at whose place each token stands.
+    `deepstack` (count, S, D): what the tower adds to them behind the decoder's first layers, by `Picture.deepstack_by`.
+    """
+
+    features: Tensor
+    indices: Tensor
+    places: Tensor
+    deepstack: Tensor | None = None
+
+
 class BeforeDecoder(TokenDropper):
     """A method that makes fewer tokens of each picture before the decoder.
 
     A method overrides `choose`, or `compress_picture` if it makes new tokens. A sequence's count is shared over its pictures as
     evenly as their sizes allow. Each picture's tokens stand at the place of the picture. Positions are renumbered, as in the
     authors' LLaVA, whose decoder receives fewer tokens. Where positions are places in a grid (Qwen2-VL), each token has the
-    position of its patch, and the tokens of a picture stand in the order of their patches.
+    position of its patch, and the tokens of a picture stand in the order of their patches. Methods choose by the features that
+    the decoder reads first. What the tower adds to the tokens behind the first layers (Qwen3-VL's deepstack) stays with a kept
+    token, and is combined for a new one as its features are.
     """
 
     latest_layer = 0
@@ -60,39 +88,41 @@ class BeforeDecoder(TokenDropper):
         """(count,) the tokens of a picture that stay, as numbers below P; 0 < count < P."""
         raise NotImplementedError(f"{type(self).__name__} must have a choose or a compress_picture")
 
-    def compress_picture(self, picture: Picture, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens that replace a picture; 0 < count < P.
-
-        Returns features (count, D), `vision_indices` (count,), and the patch (count,) at whose place each token stands.
-        """
+    def compress_picture(self, picture: Picture, count: int) -> Reduced:
+        """The tokens that replace a picture; 0 < count < P."""
         places = self.choose(picture, count).sort().values
-        return picture.features[places], picture.indices[places], places
+        deepstack = picture.deepstack_by(lambda values: values[places])
+        return Reduced(picture.features[places], picture.indices[places], places, deepstack)
 
     def compress(self, state: PrefillState, vision_counts: Sequence[int]) -> PrefillState:
         text = torch.cat(state.text_rows())
-        tokens = [(text, state.hidden_states[text], state.vision_indices[text])]
+        own = None if state.deepstack is None else state.deepstack[text]
+        tokens = [Reduced(state.hidden_states[text], state.vision_indices[text], text, own)]
         for rows, pictures, shares in self.shared_pictures(state, vision_counts):
             triples = zip(rows, pictures, shares, strict=True)
             tokens += [self.tokens_of(state, own, picture, share) for own, picture, share in triples]
-        keep, features, indices = map(torch.cat, zip(*tokens, strict=True))
+        features, indices, keep = (torch.cat(parts) for parts in list(zip(*tokens, strict=True))[:3])
         keep, order = keep.sort(stable=True)
+        levels = [each.deepstack for each in tokens if each.deepstack is not None]
         return replace(
             state.take(keep, vision_counts),
             hidden_states=features.index_select(0, order),
             vision_indices=indices.index_select(0, order),
+            deepstack=torch.cat(levels).index_select(0, order) if levels else None,
         )
 
-    def tokens_of(self, state: PrefillState, rows: Tensor, picture: Picture, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a picture at `rows` (P,): the rows (count,) of its new tokens, their features and their `vision_indices`."""
-        features, indices = picture.features, picture.indices
+    def tokens_of(self, state: PrefillState, rows: Tensor, picture: Picture, count: int) -> Reduced:
+        """The `count` tokens of a picture at `rows` (P,); `places` are rows of the prompt."""
         places = torch.arange(len(rows), device=rows.device)
+        reduced = Reduced(picture.features, picture.indices, places, picture.deepstack)
         if 0 < count < len(rows):
-            check_numbers(self.name, features)
-            features, indices, places = self.compress_picture(picture, count)
-        places, order = places[:count].sort(stable=True)  # two can be equal: a class token has a patch's place
-        if state.position_ids.dim() > 1:
-            features, indices = features[order], indices[order]
-        return rows[places], features[:count], indices[:count]
+            check_numbers(self.name, picture.features)
+            reduced = self.compress_picture(picture, count)
+        places, order = reduced.places[:count].sort(stable=True)  # two can be equal: a class token has a patch's place
+        if state.position_ids.dim() == 1:
+            order = torch.arange(count, device=order.device)
+        levels = None if reduced.deepstack is None else reduced.deepstack[order]
+        return Reduced(reduced.features[order], reduced.indices[order], rows[places], levels)
 
     def shared_pictures(
         self, state: PrefillState, vision_counts: Sequence[int]
@@ -110,9 +140,10 @@ class BeforeDecoder(TokenDropper):
             rows = vision.split(sizes)
             features, indices = state.hidden_states[vision].split(sizes), state.vision_indices[vision].split(sizes)
             together = joined([own for own in features if len(own) > 1] or features)
+            levels = [None if state.deepstack is None else state.deepstack[own] for own in rows]
             pictures = [
-                Picture(next(traces), grid, own, numbers, together, question, is_plain and has_newline_column(grid))
-                for grid, own, numbers in zip(grids, features, indices, strict=True)
+                Picture(next(traces), grid, own, numbers, together, question, is_plain and has_newline_column(grid), level)
+                for grid, own, numbers, level in zip(grids, features, indices, levels, strict=True)
             ]
             yield rows, pictures, share_evenly(count, sizes)
 

@@ -32,7 +32,8 @@ class CLSE(TokenDropper):
     the released code: only the last token's row of attention is computed (in the released code, the whole matrix); every
     picture of every sequence has its own grid, frames one by one (in the released code, batch item 0 with a grid of 24 x 24 at
     row 35). Behind another method the grid has gaps from the start, so attention alone ranks. The released LLaVA code cuts
-    earlier caches (`cut_cache`), its Qwen2-VL code does not; without `official`, it is an option as for any method.
+    earlier caches (`cut_cache`), its Qwen2-VL code does not; without `official`, it is an option as for any method. What
+    Qwen3-VL's tower adds to the tokens behind the first layers is not part of a change.
     """
 
     name = "clse"
@@ -74,7 +75,7 @@ class CLSE(TokenDropper):
         ):
             if 0 < state.vision_counts[index] == state.prompt_vision_counts[index]:
                 before = spectral_energy(state.previous[rows], grids)
-                change = change_factor(before, spectral_energy(state.hidden_states[rows], grids))
+                change = change_factor(before, spectral_energy(state.previous_output[rows], grids))
                 factors[index] = torch.ones(end - start, device=change.device).index_copy(0, rows - start, change)
         return factors
 

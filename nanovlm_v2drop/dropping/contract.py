@@ -71,6 +71,7 @@ def check_sizes(dropper: TokenDropper, after: PrefillState) -> None:
         "position_ids": after.position_ids.shape[-1],
         "vision_mask": len(after.vision_mask),
         "vision_indices": len(after.vision_indices),
+        **({} if after.deepstack is None else {"deepstack": len(after.deepstack)}),
     }
     if any(one != other for one, other in pairwise(sizes.values())):
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())

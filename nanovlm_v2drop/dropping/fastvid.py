@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Published, check_numbers
-from .before_decoder import BeforeDecoder, Picture, best_in_frames
+from .before_decoder import BeforeDecoder, Picture, Reduced, best_in_frames
 from .schedule import DropSchedule
 
 CUTS, SIMILAR = 7, 0.9  # cuts at the least similar neighbouring frames, and at all that are less similar than this
@@ -36,7 +36,7 @@ class FastVID(BeforeDecoder):
     renumbers = False
     published: ClassVar[Mapping[str, Published]] = {"r=0.10": Published(DropSchedule({0: 0.10}))}
 
-    def compress_picture(self, picture: Picture, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def compress_picture(self, picture: Picture, count: int) -> Reduced:
         tokens, newlines = picture.frames_and_newlines()
         shared = max(count - len(newlines), 0)
         num_anchors = int(shared * ANCHOR_SHARE)
@@ -48,11 +48,15 @@ class FastVID(BeforeDecoder):
         salience = salience.flatten().index_fill(0, anchors, -torch.inf).view_as(salience)
         even = torch.full((len(tokens),), (shared - num_anchors) / len(tokens), device=tokens.device)
         salient = best_in_frames(salience, even, shared - num_anchors)
-        averaged = averages(features, segments, anchors, salient).to(picture.features.dtype)
+        joins = joins_of(features, segments, anchors, salient)
         places = torch.cat([newlines[:count], tokens.flatten()[salient], tokens.flatten()[anchors]])
-        made = torch.cat([picture.features[places[: count - num_anchors]], averaged])
-        places, order = places.sort()
-        return made[order], picture.indices[places], places
+        ordered, order = places.sort()
+
+        def reduce(values: Tensor) -> Tensor:
+            averaged = averages(values[tokens].flatten(0, 1).float(), anchors, joins)
+            return torch.cat([values[places[: count - num_anchors]], averaged.to(values.dtype)])[order]
+
+        return Reduced(reduce(picture.features), picture.indices[ordered], ordered, picture.deepstack_by(reduce))
 
 
 def segments_of(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,18 +88,23 @@ def peak_scores(features: Tensor) -> Tensor:
     return density + apart.clamp(min=torch.finfo(apart.dtype).tiny).log()
 
 
-def averages(features: Tensor, segments: Tensor, anchors: Tensor, salient: Tensor) -> Tensor:
-    """(A, D) the anchors, each with the mean of the tokens of its segment that are nearest to it and not kept themselves."""
+def joins_of(features: Tensor, segments: Tensor, anchors: Tensor, salient: Tensor) -> Tensor:
+    """(tokens, A) 1 where a token joins an anchor: the nearest one of its segment, if the token is not kept itself."""
     flat = features.flatten(0, 1)
     own, segment = flat[anchors], segments.repeat_interleave(features.shape[1])
     if not len(anchors):
-        return own
+        return flat[:, :0]
     is_kept = torch.zeros_like(segment, dtype=torch.bool).index_fill(0, torch.cat([anchors, salient]), True)
     similarity = F.normalize(flat, dim=-1) @ F.normalize(own, dim=-1).T
     similarity = similarity.masked_fill(segment[:, None] != segment[anchors], -torch.inf)
     nearest = similarity.max(-1)
     joins = (nearest.indices[:, None] == torch.arange(len(anchors), device=anchors.device)).float()
-    joins = joins * (~is_kept & (nearest.values > -torch.inf))[:, None]
+    return joins * (~is_kept & (nearest.values > -torch.inf))[:, None]
+
+
+def averages(values: Tensor, anchors: Tensor, joins: Tensor) -> Tensor:
+    """(A, C) the values of the anchors, each with the mean of the tokens (tokens, C) that join it."""
+    own = values[anchors]
     count = joins.sum(0)[:, None]
     weight = torch.where(count > 0, (1 / (count + 1)).clamp(min=OWN_WEIGHT), 1.0)
-    return weight * own + (1 - weight) * (joins.T @ flat) / count.clamp(min=1)
+    return weight * own + (1 - weight) * (joins.T @ values) / count.clamp(min=1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import Published, check_numbers
-from .before_decoder import BeforeDecoder, Picture
+from .before_decoder import BeforeDecoder, Picture, Reduced
 from .schedule import CountSchedule, DropSchedule
 from .state import MERGED
 
@@ -40,7 +40,7 @@ class HoloV(BeforeDecoder):
         super().__init__(schedule, **options)
         self.released = released
 
-    def compress_picture(self, picture: Picture, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def compress_picture(self, picture: Picture, count: int) -> Reduced:
         if not self.released:
             return super().compress_picture(picture, count)
         runs = Runs(self.attention(picture))
@@ -51,8 +51,9 @@ class HoloV(BeforeDecoder):
         order = torch.where(is_kept, runs.run_of * len(is_kept) + place_in_run, len(is_kept) ** 2)
         places = order.argsort(stable=True)[:count]
         is_kept = is_kept[places]
-        features = picture.features[places] * is_kept[:, None]
-        return features, torch.where(is_kept, picture.indices[places], MERGED), places
+        indices = torch.where(is_kept, picture.indices[places], MERGED)
+        deepstack = picture.deepstack_by(lambda values: values[places] * is_kept[:, None])
+        return Reduced(picture.features[places] * is_kept[:, None], indices, places, deepstack)
 
     def choose(self, picture: Picture, count: int) -> Tensor:
         runs = Runs(self.attention(picture))

@@ -94,7 +94,7 @@ class RatedByText(TokenDropper):
 class SparseVLM(RatedByText):
     """Drop the tokens that receive least attention from the raters, and average the best of them into a few new tokens.
 
-    The new tokens stand behind the last vision token.
+    The new tokens stand behind the last vision token. What Qwen3-VL's tower still has to add to them is averaged like them.
     Deviations from the released code:
     - Only the text rows of attention are computed. The released code computes all rows at the drop layers.
     - Every sequence has its own raters and ranking. The released code runs with batch 1 only.
@@ -119,13 +119,18 @@ class SparseVLM(RatedByText):
     def compress(self, state: PrefillState, vision_counts: Sequence[int]) -> PrefillState:
         scores = self.finite_scores(state)
         splits = [split_count(*counts) for counts in zip(state.vision_counts, vision_counts, strict=True)]
-        kept, merged = [], []
+        kept, merged, levels = [], [], []
         for vision, text, (originals, clusters) in zip(state.vision_rows(), state.text_rows(), splits, strict=True):
             ranked = vision[scores[vision].argsort(descending=True, stable=True)]
             pruned = ranked[originals:]
             kept.append(torch.cat([text, ranked[:originals]]).sort().values)
-            merged.append(merge_clusters(state.hidden_states[pruned[: recycled_count(len(pruned))]], clusters))
-        return state.take(torch.cat(kept), [originals for originals, _ in splits]).append_merged(merged)
+            recycled = pruned[: recycled_count(len(pruned))]
+            members = clusters_of(state.hidden_states[recycled], clusters)
+            merged.append(cluster_means(members, state.hidden_states[recycled]))
+            if state.deepstack is not None:
+                means = cluster_means(members, state.deepstack[recycled].flatten(1))
+                levels.append(means.unflatten(1, state.deepstack.shape[1:]))
+        return state.take(torch.cat(kept), [originals for originals, _ in splits]).append_merged(merged, levels)
 
 
 def text_raters(vision: Tensor, text: Tensor, behind: Tensor) -> Tensor:
@@ -138,18 +143,22 @@ def text_raters(vision: Tensor, text: Tensor, behind: Tensor) -> Tensor:
     return torch.where(raters.any(), raters, last).float()
 
 
-def merge_clusters(tokens: Tensor, count: int) -> Tensor:
-    """(R, D) -> (count, D) in float32: the mean of each cluster, in the order of the centers."""
+def cluster_means(members: Tensor, values: Tensor) -> Tensor:
+    """(count, C) in float32: the mean of the values (R, C) of each cluster, by `clusters_of`."""
+    return members @ values.float() / (members.sum(1, keepdim=True) + 1e-6)
+
+
+def clusters_of(tokens: Tensor, count: int) -> Tensor:
+    """(count, R) 1 where a token (R, D) is in a cluster, else 0; in the order of the centers."""
     tokens = tokens.float()
     if count == 0:
-        return tokens[:0]
+        return tokens.new_zeros(0, len(tokens))
     # cdist uses a matrix product by default, which loses digits and gives a diagonal that is not zero.
     distances = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") * tokens.shape[-1] ** -0.5
     centers, clusters = density_peaks(distances, count), torch.arange(count, device=tokens.device)
     nearest = distances[centers].argmin(0)
     nearest[centers] = clusters
-    members = (nearest == clusters[:, None]).float()  # (count, R)
-    return members @ tokens / (members.sum(1, keepdim=True) + 1e-6)
+    return (nearest == clusters[:, None]).float()
 
 
 def density_peaks(distances: Tensor, count: int) -> Tensor:

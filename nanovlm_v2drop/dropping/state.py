@@ -41,9 +41,11 @@ class PrefillState:
     vision: tuple[VisionTrace, ...] = ()  # one a grid, those of all sequences in order
     marks: Tensor | None = None  # (T,) the method's own numbers, from `begin` or `observe`; they follow their rows
     carried: Mapping[str, Tensor] = field(default_factory=dict)  # (T,) each: further numbers that follow their rows
+    deepstack: Tensor | None = None  # (T, S, D) what the tower adds to the rows behind the next S layers
     # (..., own heads, head_dim) -> (..., all heads, head_dim), where processes share the decoder:
     all_heads: Callable[[Tensor], Tensor] = lambda heads: heads
     # Only at a drop point:
+    layer_output: Tensor | None = None  # (T, D) of the previous layer, where the tower has added to it since
     queries: Tensor | None = None  # (T, own H, head_dim) of the previous layer, rotated; None unless reads_attention
     keys: Tensor | None = None  # (T, own K, head_dim)
     rotary: tuple[Tensor, Tensor] | None = None  # cosines and sines (T, 1, head_dim)
@@ -55,6 +57,18 @@ class PrefillState:
     def spans(self) -> list[tuple[int, int]]:
         """First row and end of each sequence."""
         return list(pairwise((0, *accumulate(self.seqlens))))
+
+    @property
+    def previous_output(self) -> Tensor:
+        """(T, D) what the previous layer itself made: `hidden_states` without what the tower added (deepstack)."""
+        return self.hidden_states if self.layer_output is None else self.layer_output
+
+    def advance(self, layer_output: Tensor) -> None:
+        """Go on to the next layer's input: the output (T, D) of this layer, and what the tower adds to it."""
+        self.previous, self.hidden_states, self.layer_output = self.hidden_states, layer_output, None
+        if self.deepstack is not None:
+            self.layer_output, self.hidden_states = layer_output, layer_output + self.deepstack[:, 0]
+            self.deepstack = self.deepstack[:, 1:] if self.deepstack.shape[1] > 1 else None
 
     def queries_and_keys(self) -> tuple[Tensor, Tensor]:
         """(T, H, head_dim) and (T, K, head_dim) of the previous layer, rotated; for methods with `reads_attention`."""
@@ -98,21 +112,25 @@ class PrefillState:
             vision_indices=self.vision_indices.index_select(0, keep),
             marks=None if self.marks is None else self.marks.index_select(0, keep),
             carried={name: numbers.index_select(0, keep) for name, numbers in self.carried.items()},
+            deepstack=None if self.deepstack is None else self.deepstack.index_select(0, keep),
             seqlens=tuple(length - before + after for length, before, after in changes),
             vision_counts=tuple(vision_counts),
         )
 
-    def append_merged(self, merged: Sequence[Tensor]) -> "PrefillState":
-        """The state with each sequence's averaged tokens (C, D) behind its last vision token, which must exist."""
+    def append_merged(self, merged: Sequence[Tensor], deepstack: Sequence[Tensor] = ()) -> "PrefillState":
+        """The state with each sequence's averaged tokens (C, D) behind its last vision token, which must exist.
+
+        `deepstack` (C, S, D): what the tower adds to them, where it adds anything.
+        """
         rows = torch.arange(len(self.hidden_states), device=self.hidden_states.device)
         vision_only = torch.where(self.vision_mask, rows, -1)
         last = [vision_only[start:end].amax().expand(len(new)) for (start, end), new in zip(self.spans, merged, strict=True)]
         behind = torch.cat(last)
         order = torch.cat([rows, behind]).argsort(stable=True)
-        new_rows = torch.cat(list(merged)).to(self.hidden_states.dtype)
+        new_rows = torch.cat(list(merged))
 
         def spliced(old: Tensor, new: Tensor) -> Tensor:
-            return torch.cat([old, new], dim=0).index_select(0, order)
+            return torch.cat([old, new.to(old.dtype)]).index_select(0, order)
 
         def with_zeros(numbers: Tensor) -> Tensor:
             return spliced(numbers, numbers.new_zeros(len(behind)))
@@ -126,6 +144,7 @@ class PrefillState:
             vision_indices=spliced(self.vision_indices, self.vision_indices.new_full((len(behind),), MERGED)),
             marks=None if self.marks is None else with_zeros(self.marks),
             carried={name: with_zeros(numbers) for name, numbers in self.carried.items()},
+            deepstack=None if self.deepstack is None else spliced(self.deepstack, torch.cat(list(deepstack))),
             seqlens=tuple(length + len(new) for length, new in zip(self.seqlens, merged, strict=True)),
             vision_counts=tuple(count + len(new) for count, new in zip(self.vision_counts, merged, strict=True)),
         )
@@ -143,7 +162,7 @@ class PrefillState:
 
     def without_surroundings(self) -> "PrefillState":
         """The state without the fields that describe the rows of one drop point."""
-        return replace(self, queries=None, keys=None, rotary=None, project_next=None, final_norm=None)
+        return replace(self, layer_output=None, queries=None, keys=None, rotary=None, project_next=None, final_norm=None)
 
 
 def next_positions(position_ids: Tensor, seqlens: Sequence[int]) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Published, check_numbers
-from .before_decoder import BeforeDecoder, Picture, mean_keys
+from .before_decoder import BeforeDecoder, Picture, Reduced, mean_keys
 from .schedule import CountSchedule
 
 
@@ -39,7 +39,7 @@ class ToMe(BeforeDecoder):
         setting: Published(CountSchedule({0: int(setting)})) for setting in ("64", "128", "192")
     }
 
-    def compress_picture(self, picture: Picture, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def compress_picture(self, picture: Picture, count: int) -> Reduced:
         trace, keys = picture.trace, mean_keys(picture.trace)
         check_numbers(self.name, keys)
         left, home = bipartite_soft_matching(keys, count)
@@ -47,7 +47,11 @@ class ToMe(BeforeDecoder):
         merged = trace.project(average(patches.float(), left, home).to(patches.dtype)).to(picture.features.dtype)
         # The host does not know which tokens are averages: all are projected, and tokens of one patch keep their features.
         is_average = (home == left[:, None]).sum(-1, keepdim=True) > 1
-        return torch.where(is_average, merged, picture.features[left]), picture.indices[left], left
+        features = torch.where(is_average, merged, picture.features[left])
+        deepstack = picture.deepstack_by(
+            lambda values: torch.where(is_average, average(values.float(), left, home).to(values.dtype), values[left])
+        )
+        return Reduced(features, picture.indices[left], left, deepstack)
 
 
 def bipartite_soft_matching(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,9 @@ PUBLISHED_SCHEDULES = {
 class V2Drop(TokenDropper):
     """Drop the vision tokens that the last layer changed least.
 
-    `metric`: "l2" (the paper's), "l1", or "cosine" (the metric of the released code until March 2026).
+    `metric`: "l2" (the paper's), "l1", or "cosine" (the metric of the released code until March 2026). `with_deepstack`: what
+    Qwen3-VL's tower adds to the vision tokens behind the first layers counts as change too. By default, it does not, because
+    the decoder has not made it.
     Deviations from the released code: every sample ranks its own tokens (in the released code, sample 0 decides for the whole
     batch); the vision span comes from the token ids (in the released code, it is rows 35 to 610); norms are accumulated in
     float32.
@@ -42,16 +44,17 @@ class V2Drop(TokenDropper):
     }
     earliest_layer = 1  # no layer exists before layer 0
 
-    def __init__(self, schedule: DropSchedule, metric: str = "l2", **options: Any) -> None:
+    def __init__(self, schedule: DropSchedule, metric: str = "l2", with_deepstack: bool = False, **options: Any) -> None:
         super().__init__(schedule, **options)
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; choose one of: {', '.join(METRICS)}")
-        self.metric = metric
+        self.metric, self.with_deepstack = metric, with_deepstack
 
     def score(self, state: PrefillState) -> Tensor:
         assert state.previous is not None  # prefill refuses a schedule that drops at layer 0
+        now = state.hidden_states if self.with_deepstack else state.previous_output
         if self.metric == "cosine":
-            return -F.cosine_similarity(state.hidden_states.float(), state.previous.float(), dim=-1)
+            return -F.cosine_similarity(now.float(), state.previous.float(), dim=-1)
         order = 2 if self.metric == "l2" else 1
-        change = state.hidden_states - state.previous
+        change = now - state.previous
         return torch.linalg.vector_norm(change, order, dim=-1, dtype=torch.promote_types(change.dtype, torch.float32))

@@ -7,6 +7,7 @@ Source: github.com/dvlab-research/VisionZip, visionzip/main.py, visionzip/clip_e
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Published, check_numbers
-from .before_decoder import BeforeDecoder, Picture, mean_keys
+from .before_decoder import BeforeDecoder, Picture, Reduced, mean_keys
 from .schedule import CountSchedule, DropSchedule
 from .state import MERGED
 
@@ -47,7 +48,7 @@ class VisionZip(BeforeDecoder):
             raise ValueError(f"contextual_share {contextual_share} must be in [0, 1)")
         self.contextual_share = contextual_share
 
-    def compress_picture(self, picture: Picture, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def compress_picture(self, picture: Picture, count: int) -> Reduced:
         trace, features, indices = picture.trace, picture.features, picture.indices
         num_class, num_patches, num_contextual = self.split(count, trace.num_class_tokens)
         attention, patches = trace.received_attention(), trace.hidden_states[trace.num_class_tokens :]
@@ -55,11 +56,16 @@ class VisionZip(BeforeDecoder):
         ranked = attention.sum(0).argsort(descending=True, stable=True)
         kept, others = ranked[:num_patches].sort().values, ranked[num_patches:].sort().values
         targets = evenly_spaced(len(others), num_contextual)
-        contextual = contextual_tokens(patches[others].float(), mean_keys(trace)[others], targets)
+        combine = partial(contextual_tokens, keys=mean_keys(trace)[others], targets=targets)
+        contextual = combine(patches[others].float())
         made = trace.project(torch.cat([trace.hidden_states[:num_class], contextual.to(patches.dtype)])).to(features.dtype)
         tokens = [made[:num_class], features[kept], made[num_class:]]
         places = [kept.new_zeros(num_class), kept, others[targets]]
-        return torch.cat(tokens), F.pad(indices[kept], (num_class, num_contextual), value=MERGED), torch.cat(places)
+        deepstack = picture.deepstack_by(
+            lambda values: F.pad(torch.cat([values[kept], combine(values[others].float())]), (0, 0, num_class, 0))
+        )
+        indices = F.pad(indices[kept], (num_class, num_contextual), value=MERGED)
+        return Reduced(torch.cat(tokens), indices, torch.cat(places), deepstack)
 
     def split(self, count: int, num_class_tokens: int) -> tuple[int, int, int]:
         """The numbers of class tokens, patches and contextual tokens among `count` tokens; at least one is a patch."""

@@ -73,7 +73,7 @@ def prefill(
             survivors.append((layer_idx, state.vision_indices.split(state.seqlens)))
         positions.append(state.next_position)
         show = partial(dropper.observe, state) if dropper is not None and layer_idx in observed else None
-        state.previous, state.hidden_states = state.hidden_states, layer(state.hidden_states, rotary, attend, show)
+        state.advance(layer(state.hidden_states, rotary, attend, show))
     cache.finish(torch.stack(positions), None if dropper is None else dropper.decode_pruning(state))
     warn_if_nothing_dropped(dropper, packed, state)
     return Prefilled(decoder.lm_head(decoder.norm(state.hidden_states[state.last_rows()])), cache, survivors)
@@ -161,6 +161,7 @@ def initial_state(packed: PackedInputs) -> PrefillState:
         vision_grids=packed.vision_grids,
         seeds=packed.seeds,
         vision=packed.vision,
+        deepstack=packed.deepstack,
     )
 
 
@@ -177,5 +178,6 @@ def agreed(decoder: Decoder, state: PrefillState) -> PrefillState:
         vision_mask=together.agreed(state.vision_mask),
         vision_indices=together.agreed(state.vision_indices),
         marks=None if state.marks is None else together.agreed(state.marks),
+        deepstack=None if state.deepstack is None else together.agreed(state.deepstack),
         carried={name: together.agreed(numbers) for name, numbers in state.carried.items()},
     )

@@ -11,6 +11,7 @@ from ..models.config import (
     NanoVLMConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen3VLConfig,
     SmolVLMConfig,
     VLMConfig,
     read_json_object,
@@ -20,10 +21,11 @@ from ..processing.images import ImageProcessor, PlannedMedium
 from ..processing.images_nanovlm import NanoVLMImageProcessor
 from ..processing.images_onevision import NextImageProcessor, OnevisionImageProcessor
 from ..processing.images_qwen2 import Qwen2VLImageProcessor
+from ..processing.images_qwen3 import Qwen3VLImageProcessor
 from ..processing.images_smolvlm import SmolVLMImageProcessor, read_sampling
 from ..processing.opening import ImageSource
 from ..processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Conversation, named_template
-from ..processing.video import FpsSampling, FrameSampling, SampledVideo, SmolVLMSampling, UniformSampling
+from ..processing.video import FpsSampling, FrameSampling, Qwen3VLSampling, SampledVideo, SmolVLMSampling, UniformSampling
 from .specs import OWN_TEMPLATE
 
 VICUNA_TYPES = (None, "llama", "llava", "llava_llama")  # model_type of its decoder in config.json
@@ -54,6 +56,7 @@ FAMILIES: dict[type[VLMConfig], Family] = {
     LlavaOnevisionConfig: Family("qwen_1_5", UniformSampling()),
     Qwen2VLConfig: Family("qwen2_vl", FpsSampling()),
     Qwen2_5_VLConfig: Family("qwen2_vl", FpsSampling()),
+    Qwen3VLConfig: Family("qwen3_vl", Qwen3VLSampling()),
     SmolVLMConfig: Family("smolvlm", SmolVLMSampling()),
     NanoVLMConfig: Family("nanovlm", UniformSampling()),
 }
@@ -66,6 +69,8 @@ def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, ma
             return NanoVLMImageProcessor.from_config(config)
         case SmolVLMConfig():
             return SmolVLMImageProcessor.from_folder(folder, config)
+        case Qwen3VLConfig():
+            return Qwen3VLImageProcessor.from_folder(folder, config.vision_config, max_pixels)
         case Qwen2VLConfig():
             return Qwen2VLImageProcessor.from_folder(folder, config.vision_config, max_pixels)
         case LlavaOnevisionConfig():

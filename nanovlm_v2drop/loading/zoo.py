@@ -101,11 +101,13 @@ class VisionLanguageModel:
 
     def encode(self, prompt: str, media: Mapping[str, Sequence[Given]]) -> tuple[list[int], list[Given]]:
         """Token ids of a prompt, and its pictures and videos in the order of their tokens."""
-        if any(medium.text for given in media.values() for medium in given):
+        ordered = [(mark, medium) for mark, given in media.items() for medium in given]
+        if any(medium.text for _, medium in ordered):
             prompt, ordered = write_media(prompt, media)
-            return encode_prompt(self.tokenizer, prompt, {self.config.image_token_id: ordered})
-        ids = self.config.vision_tokens
-        return encode_prompt(self.tokenizer, prompt, {ids[mark]: given for mark, given in media.items() if mark in ids})
+        by_token: dict[int, list[Given]] = {token: [] for token in self.config.marks.values()}
+        for mark, medium in ordered:
+            by_token[self.config.marks[mark]].append(medium)
+        return encode_prompt(self.tokenizer, prompt, by_token)
 
     def check_prompt(self, token_ids: Sequence[int], num_vision_tokens: int) -> None:
         """Raise ValueError for a prompt that is too long, that ends with a picture, or that has an unknown token."""

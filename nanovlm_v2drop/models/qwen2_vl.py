@@ -39,10 +39,14 @@ class Qwen2VLModel(VLM):
 
     def encode(self, media: Sequence[VisionInput]) -> list[Encoded]:
         grids = [self.patch_grid(medium) for medium in media]
-        block_input, output = self.visual.encode(self.on_device(torch.cat([each.pixel_values for each in media])), grids)
+        block_input, output = self.visual.encode(self.patches(media), grids)
         sizes = [prod(grid) for grid in grids]
         features = self.visual.merger(output).split([medium.num_tokens for medium in media])
         return [self.traced(*part) for part in zip(media, block_input.split(sizes), features, strict=True)]
+
+    def patches(self, media: Sequence[VisionInput]) -> Tensor:
+        """The patches of all pictures and videos on the model's device."""
+        return self.on_device(torch.cat([each.pixel_values for each in media]))
 
     def traced(self, medium: VisionInput, block_input: Tensor, features: Tensor) -> Encoded:
         """One picture or video, from the input (patches, V) of the tower's last block and the merged features (n, D)."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import groupby, repeat
 from math import prod
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +34,14 @@ WEIGHTS_BYTES = 64 * 2**20  # largest size of the attention weights that `receiv
 class PatchEmbed(nn.Module):
     """A convolution whose stride equals its kernel size. The patches are cut already, so it is one matrix product."""
 
-    def __init__(self, config: QwenVisionConfig) -> None:
+    def __init__(self, config: QwenVisionConfig, bias: bool = False) -> None:
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False)
+        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel, stride=kernel, bias=bias)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         weight = self.proj.weight.flatten(1)
-        return F.linear(pixel_values.to(weight.dtype), weight)  # (L, D)
+        return F.linear(pixel_values.to(weight.dtype), weight, self.proj.bias)  # (L, D)
 
 
 class QwenVisionAttention(nn.Module):
@@ -110,13 +110,15 @@ class QwenVisionTower(nn.Module):
     grids that do not match the patches or cannot be merged.
     """
 
+    patch_bias: ClassVar[bool] = False
+
     def __init__(
-        self, config: QwenVisionConfig, blocks: Iterable[QwenVisionBlock], merger: PatchMerger, attention: str
+        self, config: QwenVisionConfig, blocks: Iterable[QwenVisionBlock], merger: nn.Module, attention: str
     ) -> None:
         super().__init__()
         self.config = config
         self.attention = attention
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config, self.patch_bias)
         self.blocks = nn.ModuleList(blocks)
         self.merger = merger
 

@@ -59,7 +59,8 @@ class PackedInputs:
     sum to T. Optional: `vision_counts` (vision tokens of each prompt); `vision_grids` (frames, rows and columns of each picture
     or video of each prompt, including newline tokens; by default, a prompt's vision tokens are one row); `seeds` (one number a
     prompt, the same in every batch, for methods that draw at random); `vision` (one trace a grid, for methods that choose
-    tokens before the decoder); `question_counts` (text tokens behind the last vision token of each prompt).
+    tokens before the decoder); `question_counts` (text tokens behind the last vision token of each prompt); `deepstack`
+    ((T, S, D), what the tower adds to the rows behind the decoder's first S layers; zeros for text).
     """
 
     inputs_embeds: Tensor
@@ -71,6 +72,7 @@ class PackedInputs:
     vision_grids: tuple[tuple[tuple[int, int, int], ...], ...] = ()
     vision: tuple[VisionTrace, ...] = ()
     question_counts: tuple[int, ...] = ()
+    deepstack: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.seqlens = tuple(int(length) for length in self.seqlens)
@@ -90,6 +92,7 @@ class PackedInputs:
             "inputs_embeds": self.inputs_embeds.shape[0],
             "position_ids": self.position_ids.shape[-1],
             "vision_mask": self.vision_mask.shape[0],
+            **({} if self.deepstack is None else {"deepstack": self.deepstack.shape[0]}),
         }
         if len(set(lengths.values())) > 1 or not self.seqlens or min(self.seqlens) < 1:
             raise ValueError(f"packed inputs disagree on the number of tokens: {lengths}, seqlens {self.seqlens}")
@@ -120,10 +123,14 @@ class Projector(nn.Module):
 
 @dataclass(frozen=True)
 class Encoded:
-    """The decoder's input for one picture or video: features (n, D), and a trace for each of its grids."""
+    """The decoder's input for one picture or video: features (n, D), and a trace for each of its grids.
+
+    `deepstack` (n, S, D): what is added to the tokens behind the decoder's first S layers, for families that have it.
+    """
 
     features: Tensor
     traces: tuple[VisionTrace, ...]
+    deepstack: Tensor | None = None
 
 
 class VLM(nn.Module):
@@ -159,8 +166,9 @@ class VLM(nn.Module):
             check_counts(sum(token in vision_tokens for token in prompt), sum(medium.num_tokens for medium in held))
         device = self.language_model.embed_tokens.weight.device
         encoded = self.encode([medium for held in media for medium in held]) if any(map(len, media)) else []
+        inputs_embeds, deepstack = self.embedded([token for prompt in prompts for token in prompt], is_vision, encoded)
         return PackedInputs(
-            self.embedded([token for prompt in prompts for token in prompt], is_vision, encoded),
+            inputs_embeds,
             sent(torch.cat([self.position_ids(*prompt) for prompt in zip(prompts, media, strict=True)], dim=-1), device),
             sent(torch.tensor(is_vision), device),
             tuple(map(len, prompts)),
@@ -169,19 +177,26 @@ class VLM(nn.Module):
             tuple(tuple(grid for medium in held for grid in medium.grids) for held in media),
             tuple(trace for picture in encoded for trace in picture.traces),
             tuple(text_behind([token in vision_tokens for token in prompt]) for prompt in prompts),
+            deepstack,
         )
 
-
-    def embedded(self, token_ids: Sequence[int], is_vision: Sequence[bool], encoded: Sequence[Encoded]) -> Tensor:
-        """(T, D) embeddings of the token ids, with the pictures' features at the places of the vision tokens."""
+    def embedded(
+        self, token_ids: Sequence[int], is_vision: Sequence[bool], encoded: Sequence[Encoded]
+    ) -> tuple[Tensor, Tensor | None]:
+        """(T, D) embeddings of the token ids, with the pictures' features at the places of the vision tokens; and deepstack."""
         # A vision token's id can lie outside the embedding table: the original LLaVA vocabulary has no row for it.
         flat = [0 if vision else token for token, vision in zip(token_ids, is_vision, strict=True)]
         embed_tokens = self.language_model.embed_tokens
         inputs_embeds = embed_tokens(sent(torch.tensor(flat), embed_tokens.weight.device))
         if not encoded:
-            return inputs_embeds
+            return inputs_embeds, None
         rows = sent(torch.tensor([row for row, vision in enumerate(is_vision) if vision]), inputs_embeds.device)
-        return inputs_embeds.index_copy(0, rows, torch.cat([picture.features for picture in encoded]).to(inputs_embeds.dtype))
+        features = torch.cat([picture.features for picture in encoded]).to(inputs_embeds.dtype)
+        levels = [picture.deepstack for picture in encoded if picture.deepstack is not None]
+        deepstack = None
+        if levels and levels[0].shape[1]:
+            deepstack = features.new_zeros(len(inputs_embeds), *levels[0].shape[1:]).index_copy(0, rows, torch.cat(levels))
+        return inputs_embeds.index_copy(0, rows, features), deepstack
 
 
 class LlavaModel(VLM):

@@ -65,6 +65,13 @@ CLASS_DEFAULTS: Mapping[str, Settings] = {
     "SmolVLMImageProcessor": {**_SMOLVLM, "size": {"longest_edge": 4 * 364}},
     "SmolVLMVideoProcessor": _SMOLVLM,
     "Qwen2VLImageProcessor": {**_QWEN2_VL, "size": {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}},
+    "Qwen3VLVideoProcessor": {
+        **_QWEN2_VL,
+        "patch_size": 16,
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+        "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
+    },
     "Qwen2VLVideoProcessor": {**_QWEN2_VL, "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}},
 }
 

@@ -126,18 +126,16 @@ class Qwen2VLImageProcessor:
         """
         settings = read_image_settings(folder, "Qwen2VLImageProcessor")
         video_settings = read_frame_settings(folder, "Qwen2VLVideoProcessor")
-        statistics = read_statistics(settings, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
-        _check_settings(folder, settings, config)
-        _check_settings(folder, video_settings, config)
-        if read_statistics(video_settings, *statistics) != statistics:
-            raise ValueError(f"{folder}: videos have another image_mean or image_std than pictures; give both the same")
+        statistics = shared_statistics(folder, settings, video_settings, (CLIP_IMAGE_MEAN, CLIP_IMAGE_STD))
+        check_patch_settings(folder, settings, config)
+        check_patch_settings(folder, video_settings, config)
         capped = video_settings.get("cap_pixels_per_frame") is not False
         return cls(
             config.patch_size,
             config.temporal_patch_size,
             config.spatial_merge_size,
-            *_read_bounds(folder, settings, max_pixels, (MIN_PIXELS, MAX_PIXELS)),
-            *_read_bounds(folder, video_settings, max_pixels, (VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)),
+            *read_bounds(folder, settings, max_pixels, (MIN_PIXELS, MAX_PIXELS)),
+            *read_bounds(folder, video_settings, max_pixels, (VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)),
             *statistics,
             video_settings.get("max_video_tokens", MAX_VIDEO_TOKENS) if capped else None,
         )
@@ -242,7 +240,7 @@ class Qwen2VLImageProcessor:
         return torch.from_numpy(np.stack([table[pixels[..., channel]] for channel, table in enumerate(tables)]))
 
 
-def _read_bounds(folder: str | Path, settings: Settings, max_pixels: int | None, defaults: tuple[int, int]) -> tuple[int, int]:
+def read_bounds(folder: str | Path, settings: Settings, max_pixels: int | None, defaults: tuple[int, int]) -> tuple[int, int]:
     """The smallest and largest number of pixels, in either spelling: min_pixels and max_pixels, or inside `size`."""
     size = settings.get("size")
     size = dict(zip(("shortest_edge", "longest_edge"), defaults, strict=True)) if size is None else size
@@ -257,7 +255,17 @@ def _read_bounds(folder: str | Path, settings: Settings, max_pixels: int | None,
     return (low, high) if max_pixels is None else (min(low, max_pixels), max_pixels)
 
 
-def _check_settings(folder: str | Path, settings: Settings, config: QwenVisionConfig) -> None:
+def shared_statistics(
+    folder: str | Path, settings: Settings, video_settings: Settings, defaults: tuple[Channels, Channels]
+) -> tuple[Channels, Channels]:
+    """Mean and standard deviation of pictures and videos; raises ValueError where they differ."""
+    statistics = read_statistics(settings, *defaults)
+    if read_statistics(video_settings, *statistics) != statistics:
+        raise ValueError(f"{folder}: videos have another image_mean or image_std than pictures; give both the same")
+    return statistics
+
+
+def check_patch_settings(folder: str | Path, settings: Settings, config: QwenVisionConfig) -> None:
     """Refuse settings that would give the tower other patches than it was trained on."""
     sizes = {
         "patch_size": config.patch_size,

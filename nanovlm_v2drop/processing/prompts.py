@@ -187,6 +187,9 @@ TEMPLATES: dict[str, Template] = {
     "qwen2_vl": Template(
         qwen_1_5, "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>", ""
     ),
+    "qwen3_vl": Template(
+        qwen_hub, "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>", ""
+    ),
     "smolvlm": Template(smolvlm, separator=""),
     "nanovlm": Template(nanovlm, NANOVLM_IMAGE, separator=""),
     "nanovlm_222m": Template(nanovlm_222m, NANOVLM_IMAGE, separator=""),
@@ -257,11 +260,11 @@ def token_counts(medium: Counted) -> list[int]:
     return [rows * columns for frames, rows, columns in medium.grids for _ in range(frames)]
 
 
-def write_media(prompt: str, media: Mapping[str, Sequence[Given]]) -> tuple[str, list[Given]]:
-    """Put the text of each picture and video in the place of its mark, such as `<image>`; and the media in that order.
+def write_media(prompt: str, media: Mapping[str, Sequence[Given]]) -> tuple[str, list[tuple[str, Given]]]:
+    """Put the text of each picture and video in the place of its mark, such as `<image>`; and mark and medium in that order.
 
-    `media`: for each mark the pictures or videos that its occurrences stand for, in order. Raises ValueError where the prompt
-    has more or fewer of a mark than there are pictures or videos.
+    `media`: for each mark the pictures or videos that its occurrences stand for, in order. A medium without a text leaves its
+    mark as it is. Raises ValueError where the prompt has more or fewer of a mark than there are pictures or videos.
     """
     for mark, given in media.items():
         if (places := prompt.count(mark)) != len(given):
@@ -270,8 +273,8 @@ def write_media(prompt: str, media: Mapping[str, Sequence[Given]]) -> tuple[str,
             )
     queues = {mark: iter(given) for mark, given in media.items()}
     pieces = re.split("(" + "|".join(map(re.escape, media)) + ")", prompt)
-    ordered = [next(queues[mark]) for mark in pieces[1::2]]
-    pieces[1::2] = [medium.text for medium in ordered]
+    ordered = [(mark, next(queues[mark])) for mark in pieces[1::2]]
+    pieces[1::2] = [medium.text or mark for mark, medium in ordered]
     return "".join(pieces), ordered
 
 

@@ -1,8 +1,9 @@
 """Videos: which frames a model looks at, and what they cost before they are decoded.
 
-Four official ways to choose the frames exist. Each is offered as a `FrameSampling`, by its name in SAMPLINGS:
+Five official ways to choose the frames exist. Each is offered as a `FrameSampling`, by its name in SAMPLINGS:
   UniformSampling   LLaVA-OneVision: as many frames as asked, spread evenly from the first frame to the last
   FpsSampling       Qwen2-VL: so many frames per second of video, an even number, between two bounds
+  Qwen3VLSampling   Qwen3-VL: so many frames per second of video, spread evenly from the first frame to the last
   LmmsEvalSampling  Qwen2-VL in lmms-eval: the frames of qwen_vl_utils, of which 32 are kept
   SmolVLMSampling   SmolVLM2: one frame per second of video, at most 64
 All count frames, not seconds, as the official code does: where the frame rate varies, so does the time between frames.
@@ -97,11 +98,33 @@ class FpsSampling:
 
     def count(self, num_frames: int, fps: float | None) -> int:
         """How many frames are chosen; raises as `indices`."""
+        rate = self.checked_rate(num_frames, fps)
+        wanted = min(max(num_frames / rate * self.fps, self.min_frames), self.max_frames, num_frames)
+        return max(math.floor(wanted / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE, 1)
+
+    def checked_rate(self, num_frames: int, fps: float | None) -> float:
+        """The rate of a video, by default `self.fps`; raises as `indices`."""
         _check_whole(num_frames, "the video's number of frames", minimum=1)
         rate = self.fps if fps is None else fps
         _check_rate(rate, "the video's frame rate", "use UniformSampling, or give the frames as a list of pictures")
-        wanted = min(max(num_frames / rate * self.fps, self.min_frames), self.max_frames, num_frames)
-        return max(math.floor(wanted / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE, 1)
+        return rate
+
+
+@dataclass(frozen=True)
+class Qwen3VLSampling(FpsSampling):
+    """`fps` frames per second of video, spread evenly, the first and the last frame included; their number may be odd.
+
+    As `Qwen3VLVideoProcessor.sample_frames` of transformers (models/qwen3_vl/video_processing_qwen3_vl.py).
+    """
+
+    def indices(self, num_frames: int, fps: float | None) -> list[int]:
+        """The indices into a video of `num_frames` frames at `fps` frames per second; raises as `FpsSampling.indices`."""
+        return np.linspace(0, num_frames - 1, self.count(num_frames, fps)).round().astype(int).tolist()
+
+    def count(self, num_frames: int, fps: float | None) -> int:
+        """How many frames are chosen; raises as `indices`."""
+        rate = self.checked_rate(num_frames, fps)
+        return min(max(int(num_frames / rate * self.fps), self.min_frames), self.max_frames, num_frames)
 
 
 @dataclass(frozen=True)
@@ -162,6 +185,7 @@ class SmolVLMSampling:
 SAMPLINGS: dict[str, Callable[..., FrameSampling]] = {
     "uniform": UniformSampling,
     "fps": FpsSampling,
+    "qwen3-vl": Qwen3VLSampling,
     "lmms-eval": LmmsEvalSampling,
     "smolvlm": SmolVLMSampling,
 }

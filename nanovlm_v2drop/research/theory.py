@@ -66,8 +66,11 @@ class DropPoint:
 def drop_point(decoder: Decoder, packed: PackedInputs, layer_idx: int) -> DropPoint:
     """Run one prompt up to the entrance of a layer.
 
-    Raises ValueError for several prompts, and for a layer without a layer before it.
+    Raises ValueError for several prompts, for a layer without a layer before it, and where the tower adds to the states
+    between layers (deepstack).
     """
+    if packed.deepstack is not None:
+        raise ValueError("the theory is about what layers change, but this model's tower adds to their outputs (deepstack)")
     if len(packed.seqlens) != 1:
         raise ValueError(f"one prompt at a time, not {len(packed.seqlens)}")
     if not 1 <= layer_idx <= len(decoder.layers):

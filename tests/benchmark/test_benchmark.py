@@ -34,7 +34,7 @@ REFERENCES = ["transformers sdpa", "transformers eager"]
 METHODS = ["dense", "v2drop@16", "random@16", "v2drop@12", "random@12"]
 VIDEO_MODELS = ["llava-onevision-tiny", "qwen2-vl-tiny"]
 
-# Weights of LLaMA and Qwen2 as published, less their embedding tables and heads (one where these are tied).
+# Weights of LLaMA, Qwen2 and Qwen3 as published, less their embedding tables and heads (one where these are tied).
 PUBLISHED_WEIGHTS = {
     "llava-1.5-7b": 6_738_415_616 - 2 * 32000 * 4096,
     "llava-1.5-13b": 13_015_864_320 - 2 * 32000 * 5120,
@@ -51,6 +51,10 @@ PUBLISHED_WEIGHTS = {
     "qwen2.5-vl-3b": 3_085_938_688 - 151936 * 2048,
     "qwen2.5-vl-7b": 7_615_616_512 - 2 * 152064 * 3584,
     "qwen2.5-vl-72b": 72_706_203_648 - 2 * 152064 * 8192,
+    "qwen3-vl-2b": 1_720_574_976 - 151936 * 2048,
+    "qwen3-vl-4b": 4_022_468_096 - 151936 * 2560,
+    "qwen3-vl-8b": 8_190_735_360 - 2 * 151936 * 4096,
+    "qwen3-vl-32b": 32_762_123_264 - 2 * 151936 * 5120,
     **dict.fromkeys(("smolvlm-256m", "smolvlm2-256m", "nanovlm-222m", "nanovlm-230m-8k"), 134_515_008 - 49152 * 576),
     **dict.fromkeys(("smolvlm-500m", "smolvlm2-500m", "nanovlm-450m"), 361_821_120 - 49152 * 960),
     **dict.fromkeys(("smolvlm-2.2b", "smolvlm2-2.2b"), 1_711_376_384 - 49152 * 2048),
@@ -231,8 +235,9 @@ def test_shapes_differ_from_llama_where_qwen2_does():
     for name, shape in SHAPES.items():
         is_llama = name.startswith(("llava-1.5", "llava-v1.6"))
         if "tiny" not in name and not name.startswith(("smolvlm", "nanovlm")):
-            assert (shape.rope_theta, shape.rms_norm_eps) == ((1e4, 1e-5) if is_llama else (1e6, 1e-6)), name
-            assert (shape.mrope_section is not None) == name.startswith(("qwen2-vl", "qwen2.5-vl")), name
+            theta = 5e6 if name.startswith("qwen3") else 1e6
+            assert (shape.rope_theta, shape.rms_norm_eps) == ((1e4, 1e-5) if is_llama else (theta, 1e-6)), name
+            assert (shape.mrope_section is not None) == name.startswith(("qwen2-vl", "qwen2.5-vl", "qwen3-vl")), name
 
 
 def test_tied_embeddings_are_one_tensor():

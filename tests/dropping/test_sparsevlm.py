@@ -12,7 +12,7 @@ from torch import Tensor
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule, sparsevlm
 from nanovlm_v2drop.dropping.base import MERGED
 from nanovlm_v2drop.dropping.schedule import CountSchedule, OutOfReach
-from nanovlm_v2drop.dropping.sparsevlm import merge_clusters, recycled_count, split_count, text_raters
+from nanovlm_v2drop.dropping.sparsevlm import cluster_means, clusters_of, recycled_count, split_count, text_raters
 from nanovlm_v2drop.dropping.sparsevlm_plus import gravity
 from nanovlm_v2drop.inference import initial_state, prefill
 from nanovlm_v2drop.models.attention import attention_weights
@@ -308,6 +308,10 @@ def slow_clusters(tokens: Tensor, count: int) -> Tensor:
     for i in set(everyone) - set(centers):
         members[min(range(count), key=lambda c: distance[i][centers[c]])].append(i)
     return torch.stack([tokens[group].double().sum(0) / (len(group) + 1e-6) for group in members]).float()
+
+
+def merge_clusters(tokens, count):
+    return cluster_means(clusters_of(tokens, count), tokens)
 
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 1), (2, 1), (10, 2), (37, 4), (90, 10)])

@@ -22,6 +22,8 @@ from nanovlm_v2drop.models.config import (
     Qwen2_5_VLVisionConfig,
     Qwen2VLConfig,
     Qwen2VLVisionConfig,
+    Qwen3VLConfig,
+    Qwen3VLVisionConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
     TextConfig,
@@ -45,6 +47,11 @@ def config_of(name: str, text: TextConfig) -> VLMConfig:
         inner = 3456 if name.endswith("72b") else 3420
         sizes = {"hidden_size": 1280, "out_hidden_size": text.hidden_size, "intermediate_size": inner}
         return Qwen2_5_VLConfig(text_config=text, vision_config=Qwen2_5_VLVisionConfig(**sizes))
+    if name.startswith("qwen3-vl"):
+        small = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": (5, 11, 17)}
+        sizes = small if name.endswith(("-2b", "-4b")) else {}
+        tower = Qwen3VLVisionConfig(out_hidden_size=text.hidden_size, **sizes)
+        return Qwen3VLConfig(text_config=text, vision_config=tower)
     if name == "nanovlm-222m":
         return NanoVLMConfig(text, 49152, vision_config=replace(SIGLIP_BASE, image_size=224), scale_factor=2)
     if name.startswith("nanovlm"):
@@ -69,8 +76,8 @@ def weights_of(name: str, num_layers: int) -> int:
 
 @pytest.mark.parametrize("name", REMOTE)
 def test_the_stated_number_of_weights_is_that_of_the_models_shapes(name: str) -> None:
-    one, two = weights_of(name, 1), weights_of(name, 2)
-    total = one + (two - one) * (SHAPES[name].num_hidden_layers - 1)
+    three, four = weights_of(name, 3), weights_of(name, 4)  # each of three levels of deepstack needs a layer
+    total = three + (four - three) * (SHAPES[name].num_hidden_layers - 3)
     assert MODELS[name].parameters == pytest.approx(total / 1e9, rel=5e-3)
 
 

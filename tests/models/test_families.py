@@ -11,6 +11,7 @@ import onevision
 import pytest
 import qwen2_5_vl
 import qwen2vl
+import qwen3_vl
 import smolvlm
 import torch
 from tiny import META, NoWaiting
@@ -36,6 +37,7 @@ REQUESTS = {
     ],
 }
 REQUESTS["qwen2.5-vl"] = REQUESTS["qwen2-vl"]
+REQUESTS["qwen3-vl"] = REQUESTS["qwen2-vl"]
 REQUESTS["smolvlm"] = [
     Request("What digit?", video=smolvlm.clip(4)),
     Request("In <video> or <image> yes?", images=[smolvlm.picture(9, 40)], video=smolvlm.clip(5)),
@@ -68,6 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VisionLanguage
     tokenizer = qwen2vl.qwen2vl_tokenizer()
     qwen2vl.write_qwen2vl_folder(folders["qwen2-vl"], qwen2vl.qwen2vl_reference(tokenizer), tokenizer)
     qwen2_5_vl.write_qwen2_5_vl_folder(folders["qwen2.5-vl"], qwen2_5_vl.qwen2_5_vl_reference(tokenizer), tokenizer)
+    qwen3_vl.write_qwen3_vl_folder(folders["qwen3-vl"], qwen3_vl.qwen3_vl_reference(tokenizer), tokenizer)
     tokenizer = smolvlm.smollm2_tokenizer()
     smolvlm.write_smolvlm_folder(folders["smolvlm"], smolvlm.smolvlm_reference(tokenizer), tokenizer)
     tokenizer = smolvlm.smollm2_tokenizer(())
@@ -126,7 +129,7 @@ def test_each_layer_gets_what_the_schedule_says_and_all_text(name, family, prefi
             assert len(numbers) == entering[layer] or DROPPERS[name].merges
 
 
-@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl"])
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
 @pytest.mark.parametrize("name", ["visionzip", "tome"])
 def test_patches_that_are_kept_before_the_decoder_keep_their_places_in_the_grid(name, family, models) -> None:
     packed = models[family].prepare(REQUESTS[family])

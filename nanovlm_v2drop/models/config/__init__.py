@@ -11,6 +11,7 @@ from .llava_onevision import LlavaOnevisionConfig
 from .nanovlm import NanoVLMConfig
 from .qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLVisionConfig
 from .qwen2_vl import Qwen2VLConfig, Qwen2VLVisionConfig, QwenVisionConfig
+from .qwen3_vl import Qwen3VLConfig, Qwen3VLVisionConfig
 from .settings import from_fields, read_json_object
 from .smolvlm import SmolVLMConfig
 from .text import ARITHMETIC, TextConfig, flatten_rope
@@ -27,6 +28,8 @@ __all__ = [
     "Qwen2VLVisionConfig",
     "Qwen2_5_VLConfig",
     "Qwen2_5_VLVisionConfig",
+    "Qwen3VLConfig",
+    "Qwen3VLVisionConfig",
     "QwenVisionConfig",
     "SiglipVisionConfig",
     "SmolVLMConfig",

@@ -20,7 +20,7 @@ from .settings import (
     or_null,
     require_divisible,
 )
-from .text import QWEN2
+from .text import QWEN2, same_arithmetic
 from .vision import Activation
 from .vlm import VLMConfig
 
@@ -103,6 +103,13 @@ class Qwen2VLConfig(VLMConfig):
             raise ValueError(f"vision_config.{out_name} {out} must be the decoder's hidden_size {self.text_config.hidden_size}")
         if self.text_config.mrope_section is None:
             raise ValueError("rope_scaling must have an mrope_section, three numbers; is config.json complete?")
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> "VLMConfig":
+        """From the parsed config.json of this family, whose decoder is always of the same kind."""
+        kinds: dict[str, Kind] = {"model_type": same_arithmetic(cls.text_model_type)}
+        checked(checked(raw, {"text_config": JSON_OBJECT}).get("text_config", {}), kinds, "text_config.")
+        return super().read(raw)
 
     @classmethod
     def settings(cls) -> dict[str, Kind]:

@@ -152,6 +152,12 @@ def text_settings(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return settings
 
 
+def same_arithmetic(model_type: str) -> OneOf:
+    """The text sections' model types that compute as this one does."""
+    own = [TEXT_MODEL_TYPES[model_type][name] for name in ARITHMETIC]
+    return OneOf(*(other for other, known in TEXT_MODEL_TYPES.items() if [known[name] for name in ARITHMETIC] == own))
+
+
 def flatten_rope(text: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Bring the three spellings of the rotary settings (rope_theta, rope_scaling, rope_parameters) into plain fields."""
     model_type = TEXT_MODEL_TYPES.get(text.get("model_type", "llama"), LLAMA)

@@ -25,6 +25,7 @@ from .settings import (
 from .text import TEXT_MODEL_TYPES, TextConfig, text_settings
 
 NANOVLM = "nanovlm"  # the only family whose files name no model_type
+EXPERTS = ("qwen3_vl_moe",)  # Qwen3-VL-30B-A3B and -235B-A22B
 VISION_TOKEN_SETTINGS = ("image_token_index", "image_token_id", "video_token_index", "video_token_id")
 
 
@@ -61,9 +62,13 @@ class VLMConfig(Checked):
         return self.video_token_id is not None
 
     @property
-    def marks(self) -> tuple[str, ...]:
-        """How a prompt marks the place of a picture, and that of a video where the model takes one."""
-        return self.vision_token_names[: 1 + self.takes_video]
+    def marks(self) -> dict[str, int]:
+        """How a prompt marks the place of a picture, and that of a video where the model takes one.
+
+        Each mark comes with the token of the features. Without a token of its own, a video is written with that of pictures.
+        """
+        video = self.image_token_id if self.video_token_id is None else self.video_token_id
+        return dict(zip(self.vision_token_names[: 1 + self.takes_video], (self.image_token_id, video), strict=False))
 
     @property
     def added_tokens(self) -> dict[str, int]:
@@ -152,6 +157,11 @@ class VLMConfig(Checked):
 def family_of(raw: Mapping[str, Any]) -> type[VLMConfig]:
     """The family that the `model_type` of a config.json names; raises ValueError for an unknown one."""
     families = VLMConfig.families()
+    if raw.get("model_type") in EXPERTS:
+        raise ValueError(
+            f"model_type {raw['model_type']} is a mixture of experts, which is not supported; take one of the dense Qwen3-VL "
+            "models: 2B, 4B, 8B or 32B"
+        )
     unnamed = NANOVLM if "model_type" not in raw and "vit_hidden_dim" in raw else None
     model_type = raw.get("model_type", unnamed)
     require("model_type", model_type, OneOf(*families))
