@@ -13,7 +13,14 @@ from nanovlm_v2drop.cli.arguments import parse_arguments
 from nanovlm_v2drop.cli.chat import Conversation
 from nanovlm_v2drop.cli.planning import sampling_of
 from nanovlm_v2drop.processing.prompts import build_prompt
-from nanovlm_v2drop.processing.video import FpsSampling, FrameSampling, LmmsEvalSampling, SmolVLMSampling, UniformSampling
+from nanovlm_v2drop.processing.video import (
+    FpsSampling,
+    FrameSampling,
+    LmmsEvalSampling,
+    Qwen3VLSampling,
+    SmolVLMSampling,
+    UniformSampling,
+)
 from nanovlm_v2drop.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +179,7 @@ def test_the_second_answer_equals_one_prompt_with_both_turns(scene):
         (["--frames", "8"], UniformSampling(8)),
         (["--sampling", "uniform"], UniformSampling()),
         (["--sampling", "fps", "--frames", "16"], FpsSampling(max_frames=16)),
+        (["--sampling", "qwen3-vl", "--frames", "16"], Qwen3VLSampling(max_frames=16)),
         (["--sampling", "lmms-eval", "--frames", "16"], LmmsEvalSampling(16)),
         (["--sampling", "smolvlm"], SmolVLMSampling()),
     ],

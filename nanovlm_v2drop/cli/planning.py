@@ -39,7 +39,7 @@ def sampling_of(arguments: argparse.Namespace) -> FrameSampling | None:
     name, frames = arguments.sampling, arguments.frames
     if name is None and frames is None:
         return None
-    limit = {} if frames is None else {"max_frames" if name in ("fps", "smolvlm") else "num_frames": frames}
+    limit = {} if frames is None else {"max_frames" if name in ("fps", "qwen3-vl", "smolvlm") else "num_frames": frames}
     return SAMPLINGS[name or "uniform"](**limit)
 
 

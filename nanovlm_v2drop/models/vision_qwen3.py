@@ -90,9 +90,9 @@ class Qwen3VLVisionTower(QwenVisionTower):
     def learned_positions(self, grid_thw: Sequence[Grid], device: torch.device) -> Tensor:
         """(L, D), float32 at least: for each patch the mean of the four nearest learned positions, weighted by nearness."""
         parts = []
-        for frames, *sides in grid_thw:
-            places = patch_places((1, *sides), self.config.spatial_merge_size, device)
-            (row, row_weight), (column, column_weight) = map(self.neighbours, places.unbind(1), sides)
+        for frames, rows, columns in grid_thw:
+            places = patch_places((1, rows, columns), self.config.spatial_merge_size, device)
+            (row, row_weight), (column, column_weight) = map(self.neighbours, places.unbind(1), (rows, columns))
             corners = [(row[i] * self.config.position_side + column[j], row_weight[i] * column_weight[j]) for i, j in CORNERS]
             frame = sum(self.pos_embed(numbers) * weight[:, None] for numbers, weight in corners)
             parts.append(frame.repeat(frames, 1))

@@ -150,6 +150,7 @@ def test_samplings_have_names():
     assert {name: make().max_frames for name, make in SAMPLINGS.items()} == {
         "uniform": 32,
         "fps": 768,
+        "qwen3-vl": 768,
         "lmms-eval": 32,
         "smolvlm": 64,
     }
