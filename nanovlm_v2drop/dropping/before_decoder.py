@@ -96,8 +96,8 @@ class BeforeDecoder(TokenDropper):
 
     def compress(self, state: PrefillState, vision_counts: Sequence[int]) -> PrefillState:
         text = torch.cat(state.text_rows())
-        own = None if state.deepstack is None else state.deepstack[text]
-        tokens = [Reduced(state.hidden_states[text], state.vision_indices[text], text, own)]
+        of_text = None if state.deepstack is None else state.deepstack[text]
+        tokens = [Reduced(state.hidden_states[text], state.vision_indices[text], text, of_text)]
         for rows, pictures, shares in self.shared_pictures(state, vision_counts):
             triples = zip(rows, pictures, shares, strict=True)
             tokens += [self.tokens_of(state, own, picture, share) for own, picture, share in triples]

@@ -118,16 +118,15 @@ class PrefillState:
         )
 
     def append_merged(self, merged: Sequence[Tensor], deepstack: Sequence[Tensor] = ()) -> "PrefillState":
-        """The state with each sequence's averaged tokens (C, D) behind its last vision token, which must exist.
+        """Put each sequence's averaged tokens (C, D), with their `deepstack` (C, S, D), behind its last vision token.
 
-        `deepstack` (C, S, D): what the tower adds to them, where it adds anything.
+        That token must exist.
         """
         rows = torch.arange(len(self.hidden_states), device=self.hidden_states.device)
         vision_only = torch.where(self.vision_mask, rows, -1)
-        last = [vision_only[start:end].amax().expand(len(new)) for (start, end), new in zip(self.spans, merged, strict=True)]
-        behind = torch.cat(last)
+        ends = zip(self.spans, merged, strict=True)
+        behind = torch.cat([vision_only[start:end].amax().expand(len(new)) for (start, end), new in ends])
         order = torch.cat([rows, behind]).argsort(stable=True)
-        new_rows = torch.cat(list(merged))
 
         def spliced(old: Tensor, new: Tensor) -> Tensor:
             return torch.cat([old, new.to(old.dtype)]).index_select(0, order)
@@ -137,8 +136,8 @@ class PrefillState:
 
         return replace(
             self.without_surroundings(),
-            hidden_states=spliced(self.hidden_states, new_rows),
-            previous=None if self.previous is None else spliced(self.previous, new_rows),
+            hidden_states=spliced(self.hidden_states, torch.cat(list(merged))),
+            previous=None if self.previous is None else spliced(self.previous, torch.cat(list(merged))),
             position_ids=torch.cat([self.position_ids, self.position_ids[..., behind]], dim=-1)[..., order],
             vision_mask=spliced(self.vision_mask, self.vision_mask.new_ones(len(behind))),
             vision_indices=spliced(self.vision_indices, self.vision_indices.new_full((len(behind),), MERGED)),

@@ -174,6 +174,28 @@ def test_the_released_bounds_are_read(tmp_path: Path) -> None:
     assert Qwen3VLImageProcessor.from_folder(tmp_path, TOWER) == Qwen3VLImageProcessor(**RELEASED)
 
 
+def test_settings_that_transformers_saved_again_are_read_alike(tmp_path: Path) -> None:
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    pictures = {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
+    saved = module.Qwen2VLImageProcessorPil.from_pretrained(write(tmp_path, pictures)).to_dict()
+    defaults = official_module().Qwen3VLVideoProcessor
+    names = (
+        "patch_size",
+        "image_mean",
+        "image_std",
+        "min_frames",
+        "max_frames",
+        "fps",
+        "cap_pixels_per_frame",
+        "max_video_tokens",
+    )
+    videos = {**{name: getattr(defaults, name) for name in names}, "size": {"longest_edge": 25165824, "shortest_edge": 4096}}
+    nested = {"image_processor": saved, "video_processor": {**videos, "video_processor_type": "Qwen3VLVideoProcessor"}}
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    assert Qwen3VLImageProcessor.from_folder(tmp_path, TOWER) == Qwen3VLImageProcessor(**RELEASED)
+
+
 def test_max_pixels_bounds_a_picture_and_every_frame(tmp_path: Path) -> None:
     write(
         tmp_path,
