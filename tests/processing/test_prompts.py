@@ -42,7 +42,8 @@ def test_hub_prompt_has_no_system_sentence():
 
 def test_default_template_is_in_the_table():
     assert DEFAULT_TEMPLATE == "vicuna_v1"
-    assert set(TEMPLATES) == {"vicuna_v1", "hub", "qwen_1_5", "qwen_hub", "qwen2_vl", "smolvlm", "nanovlm", "nanovlm_222m"}
+    qwen = {"qwen_1_5", "qwen_hub", "qwen2_vl", "qwen3_vl"}
+    assert set(TEMPLATES) == {"vicuna_v1", "hub", *qwen, "smolvlm", "nanovlm", "nanovlm_222m"}
 
 
 def test_pictures_without_a_place_come_first():
@@ -233,12 +234,19 @@ def test_media_that_bring_their_own_words_stand_in_the_place_of_their_marks(from
     tiles, video = written("a<image>b<image>c", (1, 2, 1), (1, 1, 1)), written("<image>, <image>", (2, 1, 3))
     prompt, ordered = write_media("<image> and <video>?", {"<image>": [tiles], "<video>": [video]})
     assert prompt == "a<image>b<image>c and <image>, <image>?"
-    assert ordered == [tiles, video]
-    expanded, again = encode_prompt(from_json, prompt, {IMAGE_TOKEN_ID: ordered})
+    assert ordered == [("<image>", tiles), ("<video>", video)]
+    expanded, again = encode_prompt(from_json, prompt, {IMAGE_TOKEN_ID: [tiles, video]})
     counts, rows = [2, 1, 3, 3], iter(expanded)
     runs = [list(run) for is_image, run in groupby(rows, key=IMAGE_TOKEN_ID.__eq__) if is_image]
     assert [len(run) for run in runs] == counts
     assert again == [tiles, video]
+
+
+def test_media_without_words_leave_their_marks():
+    plain, video = written("", (1, 2, 1)), written("0 s: <video>", (1, 1, 3))
+    prompt, ordered = write_media("<video>, <image>?", {"<image>": [plain], "<video>": [video]})
+    assert prompt == "0 s: <video>, <image>?"
+    assert ordered == [("<video>", video), ("<image>", plain)]
 
 
 @pytest.mark.parametrize(("prompt", "count"), [("a", 0), ("<image><image>", 2)])
