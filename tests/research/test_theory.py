@@ -374,13 +374,18 @@ def test_removing_equals_a_plain_forward_in_which_nobody_sees_the_token(layer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_familys_positions_stay_beside_their_tokens(family):
     packed = one_prompt(4, TOKENS, 5, family=family)
-    packed = replace(packed, inputs_embeds=packed.inputs_embeds.double())
+    packed = replace(packed, inputs_embeds=packed.inputs_embeds.double(), deepstack=None)
     point = drop_point(tiny_decoder(**FAMILIES[family]).double().requires_grad_(False), packed, 3)
     assert_close(dense_output(point), plain_forward(point, point.hidden_states))
     for row, reverted, removed in zip(point.vision_rows.tolist(), reverted_outputs(point), removed_outputs(point), strict=True):
         states = point.hidden_states.index_copy(0, torch.tensor([row]), point.previous[row, None])
         assert_close(reverted, plain_forward(point, states))
         assert_close(removed, plain_forward(point, point.hidden_states, unseen=row))
+
+
+def test_a_tower_that_adds_to_the_states_between_layers_is_refused():
+    with pytest.raises(ValueError, match=r"this model's tower adds to their outputs \(deepstack\)"):
+        drop_point(tiny_decoder(**FAMILIES["qwen3-vl"]), one_prompt(4, TOKENS, 5, family="qwen3-vl"), 3)
 
 
 def test_more_tokens_than_go_through_at_once_are_each_measured_in_their_place():
