@@ -262,7 +262,7 @@ def text(**changes: Any) -> dict[str, Any]:
             r"text_config\.rope_scaling\.mrope_interleaved = False is not supported; expected True",
         ),
         (text(head_dim=64), r"mrope_section \(24, 20, 20\) must sum to half of head_dim 64"),
-        ({"model_type": "qwen3_vl_moe"}, "qwen3_vl_moe is a mixture of experts, which is not supported; take a dense Qwen3-VL"),
+        ({"model_type": "qwen3_vl_moe"}, "qwen3_vl_moe is a mixture of experts, which is not supported; take one of the dense"),
     ],
     ids=str,
 )
