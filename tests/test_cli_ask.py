@@ -67,7 +67,7 @@ def test_a_photo_is_met_with_a_note_and_a_model_that_fits(tmp_path, capsys, monk
     words = " ".join(out.split())
     assert code == 0
     assert "demo knows only synthetic scenes of 144 x 144 pixels. This is 300 x 200, so its answers mean nothing" in words
-    assert "--model smolvlm-2.2b --dtype bfloat16 fits this machine (4.5 GB to download)" in words
+    assert "--model smolvlm-2.2b fits this machine (4.5 GB to download)" in words
 
 
 def test_several_pictures_and_a_folder_of_pictures_are_one_question(scene, tmp_path, capsys):
@@ -119,7 +119,7 @@ def test_a_conversation_streams_its_answers_and_keeps_what_was_said(scene, capsy
     code, out, _ = run(capsys, "--image", scene, "--chat", "--tokens", 60)
     assert code == 0
     first, *answers = [line for line in out.splitlines() if line]
-    assert first == "demo answers with v2drop 60; an empty line or Ctrl-D ends the conversation"
+    assert first == "demo in float32 (auto: only 6.5 M weights) answers with v2drop 60; an empty line or Ctrl-D ends the conversation"
     assert re.fullmatch(r"\d", answers[0])
     assert answers[1] in ("yes", "no")
     assert [len(request.images) for request in requests] == [1, 1]

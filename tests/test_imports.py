@@ -12,7 +12,7 @@ PACKAGE = Path(nanovlm_v2drop.__file__).parent
 # From the bottom to the top. A module may import from the modules before it in its room and from the rooms before its own.
 ROOMS: dict[str, tuple[str, ...]] = {
     "models": (
-        *("config", "attention", "linear", "kv_cache", "arrange", "parallel", "decoder"),
+        *("config", "attention", "linear", "linear_int8", "kv_cache", "arrange", "parallel", "decoder"),
         *("vision", "vision_qwen2", "vision_qwen2_5", "vision_qwen3"),
         *("vlm", "qwen2_vl", "qwen3_vl", "smolvlm", "model_classes"),
     ),
@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("images", "images_onevision", "images_qwen2", "images_qwen3", "images_smolvlm", "images_nanovlm"),
         *("tokenizer", "prompts", "chat_template"),
     ),
-    "loading": ("specs", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo"),
+    "loading": ("specs", "precision", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo"),
     "inference": ("prefill_loop", "decoding", "generation"),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
     "tasks": (),

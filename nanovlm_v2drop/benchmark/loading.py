@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..loading.checkpoint import Uninitialised, load_model
-from ..loading.zoo import DTYPES
+from ..loading.precision import named_precision
 from ..models.config import LlavaConfig, TextConfig, VisionConfig, VLMConfig
 from ..models.linear import PrepackedLinear
 from ..models.vlm import LlavaModel
@@ -66,7 +66,7 @@ def loading_rows(
     rows = []
     for stored in dtypes:
         with TemporaryDirectory(prefix="nanovlm-loading-") as place:
-            size = write_checkpoint(Path(place), shape, megabytes, DTYPES[stored])
+            size = write_checkpoint(Path(place), shape, megabytes, getattr(torch, stored))
             for dtype, cache in product(dtypes[stored], CACHES):
                 runs = [[measured_apart(loader, Path(place), dtype, cache) for loader in loaders] for _ in range(repeats)]
                 about = {"stored": stored, "dtype": dtype, "cache": cache, "file_mb": size / 1e6}
@@ -163,7 +163,7 @@ def measured(loader: str, folder: Path, dtype: str, cache: str, threads: int) ->
     load = load_ours if loader == "ours" else transformers_loader()
     prepare_cache(folder / "model.safetensors", cache)
     before, started, worked = resident_bytes(), time.perf_counter(), time.process_time()
-    model = load(folder, DTYPES[dtype])
+    model = load(folder, dtype)
     loaded, cpu = time.perf_counter(), time.process_time() - worked
     for module in model.modules():
         if isinstance(module, PrepackedLinear):
@@ -175,8 +175,9 @@ def measured(loader: str, folder: Path, dtype: str, cache: str, threads: int) ->
     return {"load_seconds": loaded - started, "ready_seconds": ready - started, "cpu_seconds": cpu, "peak_mb": peak / 1e6}
 
 
-def load_ours(folder: Path, dtype: torch.dtype) -> Any:
-    return load_model(folder, VLMConfig.from_folder(folder), device=torch.device("cpu"), dtype=dtype)
+def load_ours(folder: Path, dtype: str) -> Any:
+    cpu = torch.device("cpu")
+    return load_model(folder, VLMConfig.from_folder(folder), device=cpu, precision=named_precision(dtype, cpu))
 
 
 def transformers_loader() -> Any:

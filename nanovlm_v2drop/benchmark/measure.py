@@ -16,11 +16,11 @@ from ..evaluation.evaluate import peak_memory_mb, reset_peak_memory, timestamp
 from ..evaluation.plans import DENSE
 from ..inference import prefill
 from ..models.decoder import Decoder
-from ..models.linear import PrepackedLinear
+from ..models.linear import PrepackedLinear, QuantisedLinear
 from .contenders import Contender, Run
 from .workload import Workload
 
-Linear = nn.Linear | PrepackedLinear
+Linear = nn.Linear | PrepackedLinear | QuantisedLinear
 READ_BYTES = 2**30  # the bandwidth is measured with this many bytes, which no cache can hold
 
 

@@ -34,7 +34,7 @@ from ..dropping import TokenDropper, V2Drop
 from ..evaluation.evaluate import peak_memory_mb
 from ..evaluation.plans import DENSE
 from ..inference import Prefilled, decode_steps, prefill
-from ..loading.zoo import DTYPES, VisionLanguageModel, load
+from ..loading.zoo import VisionLanguageModel, load
 from ..models.vlm import PackedInputs, VisionInput
 from ..processing.prompts import Request
 from .contenders import Run, compare_logits
@@ -111,8 +111,8 @@ def transformers_program(
     """AutoModelForImageTextToText on token ids (1, T), pixels (1, tiles, 3, S, S) and the same as `inputs_embeds` (1, T, D)."""
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
-    pixels = pixel_values.to(DTYPES[dtype])
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+    pixels = pixel_values.to(getattr(torch, dtype))
 
     def answered(**given: Any) -> Any:
         output = model.model(**given, use_cache=True)

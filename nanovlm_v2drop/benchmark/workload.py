@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..dropping import DropSchedule
-from ..loading.zoo import as_device, as_dtype
+from ..loading.precision import named_precision, pack
+from ..loading.zoo import as_device
 from ..models.attention import resolve_backend
 from ..models.config import TextConfig
 from ..models.decoder import Decoder
-from ..models.linear import can_prepack, prepack
 from ..models.vision_qwen2 import multimodal_positions
 from ..models.vlm import PackedInputs
 
@@ -214,12 +214,12 @@ def make_workload(args: argparse.Namespace) -> Workload:
     if args.layers > shape.num_hidden_layers:
         raise ValueError(f"{args.model} has {shape.num_hidden_layers} layers, not {args.layers}; lower --layers")
     config, grids = replace(shape, num_hidden_layers=args.layers), prompt_grids(args)
-    device, dtype = as_device(args.device), as_dtype(args.dtype)
-    decoder = random_decoder(config, device, dtype, args.attention)
+    device = as_device(args.device)
+    precision = named_precision(args.dtype, device)
+    decoder = random_decoder(config, device, precision.dtype, args.attention)
     decoder.cuda_graph = args.cuda_graph
     plain = decoder.state_dict() if args.transformers else None
-    if can_prepack(device, dtype):
-        prepack(decoder)
+    pack(decoder, precision, device)
     if args.compile:
         decoder.compile_layers()
     packed = random_prompt(args.text_tokens, grids, decoder)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from ..evaluation.method_names import ALL, DENSE, parse_methods
 from ..evaluation.paper import PAPER_TASKS, expanded
-from ..loading.specs import MODELS, find_spec
+from ..loading.specs import AUTO, MODELS, find_spec
 from . import choices
 
 DESCRIPTION = """Measure what dropping vision tokens costs and saves, without any training.
@@ -126,7 +126,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--list-models", action="store_true", help="list the models: size, licence, and what they take")
     add("--weights", type=path, help="folder with the official checkpoint of --model, instead of the Hub")
     add("--device", type=device, help="cpu, cuda, cuda:N or mps; default cuda where there is a GPU, else cpu")
-    add("--dtype", choices=choices.dtypes(), help="default float32 on a CPU, bfloat16 on a GPU")
+    add("--dtype", choices=choices.dtypes(), default=AUTO, help="default auto: by processor, memory and model size")
     add("--attention", choices=choices.attention_backends(), default="auto", help="attention back end; default auto")
     add("--compile", action="store_true", help="compile the decoder's layers with torch.compile; takes a minute at first")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="processes, started by torchrun, that share a decoder")

@@ -14,7 +14,7 @@ from ..demo.scenes import IMAGE_SIZE
 from ..evaluation.evaluate import timestamp
 from ..evaluation.methods import find_methods
 from ..evaluation.plans import Plan, first_seeds, prompt_shape
-from ..evaluation.summary import run_summary
+from ..evaluation.summary import model_line, run_summary
 from ..inference import MAX_NEW_TOKENS, decode_tokens, decode_until, prefill
 from ..loading.specs import PICTURE, VIDEO
 from ..loading.zoo import VisionLanguageModel
@@ -100,6 +100,7 @@ def answer_with(vlm: VisionLanguageModel, packed: PackedInputs, plan: Plan, visi
 def print_answers(vlm: VisionLanguageModel, request: Request, rows: Sequence[Row], arguments: argparse.Namespace) -> None:
     """The answers with their tokens and times, and notes on single rows."""
     console = console_for(wide=False)
+    console.print(model_line(vlm))
     if note := beyond_demo(vlm, request, arguments):
         console.print(note)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
@@ -133,8 +134,7 @@ def beyond_demo(vlm: VisionLanguageModel, request: Request, arguments: argparse.
     spec = fitting_model(memory, PICTURE if arguments.video is None else VIDEO)
     if spec is None:
         return f"{note}."
-    option = "" if on_gpu else " --dtype bfloat16"
-    return f"{note}; --model {spec.name}{option} fits this machine ({spec.download_size:.1f} GB to download)."
+    return f"{note}; --model {spec.name} fits this machine ({spec.download_size:.1f} GB to download)."
 
 
 def media_of(request: Request) -> list[Image.Image]:

@@ -53,7 +53,7 @@ def chat(arguments: argparse.Namespace) -> None:
     media = question_about(arguments, FIRST_QUESTION)
     vlm = load_model(arguments)
     plan = plans_for(prompt_shape(vlm, media), arguments)[0]
-    print(f"{vlm.name} answers with {plan.row}; an empty line or Ctrl-D ends the conversation")
+    print(f"{vlm.name} in {vlm.precision} answers with {plan.row}; an empty line or Ctrl-D ends the conversation")
     if note := beyond_demo(vlm, media, arguments):
         print(note)
     if vlm.template not in TEMPLATES:

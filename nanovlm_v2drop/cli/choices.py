@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from ..evaluation.method_names import DENSE
-from ..loading.specs import DTYPE_NAMES, MODELS, OWN_TEMPLATE
+from ..loading.specs import AUTO, DTYPE_NAMES, MODELS, OWN_TEMPLATE
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -85,7 +85,7 @@ def aspect_ratios() -> tuple[str, ...]:
 
 
 def dtypes() -> tuple[str, ...]:
-    return DTYPE_NAMES
+    return (AUTO, *DTYPE_NAMES)
 
 
 def models() -> tuple[str, ...]:

@@ -20,7 +20,7 @@ def load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
     vlm = load(
         arguments.model,
         device=arguments.device,
-        dtype=arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16"),
+        dtype=arguments.dtype,
         image_aspect_ratio=arguments.image_aspect_ratio or DEFAULT_ASPECT_RATIO,
         template=arguments.template,
         attention=arguments.attention,

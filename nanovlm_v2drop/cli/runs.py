@@ -12,7 +12,7 @@ from ..evaluation.methods import find_methods
 from ..evaluation.output import claimed
 from ..evaluation.plans import Plan, prompt_shape
 from ..evaluation.records import read_records
-from ..evaluation.summary import run_summary
+from ..evaluation.summary import model_line, run_summary
 from ..loading.zoo import VisionLanguageModel
 from ..models.parallel import Processes
 from ..processing.prompts import Request
@@ -79,9 +79,7 @@ def announce(
     questions = {task.name: task.num_samples(arguments.limit) for task in tasks}
     if processes.is_first:
         print(f"output: {output}")
-        about = run_summary(vlm, [])
-        named = ("model", "device", "dtype", "attention", "decode_attention", "template")
-        print(", ".join(f"{name} {about[name]}" for name in named))
+        print(model_line(vlm))
         for name, own in plans.items():
             print(plan_line(name, questions[name], own, arguments.seeds), flush=True)
     before = ((record.task, record.plan, record.sample_id) for record in read_records(output))

@@ -67,7 +67,7 @@ def run_settings(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan]) ->
     methods = {plan.method: plan.kind for plan in plans if plan.kind is not None}
     return {
         "weights": held_fingerprint(vlm.model.state_dict()) if vlm.folder is None else model_fingerprint(vlm.folder),
-        "dtype": str(vlm.dtype),
+        "dtype": vlm.precision.noted,
         "template": vlm.template,
         "image_processor": repr(vlm.image_processor),
         "sampling": repr(vlm.sampling),

@@ -172,13 +172,20 @@ def common_grid_size(grids: Sequence[Sequence[int]]) -> int:
     return rows if rows == columns else 1
 
 
+def model_line(vlm: VisionLanguageModel) -> str:
+    """What runs, for the first line of a run: also why `auto` chose this dtype."""
+    about = {**run_summary(vlm, []), "dtype": vlm.precision}
+    named = ("model", "device", "dtype", "attention", "decode_attention", "template")
+    return ", ".join(f"{name} {about[name]}" for name in named)
+
+
 def run_summary(vlm: VisionLanguageModel, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The object that ends a run: what ran, and the rows."""
     backend = vlm.model.language_model.attention
     return {
         "model": vlm.name,
         "device": str(vlm.device),
-        "dtype": str(vlm.dtype).removeprefix("torch."),
+        "dtype": vlm.precision.name,
         "attention": backend,
         "decode_attention": decode_backend(backend),
         "template": vlm.template,

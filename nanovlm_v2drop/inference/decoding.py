@@ -29,10 +29,10 @@ def decode_one_token(decoder: Decoder, token_ids: Tensor, cache: KVCache) -> Ten
 
 def decode_step(decoder: Decoder, token_ids: Tensor, cache: KVCache, visible: Visible) -> Tensor:
     """What the device does for one token: it appends to the cache, which must have room, and counts on."""
-    hidden_states = decoder.embed_tokens(token_ids)  # (B, D)
-    backend = resolve_backend(decoder.attention, hidden_states.device, hidden_states.dtype)
+    hidden_states = decoder.widened(decoder.embed_tokens(token_ids))  # (B, D)
+    backend = resolve_backend(decoder.attention, hidden_states.device, decoder.dtype)
     positions = cache.position_ids.flatten()
-    cos, sin = rotary_table(decoder.config, positions, hidden_states.dtype, positions + 1)
+    cos, sin = rotary_table(decoder.config, positions, decoder.dtype, positions + 1)
     tables = zip(cos.split(len(token_ids)), sin.split(len(token_ids)), strict=True)
     for layer_idx, (layer, rotary) in enumerate(zip(decoder.layers, tables, strict=True)):
 

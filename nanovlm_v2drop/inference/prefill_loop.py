@@ -55,7 +55,7 @@ def prefill(
     Raises ValueError for a schedule that cannot act on this decoder; warns where nothing was dropped from a picture.
     """
     state = begin(decoder, packed, dropper)
-    backend = resolve_backend(decoder.attention, state.hidden_states.device, state.hidden_states.dtype)
+    backend = resolve_backend(decoder.attention, state.hidden_states.device, decoder.dtype)
     rotary = rotary_of(decoder, state)
     cache, positions, survivors = KVCache(max_new_tokens, reads_heads_first(backend)), [], []
     read, observed = (frozenset(), frozenset()) if dropper is None else (dropper.layers_read, dropper.layers_observed)
@@ -82,15 +82,16 @@ def prefill(
 def rotary_of(decoder: Decoder, state: PrefillState) -> Rotary:
     """Cosines and sines of the rows alive; scaled frequencies go by the prompts' lengths before anything left."""
     if decoder.config.scaled_beyond is None:
-        return rotary_table(decoder.config, state.position_ids, state.hidden_states.dtype)
+        return rotary_table(decoder.config, state.position_ids, decoder.dtype)
     parts = zip(state.next_position, state.seqlens, strict=True)
     lengths = torch.cat([position.expand(rows) for position, rows in parts])
-    return rotary_table(decoder.config, state.position_ids, state.hidden_states.dtype, lengths)
+    return rotary_table(decoder.config, state.position_ids, decoder.dtype, lengths)
 
 
 def begin(decoder: Decoder, packed: PackedInputs, dropper: TokenDropper | None) -> PrefillState:
     """The state at the entrance of layer 0, which the dropper has looked at; raises ValueError as `prefill`."""
-    state = agreed(decoder, replace(initial_state(packed), all_heads=decoder.all_heads))
+    hidden_states = decoder.widened(packed.inputs_embeds)
+    state = agreed(decoder, replace(initial_state(packed), hidden_states=hidden_states, all_heads=decoder.all_heads))
     if dropper is None:
         return state
     asked_budget(dropper, None, None)
@@ -114,7 +115,7 @@ def drop(
     try:
         after = dropper(state)
     except NotANumber as error:
-        raise NotFinite(f"{error}; {advice(state.hidden_states.dtype)}") from error
+        raise NotFinite(f"{error}; {advice(decoder.dtype)}") from error
     if not is_own(type(dropper)):
         check_kept(dropper, state, after)
     after = agreed(decoder, after.without_surroundings())

@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..models.config import LlavaConfig, Qwen2VLConfig, SmolVLMConfig, VLMConfig
 from ..models.decoder import Decoder
-from ..models.linear import as_bfloat16, can_prepack, packable, prepack
+from ..models.linear import as_bfloat16
 from ..models.model_classes import MODEL_CLASSES
 from ..models.vlm import VLM
 from .files import SAFETENSORS_TWINS, CheckpointError, StoredTensor, check_names, list_tensors, listed, open_safetensors
+from .precision import Precision, pack, packed_layers
 from .tensor_parallel import split_decoder
 
 if TYPE_CHECKING:
@@ -97,15 +98,16 @@ def load_model(
     config: VLMConfig,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    precision: Precision,
     attention: str = "auto",
     mesh: "DeviceMesh | None" = None,
 ) -> VLM:
     """Read an official checkpoint into a model that is ready for inference (eval mode, no gradients).
 
-    The weights never exist twice: each tensor goes straight from the mapped file to `device` and `dtype`. On the CPU,
+    The weights never exist twice: each tensor goes straight from the mapped file to `device` and its own form. On the CPU,
     in the dtype of the file, it stays a view of the file; do not overwrite the file while the model lives. In bfloat16 on
-    a CPU, matrices are prepacked at their first product, or at once if they are converted.
+    a CPU, matrices are prepacked at their first product, or at once if they are converted. In int8 they are quantised one
+    after the other.
 
     Args:
         folder: holds model.safetensors, or shards with model.safetensors.index.json, or one other *.safetensors file.
@@ -115,16 +117,16 @@ def load_model(
 
     Raises:
         FileNotFoundError: the folder or its weights are not there.
-        ValueError: the decoder cannot be split over so many processes.
+        ValueError: the decoder cannot be split over so many processes, or not with quantised weights.
         CheckpointError: the weights are not exactly the model's, are not finite, or cannot be read.
     """
     model, sources = matched_model(list_tensors(Path(folder)), config, attention, Path(folder))
     parts = {} if mesh is None else split_parts(model.language_model, mesh)
-    prepacks = can_prepack(device, dtype)
-    as_stored = {f"{name}.weight" for name in packable(model)} if prepacks else set()
-    fill(model, dict(read_tensors(sources, parts, device, dtype, as_stored)), parts)
-    if prepacks:
-        prepack(model)
+    if parts and precision.is_quantised:
+        raise ValueError(f"tensor_parallel with {precision.name} weights is not possible; use bfloat16, or one process")
+    as_stored = {f"{name}.weight" for name in packed_layers(model, precision, device)}
+    fill(model, dict(read_tensors(sources, parts, device, precision.dtype, as_stored)), parts)
+    pack(model, precision, device)
     return model
 
 

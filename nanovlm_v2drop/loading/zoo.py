@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,13 @@ from ..processing.tokenizer import Tokenizer, load_tokenizer
 from ..processing.video import FrameSampling, sample_video
 from .checkpoint import load_model, share_model
 from .families import MediaProcessor, find_conversation, media_processor, released_sampling
-from .files import check_folder, has_tokenizer
+from .files import check_folder, has_tokenizer, list_tensors
 from .in_memory import HeldModel, held_name, held_weights, is_held_model, write_settings
-from .specs import DTYPE_NAMES, MODELS, OWN_TEMPLATE, ModelSpec, WeightsUnavailable, find_spec
+from .precision import Precision, chosen_precision, named_precision
+from .specs import AUTO, MODELS, OWN_TEMPLATE, ModelSpec, WeightsUnavailable, find_spec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class VisionLanguageModel:
     """A model with everything between it and a request: tokenizer, image processor, conversation, frame sampling.
 
     `template` names the conversation: a name in prompts.TEMPLATES, or the file in which the checkpoint stores its own.
-    `folder` is where its weights were read; None for a model in memory.
+    `folder` is where its weights were read; None for a model in memory. `precision` says how its matrices are stored.
     """
 
     name: str
@@ -46,6 +46,7 @@ class VisionLanguageModel:
     conversation: Conversation
     sampling: FrameSampling
     folder: Path | None
+    precision: Precision
 
     @property
     def config(self) -> VLMConfig:
@@ -57,6 +58,7 @@ class VisionLanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
+        """What the decoder computes in."""
         return self.model.language_model.embed_tokens.weight.dtype
 
     def prepare(self, requests: Sequence[Request]) -> PackedInputs:
@@ -151,7 +153,7 @@ def load(
     *,
     processor: Any = None,
     device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
+    dtype: str | torch.dtype = AUTO,
     image_aspect_ratio: str = DEFAULT_ASPECT_RATIO,
     template: str | None = None,
     attention: str = "auto",
@@ -167,7 +169,8 @@ def load(
             layout of the official checkpoints; or a transformers model, whose weights are shared and not copied.
         processor: of a transformers model, with its tokenizer and its image_processor.
         device: None is "cpu", or where a transformers model lies.
-        dtype: a floating torch.dtype, or its name; None is float32, or that of a transformers model.
+        dtype: a name in specs.DTYPE_NAMES, or a floating torch.dtype. "auto" chooses by processor and memory (see
+            precision.chosen_precision), and keeps the dtype of a transformers model.
         image_aspect_ratio: how LLaVA-1.5 makes a picture square: "pad" (as the papers do) or "crop" (as llava-hf does).
         template: a name in prompts.TEMPLATES, or "checkpoint" for the chat template in the folder; None is the papers' where
             their decoder is this one, else the folder's.
@@ -192,20 +195,21 @@ def load(
     if processor is not None:
         raise ValueError(f"a processor belongs to a model in memory; {str(model)!r} comes with its own files")
     place, mesh = find_place(device or "cpu", tensor_parallel)
-    number_format = as_dtype(torch.float32 if dtype is None else dtype)
-    attention = resolve_backend(attention, place, number_format)
+    precision = None if dtype == AUTO else named_precision(dtype, place)  # before anything is downloaded
     spec, folder = locate(model, weights)
     config, surroundings = surround(spec, folder, options)
+    precision = precision or chosen_precision(place, sum(prod(tensor.shape) for tensor in list_tensors(folder)))
+    attention = resolve_backend(attention, place, precision.dtype)
     # The weights come last: everything else fails in milliseconds.
-    network = load_model(folder, config, device=place, dtype=number_format, attention=attention, mesh=mesh)
-    return VisionLanguageModel(model=network, folder=folder.resolve(), **surroundings)
+    network = load_model(folder, config, device=place, precision=precision, attention=attention, mesh=mesh)
+    return VisionLanguageModel(model=network, folder=folder.resolve(), precision=precision, **surroundings)
 
 
 def share(
     model: HeldModel,
     processor: Any,
     device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
+    dtype: str | torch.dtype,
     attention: str,
     options: Options,
 ) -> VisionLanguageModel:
@@ -215,14 +219,18 @@ def share(
     tensors, place, number_format = held_weights(model)
     if device is not None and as_device(device) != place:
         raise ValueError(f"the model in memory lies on {place}; move it with model.to({str(device)!r}) first")
-    if dtype is not None and as_dtype(dtype) != number_format:
-        raise ValueError(f"the model in memory is in {number_format}; convert it with model.to({as_dtype(dtype)}) first")
+    held = str(number_format).removeprefix("torch.")
+    if dtype != AUTO and (asked := named_precision(dtype, place)).name != held:
+        way = "load a checkpoint folder for that" if asked.is_quantised else f"convert it with model.to(torch.{asked}) first"
+        raise ValueError(f"the model in memory is in torch.{held}, not in {asked}; {way}")
     attention = resolve_backend(attention, place, number_format)
     with TemporaryDirectory() as folder:
         write_settings(model, processor, Path(folder))
         spec = ModelSpec(held_name(model), "in memory")
         config, surroundings = surround(spec, Path(folder), options)
-    return VisionLanguageModel(model=share_model(tensors, config, attention), folder=None, **surroundings)
+    precision = Precision(held, number_format)
+    network = share_model(tensors, config, attention)
+    return VisionLanguageModel(model=network, folder=None, precision=precision, **surroundings)
 
 
 def surround(spec: ModelSpec, folder: Path, options: Options) -> tuple[VLMConfig, dict[str, Any]]:
@@ -292,14 +300,6 @@ def find_folder(spec: ModelSpec) -> Path:
     from .hub import download  # here: it takes a second to import, and the shipped models never need it
 
     return download(spec)
-
-
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype that models run in, from itself or its name; raises ValueError for another."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; choose one of: {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def as_device(device: str | torch.device) -> torch.device:

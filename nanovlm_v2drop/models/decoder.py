@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import joined
 from .config import TextConfig
-from .linear import PrepackedLinear
+from .linear import PrepackedLinear, QuantisedLinear, products
 from .parallel import TensorParallel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
@@ -24,7 +24,10 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, head_dim) each
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 at least like the official one; bfloat16 would change the logits."""
+    """Root-mean-square norm, computed in float32 at least like the official one; bfloat16 would change the logits.
+
+    The result has the dtype of the weight: the sums that it reads can be wider (see `Decoder.widened`).
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -33,7 +36,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(hidden_states.dtype)
+        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(self.weight.dtype)
 
 
 def rotary_table(config: TextConfig, position_ids: Tensor, dtype: torch.dtype, lengths: Tensor | None = None) -> Rotary:
@@ -96,18 +99,19 @@ class SelfAttention(nn.Module):
 
     def query_key_value(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """(T, H, head_dim), and twice (T, K, head_dim); the first two rotated"""
-        return self.query(hidden_states, rotary), self.key(hidden_states, rotary), self.heads(self.v_proj, hidden_states)
+        q, k, v = map(self.heads, products(hidden_states, self.q_proj, self.k_proj, self.v_proj))
+        return apply_rotary(self.q_norm(q), rotary), apply_rotary(self.k_norm(k), rotary), v
 
     def query(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
         """(T, H, head_dim), rotated"""
-        return apply_rotary(self.q_norm(self.heads(self.q_proj, hidden_states)), rotary)
+        return apply_rotary(self.q_norm(self.heads(self.q_proj(hidden_states))), rotary)
 
     def key(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
         """(T, K, head_dim), rotated"""
-        return apply_rotary(self.k_norm(self.heads(self.k_proj, hidden_states)), rotary)
+        return apply_rotary(self.k_norm(self.heads(self.k_proj(hidden_states))), rotary)
 
-    def heads(self, projection: nn.Linear, hidden_states: Tensor) -> Tensor:
-        return projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+    def heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim))
 
 
 class GatedMLP(nn.Module):
@@ -126,7 +130,8 @@ class GatedMLP(nn.Module):
         return joined([self.some_rows(rows) for rows in hidden_states.split(CPU_ROWS if in_pieces else len(hidden_states))])
 
     def some_rows(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = products(hidden_states, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class ModuleOutputs(NamedTuple):
@@ -207,14 +212,28 @@ class Decoder(nn.Module):
         prompts of unequal length and at the first decoded token. Raises ValueError for a decoder that cannot be compiled.
         """
         is_shared = self.tensor_parallel is not None
-        is_packed = any(isinstance(module, PrepackedLinear) for module in self.modules())
+        is_packed = any(isinstance(module, PrepackedLinear | QuantisedLinear) for module in self.modules())
         if is_shared or is_packed:
-            reason = "shared by processes" if is_shared else "in prepacked bfloat16 on a CPU"
+            reason = "shared by processes" if is_shared else "with prepacked or quantised weights on a CPU"
             raise ValueError(f"a decoder {reason} cannot be compiled; run it as it is, or in float32 by one process")
         before_part = torch.compile(DecoderLayer.before_attention, fullgraph=True, backend=backend)
         behind_part = torch.compile(DecoderLayer.behind_attention, fullgraph=True, backend=backend)
         for layer in cast(Iterable[DecoderLayer], self.layers):
             layer.before_part, layer.behind_part = before_part, behind_part
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What attention computes in, and what the cache holds."""
+        return self.embed_tokens.weight.dtype
+
+    def widened(self, hidden_states: Tensor) -> Tensor:
+        """What enters layer 0: on a CPU in float32 at least, in which the sums of all layers then stay.
+
+        Methods rank tokens by small differences of these sums. Rounding the sums to bfloat16 would disturb that order, and
+        float32 costs less than 1 % of the time. On a GPU they keep their dtype, as in transformers.
+        """
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        return hidden_states.to(wide) if hidden_states.device.type == "cpu" else hidden_states
 
     def all_heads(self, heads: Tensor) -> Tensor:
         """(..., own heads, head_dim) -> (..., all heads, head_dim)"""

@@ -4,13 +4,22 @@ oneDNN computes these products for torch and reads a matrix in blocks. With a pl
 about 15 % of the time of a prefill, and for a decoded token more time than the product itself. Here, a weight is reordered
 once, at the first product; until then it can be a view of an unread file. The results are identical to the last bit. Source of
 the operators: torch's own compiler, which freezes weights with them (torch/_inductor/fx_passes/mkldnn_fusion.py).
+
+A processor without bfloat16 instructions emulates these products, several times slower than float32. There, `WidenedLinear`
+keeps the weights in bfloat16 and computes with many rows in float32.
 """
 
+import platform
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 640  # the order is chosen for products of this many rows: a prompt with one picture
 PIECE = 2**20  # values that are converted at once: in float32 they fit into a CPU's cache
+FEW_ROWS = 4  # emulated bfloat16 products of at most this many rows are limited by memory, so they are faster than float32
 
 
 class PrepackedLinear(nn.Module):
@@ -40,18 +49,81 @@ class PrepackedLinear(nn.Module):
         return self.pack().to_dense()
 
     def forward(self, values: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and values.requires_grad:
-            raise RuntimeError("prepacked bfloat16 weights have no gradients; load the model in float32 for those")
+        check_no_gradients(values, "prepacked bfloat16")
         return torch.ops.mkldnn._linear_pointwise(values, self.pack(), self.bias, "none", [], "")
 
 
-def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether device and dtype are the right ones, and processor and torch have the operators."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+class WidenedLinear(PrepackedLinear):
+    """A PrepackedLinear for float32 values on a processor without bfloat16 instructions; the bias is float32.
+
+    With at most FEW_ROWS rows the values are rounded to bfloat16. With more rows the weight is converted to float32, a piece at
+    a time, and the product is that of float32.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        check_no_gradients(values, "prepacked bfloat16")
+        if values.numel() > FEW_ROWS * self.in_features:
+            return self.wide_product(values)
+        product = torch.ops.mkldnn._linear_pointwise(values.bfloat16(), self.pack(), None, "none", [], "").float()
+        return product if self.bias is None else product.add_(self.bias)
+
+    def wide_product(self, values: Tensor) -> Tensor:
+        weight = self.weight if self.plain_weight is None else self.plain_weight
+        product = values.new_empty(*values.shape[:-1], self.out_features)
+        pieces = weight.split(max(1, PIECE // self.in_features))
+        for target, piece in zip(product.split([len(piece) for piece in pieces], dim=-1), pieces, strict=True):
+            target.copy_(F.linear(values, piece.float()))
+        return product if self.bias is None else product.add_(self.bias)
+
+
+class QuantisedLinear(nn.Module):
+    """The common part of quantised layers, which read the values in a form of their own: see `products`."""
+
+    in_features: int
+    out_features: int
+
+    def read(self, values: Tensor) -> Any:
+        """The values (..., in_features) in the form that `product` takes; equal for all layers of a kind and width."""
+        raise NotImplementedError
+
+    def product(self, rows: Any) -> Tensor:
+        """What `read` gave -> (..., out_features)"""
+        raise NotImplementedError
+
+    def forward(self, values: Tensor) -> Tensor:
+        check_no_gradients(values, "quantised")
+        return self.product(self.read(values))
+
+
+def products(values: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """The values (..., in_features) times the matrix of each layer. Quantised layers share one quantised copy of the values."""
+    first = linears[0]
+    if not isinstance(first, QuantisedLinear):
+        return [linear(values) for linear in linears]
+    rows = first.read(values)
+    return [linear.product(rows) for linear in linears if isinstance(linear, QuantisedLinear)]
+
+
+def check_no_gradients(values: Tensor, kind: str) -> None:
+    """Raise RuntimeError where a derivative is asked for."""
+    if torch.is_grad_enabled() and values.requires_grad:
+        raise RuntimeError(f"{kind} weights have no gradients; load the model in float32 for those")
+
+
+def can_prepack(device: torch.device) -> bool:
+    """Whether the device is a CPU and torch has the operators of prepacked bfloat16 weights for it."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     operators = torch.ops.mkldnn
     known = hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")
     return known and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers itself. On x86, torch's own check is true for every AVX-512 processor."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def as_bfloat16(weight: Tensor, buffer: Tensor | None = None) -> Tensor:
@@ -77,14 +149,19 @@ def packable(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def prepack(model: nn.Module) -> None:
+def prepack(model: nn.Module, kind: type[PrepackedLinear] = PrepackedLinear) -> None:
     """Replace every nn.Linear that is `packable`, one after another, so that at most one weight exists twice."""
     linears = packable(model)
     others = [linear.weight.numel() for linear in linears.values() if linear.weight.dtype != torch.bfloat16]
     buffer = torch.empty(max(others, default=0), dtype=torch.bfloat16)  # shared: allocating memory is slower than converting
+    replace_linears(model, linears, lambda linear: kind(linear, buffer))
+
+
+def replace_linears(model: nn.Module, linears: dict[str, nn.Linear], made: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put what `made` makes of each layer, by its name in the model, into its place. Empties `linears`."""
     for name in list(linears):
         linear = linears.pop(name)
-        packed = PrepackedLinear(linear, buffer)
-        packed._forward_hooks = linear._forward_hooks  # the sums over processes that share a decoder
+        replacement = made(linear)
+        replacement._forward_hooks = linear._forward_hooks  # the sums over processes that share a decoder
         parent, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(parent), own_name, packed)
+        setattr(model.get_submodule(parent), own_name, replacement)

@@ -133,7 +133,7 @@ def choice_finding(claim: str, paper: str, differences: Mapping[str, tuple[float
 
 def video_findings(vlm: VisionLanguageModel, output: Path, limit: int) -> Iterator[Finding]:
     """V2Drop beside two other methods on clips, with the video demo on the device of `vlm`; answers go to `output`."""
-    video, task = load("demo-video", device=vlm.device, dtype=vlm.dtype), DemoVideo()
+    video, task = load("demo-video", device=vlm.device, dtype=vlm.precision.name), DemoVideo()
     shape = prompt_shape(video, task.first_sample().request)
     plans = equal_budget_plans(["v2drop", "random", "dycoke"], [Budget(retain=SHARE_OF_VIDEO)], shape, seeds=range(3))
     yield from video_score_findings(scores_by_label(task, plans, answers(video, task, plans, output, limit)))

@@ -17,6 +17,7 @@ from torch import Tensor
 from nanovlm_v2drop.loading import checkpoint
 from nanovlm_v2drop.loading.checkpoint import load_model
 from nanovlm_v2drop.loading.files import CheckpointError
+from nanovlm_v2drop.loading.precision import named_precision
 from nanovlm_v2drop.models.config import VLMConfig
 from nanovlm_v2drop.models.linear import PrepackedLinear, can_prepack
 from nanovlm_v2drop.models.vlm import LlavaModel, VisionInput
@@ -29,7 +30,8 @@ OUR_DOWN_PROJ = "language_model.layers.3.mlp.down_proj.weight"
 
 
 def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> LlavaModel:
-    return load_model(folder, VLMConfig.from_folder(folder), device=CPU, dtype=dtype, attention="sdpa")
+    config, precision = VLMConfig.from_folder(folder), named_precision(dtype, CPU)
+    return load_model(folder, config, device=CPU, precision=precision, attention="sdpa")
 
 
 def assert_matches(model: LlavaModel, reference: Any, tolerance: float = 1e-5) -> None:
@@ -225,7 +227,7 @@ def test_converting_holds_one_stored_tensor_at_a_time(tiny_llava_folder: Path, m
     assert set(counts) == {1}
 
 
-@pytest.mark.skipif(not can_prepack(torch.device("cpu"), torch.bfloat16), reason="this processor has no fast bfloat16")
+@pytest.mark.skipif(not can_prepack(torch.device("cpu")), reason="this processor has no fast bfloat16")
 def test_bfloat16_on_a_cpu_is_loaded_prepacked_and_computes_the_same(tiny_llava_folder: Path) -> None:
     model, plain = load_folder(tiny_llava_folder, torch.bfloat16), load_folder(tiny_llava_folder, torch.float32).bfloat16()
     assert not [module for module in model.modules() if type(module) is torch.nn.Linear]

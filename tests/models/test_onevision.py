@@ -36,6 +36,7 @@ from nanovlm_v2drop.dropping import DropSchedule, V2Drop
 from nanovlm_v2drop.inference import decode_one_token, generate, prefill
 from nanovlm_v2drop.loading.checkpoint import load_model
 from nanovlm_v2drop.loading.files import CheckpointError
+from nanovlm_v2drop.loading.precision import named_precision
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
 from nanovlm_v2drop.models.config import LlavaOnevisionConfig, SiglipVisionConfig, TextConfig, VLMConfig
 from nanovlm_v2drop.models.vlm import LlavaOnevisionModel, PackedInputs, VisionInput
@@ -281,7 +282,7 @@ def stored(folder: Path, tmp_path: Path) -> Callable[[Tensors], LlavaOnevisionMo
 
     def save_and_load(changed_tensors: Tensors) -> LlavaOnevisionModel:
         save_file(changed_tensors, tmp_path / "model.safetensors")
-        model = load_model(tmp_path, VLMConfig.from_folder(folder), device=CPU, dtype=torch.float32)
+        model = load_model(tmp_path, VLMConfig.from_folder(folder), device=CPU, precision=named_precision("float32", CPU))
         assert isinstance(model, LlavaOnevisionModel)
         return model
 

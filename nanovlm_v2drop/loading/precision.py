@@ -1,0 +1,102 @@
+"""Which numbers a model computes with: a name in DTYPE_NAMES, or `auto`, which chooses by processor and memory."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..models.linear import PrepackedLinear, WidenedLinear, can_prepack, has_bfloat16_instructions, packable, prepack
+from ..models.linear_int8 import int8_obstacle, quantise_int8
+from .specs import AUTO, DTYPE_NAMES
+
+FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes of a weight
+QUANTISED = {"int8": 1.05}  # bytes of a weight on average: embeddings stay in 16 bits
+SMALL = 50_000_000  # weights; a smaller model answers about as fast in float32
+SPARE = 0.75  # share of the memory that weights may take; the rest is for pictures, caches and other programs
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`name` says how matrices are stored, as in DTYPE_NAMES; everything else, and what is computed, is in `dtype`.
+
+    The two differ for quantised weights, and for bfloat16 weights on a CPU without instructions for bfloat16. `reason` tells
+    why `auto` chose this precision; it is empty where the user chose.
+    """
+
+    name: str
+    dtype: torch.dtype
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} (auto: {self.reason})" if self.reason else self.name
+
+    @property
+    def noted(self) -> str:
+        """What is noted beside answers: everything of it that they depend on."""
+        computed = str(self.dtype)
+        return computed if computed == f"torch.{self.name}" else f"{self.name} weights, {computed}"
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.name in QUANTISED
+
+
+def named_precision(dtype: str | torch.dtype, device: torch.device) -> Precision:
+    """The precision that `dtype` names; `auto` is none of them, because it needs the size of the model.
+
+    Raises ValueError for an unknown name, and for quantised weights where they cannot run.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPE_NAMES:
+        raise ValueError(f"unknown dtype {name!r}; choose one of: {AUTO}, {', '.join(DTYPE_NAMES)}")
+    if name in QUANTISED and (reason := int8_obstacle(device)) is not None:
+        raise ValueError(f"dtype {name} cannot run: {reason}; use auto or bfloat16")
+    return Precision(name, computing_dtype(name, device))
+
+
+def computing_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What is computed with weights stored as `name`."""
+    if name not in QUANTISED and name != "bfloat16":
+        return getattr(torch, name)
+    emulates = device.type == "cpu" and not has_bfloat16_instructions()
+    return torch.float32 if emulates else torch.bfloat16
+
+
+def chosen_precision(device: torch.device, num_weights: int) -> Precision:
+    """What `auto` means for a model of `num_weights`: the form that keeps most digits among those that are fast and fit."""
+    if device.type != "cpu":
+        return Precision("bfloat16", torch.bfloat16, f"the weights are on {device.type}")
+    size = f"{num_weights / 1e9:.1f} B weights" if num_weights >= 1e8 else f"{num_weights / 1e6:.1f} M weights"
+    if num_weights < SMALL:
+        return Precision("float32", torch.float32, f"only {size}")
+    memory = memory_bytes()
+    fast = ["bfloat16"] if has_bfloat16_instructions() else ["float32", "bfloat16"]
+    usable = {name: FLOATS.get(name) or QUANTISED[name] for name in [*fast, *([] if int8_obstacle(device) else QUANTISED)]}
+    name = next((name for name, width in usable.items() if width * num_weights <= SPARE * memory), list(usable)[-1])
+    instructions = "has" if has_bfloat16_instructions() else "has no"
+    reason = f"{size}, {memory / 1e9:.0f} GB of memory, and the processor {instructions} bfloat16 instructions"
+    return Precision(name, computing_dtype(name, device), reason)
+
+
+def memory_bytes() -> int:
+    """The memory of this machine, or of the container that this process runs in."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
+    return min(physical, int(limit)) if limit.isdecimal() else physical
+
+
+def packed_layers(model: nn.Module, precision: Precision, device: torch.device) -> dict[str, nn.Linear]:
+    """The layers, by name, whose weights `pack` takes in the dtype of the file; `pack` converts them."""
+    packs = precision.is_quantised or (precision.name == "bfloat16" and can_prepack(device))
+    return packable(model) if packs else {}
+
+
+def pack(model: nn.Module, precision: Precision, device: torch.device) -> None:
+    """Put the matrices of a model on a CPU into the form in which they are multiplied, one after another."""
+    if precision.is_quantised:
+        quantise_int8(model, precision.dtype)
+    elif packed_layers(model, precision, device):
+        prepack(model, PrepackedLinear if precision.dtype == torch.bfloat16 else WidenedLinear)

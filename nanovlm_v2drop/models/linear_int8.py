@@ -1,0 +1,106 @@
+"""Linear layers with int8 weights, for CPUs with VNNI instructions.
+
+A weight has one scale for each output channel: weight = q * scale, q in -127 ... 127. The values are quantised on the way in,
+with one scale for each token, so that the sums are exact integers. Source of the operators: torch's quantisation for x86
+(torch/ao/quantization/quantizer/x86_inductor_quantizer.py lowers to them).
+
+Shapes: R rows, N out_features, K in_features.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .linear import ROWS, QuantisedLinear, replace_linears
+
+LARGEST = 127
+ZERO_POINT = 128  # oneDNN is fast with unsigned values only
+MARGIN = 1.003  # a scale is rounded to bfloat16, by up to 1 / 512 of itself; no value may be beyond 127.5 scales
+SLICE = 256  # rows of a weight that are quantised at once, so that little of it exists in float32
+
+
+class QuantisedRows(NamedTuple):
+    """Values (..., K): q (R, K) uint8, scale (R, 1) float32 with all digits of bfloat16; value = (q - 128) * scale."""
+
+    q: Tensor
+    scale: Tensor
+    shape: torch.Size
+
+
+def quantise_rows(values: Tensor) -> QuantisedRows:
+    """Quantise values (..., K) with one scale a row. The largest error is half a scale."""
+    wide = values.reshape(-1, values.shape[-1]).float()
+    largest = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
+    scale = (largest * (MARGIN / LARGEST)).bfloat16().float()
+    signed = (wide * torch.where(scale == 0, 0.0, 1 / scale)).round_().to(torch.int8)
+    # torch converts to int8 several times faster than to uint8. The other sign bit adds the zero point of 128.
+    return QuantisedRows(signed.view(torch.uint8).bitwise_xor_(ZERO_POINT), scale, values.shape)
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A floating (N, K) weight -> int8 (N, K), and the scale of each row (N,) float32."""
+    scale = weight.abs().amax(1).float() / LARGEST
+    divisor = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # a row of zeros
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    for target, source, by in zip(q.split(SLICE), weight.split(SLICE), divisor.split(SLICE), strict=True):
+        target.copy_((source.float() / by).round_())
+    return q, scale
+
+
+class Int8Linear(QuantisedLinear):
+    """An nn.Linear for inference with an int8 weight `q` (N, K) and its `scale` (N,): (..., K) -> (..., N) in `dtype`.
+
+    The weight is kept in the memory order of oneDNN.
+    """
+
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = q.shape
+        self.scale, self.dtype = scale, dtype
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.zero_points = torch.zeros(len(q), dtype=torch.int32)
+        self.packed_weight = torch.ops.onednn.qlinear_prepack(q, [ROWS, self.in_features])
+
+    @classmethod
+    def of(cls, linear: nn.Linear, dtype: torch.dtype) -> "Int8Linear":
+        return cls(*quantise_weight(linear.weight.detach()), linear.bias, dtype)
+
+    @property
+    def q(self) -> Tensor:
+        """(N, K) int8: a copy in plain order."""
+        return self.packed_weight.to_dense().t().contiguous()
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K) float32: what the quantised weight means."""
+        return self.q.float() * self.scale[:, None]
+
+    def read(self, values: Tensor) -> QuantisedRows:
+        return quantise_rows(values)
+
+    def product(self, rows: QuantisedRows) -> Tensor:
+        # The scale of the values is left at 1 here: oneDNN takes one for all rows, and each row has its own.
+        weight = (self.packed_weight, self.scale, self.zero_points, None)
+        whole = torch.ops.onednn.qlinear_pointwise(rows.q, 1.0, ZERO_POINT, *weight, 1.0, 0, self.dtype, "none", [], "")
+        scaled = whole.mul_(rows.scale.to(self.dtype)).view(*rows.shape[:-1], self.out_features)
+        return scaled if self.bias is None else scaled.add_(self.bias)
+
+
+def int8_obstacle(device: torch.device) -> str | None:
+    """The reason why int8 weights cannot be used here, or None."""
+    if device.type != "cpu":
+        return f"it is for CPUs, not {device.type}"
+    if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
+        return f"torch {torch.__version__} has no int8 products of oneDNN here"
+    return None if torch.cpu._is_vnni_supported() else "this processor has no AVX-512 VNNI instructions"
+
+
+def all_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every nn.Linear by name. Also a head that shares its weight with the embeddings: these stay as they are beside it."""
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+
+
+def quantise_int8(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every nn.Linear, one after another, so that at most one float weight in memory is held beside its int8 form."""
+    replace_linears(model, all_linears(model), lambda linear: Int8Linear.of(linear, dtype))

@@ -1,0 +1,135 @@
+"""Which numbers a model computes with, by processor, memory and size."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_decoder
+from torch import nn
+
+from nanovlm_v2drop import DropSchedule, Request, V2Drop, generate, load
+from nanovlm_v2drop.loading import precision as precision_module
+from nanovlm_v2drop.loading.precision import Precision, chosen_precision, memory_bytes, named_precision, pack
+from nanovlm_v2drop.loading.zoo import VisionLanguageModel
+from nanovlm_v2drop.models.linear import PrepackedLinear, WidenedLinear, can_prepack
+from nanovlm_v2drop.models.linear_int8 import Int8Linear, int8_obstacle
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_bfloat16 = pytest.mark.skipif(not can_prepack(CPU), reason="no prepacked bfloat16 here")
+needs_int8 = pytest.mark.skipif(int8_obstacle(CPU) is not None, reason=f"int8: {int8_obstacle(CPU)}")
+SEVEN_BILLION = 7_063_000_000
+
+
+def tokens_of(vlm: VisionLanguageModel) -> list[int]:
+    """An answer with half of the vision tokens dropped."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (42, 42, 3), dtype=np.uint8))
+    dropper = V2Drop(DropSchedule({1: 0.5}))
+    (answer,) = generate(vlm, [Request(text="What?", images=[picture])], dropper, max_new_tokens=3)
+    return answer.token_ids
+
+
+def set_machine(monkeypatch: pytest.MonkeyPatch, bfloat16: bool, int8: bool, memory_gb: float) -> None:
+    monkeypatch.setattr(precision_module, "has_bfloat16_instructions", lambda: bfloat16)
+    monkeypatch.setattr(precision_module, "int8_obstacle", lambda device: None if int8 else "no VNNI")
+    monkeypatch.setattr(precision_module, "memory_bytes", lambda: int(memory_gb * 1e9))
+
+
+@pytest.mark.parametrize(
+    ("weights", "bfloat16", "int8", "memory_gb", "name", "dtype"),
+    [
+        (1_600_000, True, True, 16, "float32", torch.float32),  # the shipped demos
+        (SEVEN_BILLION, True, True, 24, "bfloat16", torch.bfloat16),
+        (SEVEN_BILLION, True, True, 16, "int8", torch.bfloat16),
+        (SEVEN_BILLION, False, True, 64, "float32", torch.float32),
+        (SEVEN_BILLION, False, True, 24, "bfloat16", torch.float32),
+        (SEVEN_BILLION, False, True, 16, "int8", torch.float32),
+        (SEVEN_BILLION, False, False, 16, "bfloat16", torch.float32),
+        (SEVEN_BILLION, True, True, 4, "int8", torch.bfloat16),  # nothing fits: the smallest
+    ],
+)
+def test_auto_keeps_the_most_digits_that_are_fast_and_fit(
+    weights: int, bfloat16: bool, int8: bool, memory_gb: float, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_machine(monkeypatch, bfloat16, int8, memory_gb)
+    chosen = chosen_precision(CPU, weights)
+    assert (chosen.name, chosen.dtype) == (name, dtype)
+
+
+def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_machine(monkeypatch, bfloat16=False, int8=True, memory_gb=24)
+    reason = "7.1 B weights, 24 GB of memory, and the processor has no bfloat16 instructions"
+    assert str(chosen_precision(CPU, SEVEN_BILLION)) == f"bfloat16 (auto: {reason})"
+    assert str(chosen_precision(CPU, 1_640_000)) == "float32 (auto: only 1.6 M weights)"
+    assert str(chosen_precision(CUDA, 1)) == "bfloat16 (auto: the weights are on cuda)"
+    assert str(Precision("int8", torch.bfloat16)) == "int8"
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "float64", "bfloat16"])
+def test_a_dtype_and_its_name_mean_the_same(name: str) -> None:
+    assert named_precision(getattr(torch, name), CUDA) == named_precision(name, CUDA) == Precision(name, getattr(torch, name))
+
+
+def test_what_is_noted_beside_answers_tells_apart_what_computes_differently() -> None:
+    assert Precision("float32", torch.float32, "only few weights").noted == "torch.float32"
+    assert Precision("bfloat16", torch.float32).noted == "bfloat16 weights, torch.float32"
+    assert Precision("int8", torch.bfloat16).noted == "int8 weights, torch.bfloat16"
+
+
+def test_int8_on_a_gpu_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match="dtype int8 cannot run: it is for CPUs, not cuda; use auto or bfloat16"):
+        named_precision("int8", CUDA)
+
+
+@pytest.mark.parametrize(("limit", "smaller"), [("max\n", False), ("1000000\n", True), ("9" * 18, False)])
+def test_the_limit_of_a_container_counts(limit: str, smaller: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(precision_module, "CGROUP_LIMIT", tmp_path / "nothing")
+    physical = memory_bytes()
+    monkeypatch.setattr(precision_module, "CGROUP_LIMIT", tmp_path / "memory.max")
+    assert memory_bytes() == (1_000_000 if smaller else physical)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, PrepackedLinear), (torch.float32, WidenedLinear)])
+def test_bfloat16_weights_are_packed_for_the_dtype_of_the_values(dtype: torch.dtype, kind: type[nn.Module]) -> None:
+    decoder = tiny_decoder().requires_grad_(False)
+    pack(decoder, Precision("bfloat16", dtype), CPU)
+    assert {type(module) for module in decoder.modules() if hasattr(module, "in_features")} == {kind}
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "float64"])
+def test_other_floats_keep_plain_weights(name: str) -> None:
+    decoder = tiny_decoder()
+    pack(decoder, named_precision(name, CPU), CPU)
+    assert {type(module) for module in decoder.modules() if hasattr(module, "in_features")} == {nn.Linear}
+
+
+def test_small_models_resolve_to_float32_and_say_so() -> None:
+    vlm = load("demo")
+    assert vlm.dtype == torch.float32
+    assert str(vlm.precision).startswith("float32 (auto: only 6")
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_both_ways_to_compute_with_bfloat16_weights_answer_a_request(
+    dtype: torch.dtype, tiny_llava_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision_module, "has_bfloat16_instructions", lambda: dtype == torch.bfloat16)
+    vlm = load(tiny_llava_folder, dtype="bfloat16")
+    assert (vlm.precision.name, vlm.dtype) == ("bfloat16", dtype)
+    assert tokens_of(vlm)
+
+
+@needs_int8
+def test_an_official_checkpoint_loads_in_int8_and_answers(tiny_llava_folder: Path) -> None:
+    vlm = load(tiny_llava_folder, dtype="int8")
+    plain = load(tiny_llava_folder, dtype="float32").model
+    layers = {name: module for name, module in vlm.model.named_modules() if hasattr(module, "in_features")}
+    assert {type(module) for module in layers.values()} == {Int8Linear}
+    for name, layer in layers.items():
+        weight = plain.get_submodule(name).weight
+        torch.testing.assert_close(layer.weight, weight, rtol=0, atol=weight.abs().max().item() / 250)
+    assert tokens_of(vlm)
