@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from ..models.linear import PrepackedLinear, WidenedLinear, can_prepack, has_bfloat16_instructions, packable, prepack
+from ..models.linear_int4 import int4_obstacle, quantise_int4
 from ..models.linear_int8 import int8_obstacle, quantise_int8
 from .specs import AUTO, DTYPE_NAMES
 
 FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes of a weight
-QUANTISED = {"int8": 1.05}  # bytes of a weight on average: embeddings stay in 16 bits
+QUANTISED = {"int8": 1.05, "int4": 0.65}  # bytes of a weight on average: embeddings stay in 16 bits
+OBSTACLES = {"int8": int8_obstacle, "int4": int4_obstacle}
 SMALL = 50_000_000  # weights; a smaller model answers about as fast in float32
 SPARE = 0.75  # share of the memory that weights may take; the rest is for pictures, caches and other programs
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -52,7 +54,7 @@ def named_precision(dtype: str | torch.dtype, device: torch.device) -> Precision
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPE_NAMES:
         raise ValueError(f"unknown dtype {name!r}; choose one of: {AUTO}, {', '.join(DTYPE_NAMES)}")
-    if name in QUANTISED and (reason := int8_obstacle(device)) is not None:
+    if name in QUANTISED and (reason := OBSTACLES[name](device)) is not None:
         raise ValueError(f"dtype {name} cannot run: {reason}; use auto or bfloat16")
     return Precision(name, computing_dtype(name, device))
 
@@ -74,7 +76,8 @@ def chosen_precision(device: torch.device, num_weights: int) -> Precision:
         return Precision("float32", torch.float32, f"only {size}")
     memory = memory_bytes()
     fast = ["bfloat16"] if has_bfloat16_instructions() else ["float32", "bfloat16"]
-    usable = {name: FLOATS.get(name) or QUANTISED[name] for name in [*fast, *([] if int8_obstacle(device) else QUANTISED)]}
+    small = [name for name, obstacle in OBSTACLES.items() if obstacle(device) is None]
+    usable = {name: FLOATS.get(name) or QUANTISED[name] for name in [*fast, *small]}
     name = next((name for name, width in usable.items() if width * num_weights <= SPARE * memory), list(usable)[-1])
     instructions = "has" if has_bfloat16_instructions() else "has no"
     reason = f"{size}, {memory / 1e9:.0f} GB of memory, and the processor {instructions} bfloat16 instructions"
@@ -95,7 +98,12 @@ def packed_layers(model: nn.Module, precision: Precision, device: torch.device) 
 
 
 def pack(model: nn.Module, precision: Precision, device: torch.device) -> None:
-    """Put the matrices of a model on a CPU into the form in which they are multiplied, one after another."""
+    """Put the matrices of a model on a CPU into the form in which they are multiplied, one after another.
+
+    With int4, those outside the decoder's layers become int8: the tower and the head suffer most from four bits.
+    """
+    if precision.name == "int4":
+        quantise_int4(model, precision.dtype)
     if precision.is_quantised:
         quantise_int8(model, precision.dtype)
     elif packed_layers(model, precision, device):

@@ -11,7 +11,7 @@ INSTALLED_WEIGHTS = Path(__file__).parents[1] / "weights"  # where a wheel holds
 WEIGHTS_FOLDER = INSTALLED_WEIGHTS if INSTALLED_WEIGHTS.is_dir() else Path(__file__).parents[2] / "weights"
 OWN_TEMPLATE = "checkpoint"  # in place of a template's name: the chat template of the folder
 AUTO = "auto"  # the default of every `dtype`: see precision.chosen_precision
-DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64", "int8")
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64", "int8", "int4")
 PICTURE, SEVERAL, VIDEO = "one picture", "several pictures", "video"
 STILLS, ALL_MEDIA = (PICTURE, SEVERAL), (PICTURE, SEVERAL, VIDEO)
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from .attention import joined
 from .config import TextConfig
 from .linear import PrepackedLinear, QuantisedLinear, products
+from .linear_int4 import Int4Linear
 from .parallel import TensorParallel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
-CPU_ROWS = 512
+CPU_ROWS = 320
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, head_dim) each
 
 
@@ -125,9 +126,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # On a CPU, the values of a few rows are still in its cache when down_proj reads them. A GPU is faster with all rows at
-        # once. Compiled code must be the same for any number of rows, so it takes no pieces.
-        in_pieces = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-        return joined([self.some_rows(rows) for rows in hidden_states.split(CPU_ROWS if in_pieces else len(hidden_states))])
+        # once, and so are 4-bit weights, which are unpacked for each product. Compiled code must be the same for any number of
+        # rows, so it takes no pieces.
+        at_once = isinstance(self.gate_proj, Int4Linear) or torch.compiler.is_compiling() or hidden_states.device.type != "cpu"
+        return joined([self.some_rows(rows) for rows in hidden_states.split(len(hidden_states) if at_once else CPU_ROWS)])
 
     def some_rows(self, hidden_states: Tensor) -> Tensor:
         gate, up = products(hidden_states, self.gate_proj, self.up_proj)

@@ -369,7 +369,7 @@ def test_every_round_runs_everything_once_in_rotating_order():
         (["--frames", "0"], "must be at least 1"),
         (["--layers", "7"], "tiny has 6 layers, not 7"),
         (["--attention", "flash-attn"], "cannot run"),
-        (["--dtype", "int8"], "int8"),
+        (["--dtype", "int3"], "unknown dtype 'int3'"),
         (["--transformers", "sdpa,fast"], "transformers has no attention fast"),
         (["--compile", "--dtype", "bfloat16"], "cannot be compiled"),
         (["--cuda-graph"], "--cuda-graph needs --device cuda"),

@@ -32,7 +32,8 @@ def tokens_of(vlm: VisionLanguageModel) -> list[int]:
 
 def set_machine(monkeypatch: pytest.MonkeyPatch, bfloat16: bool, int8: bool, memory_gb: float) -> None:
     monkeypatch.setattr(precision_module, "has_bfloat16_instructions", lambda: bfloat16)
-    monkeypatch.setattr(precision_module, "int8_obstacle", lambda device: None if int8 else "no VNNI")
+    obstacles = dict.fromkeys(("int8", "int4"), lambda device: None if int8 else "no VNNI")
+    monkeypatch.setattr(precision_module, "OBSTACLES", obstacles)
     monkeypatch.setattr(precision_module, "memory_bytes", lambda: int(memory_gb * 1e9))
 
 
@@ -46,7 +47,8 @@ def set_machine(monkeypatch: pytest.MonkeyPatch, bfloat16: bool, int8: bool, mem
         (SEVEN_BILLION, False, True, 24, "bfloat16", torch.float32),
         (SEVEN_BILLION, False, True, 16, "int8", torch.float32),
         (SEVEN_BILLION, False, False, 16, "bfloat16", torch.float32),
-        (SEVEN_BILLION, True, True, 4, "int8", torch.bfloat16),  # nothing fits: the smallest
+        (SEVEN_BILLION, True, True, 8, "int4", torch.bfloat16),
+        (SEVEN_BILLION, True, True, 4, "int4", torch.bfloat16),  # nothing fits: the smallest
     ],
 )
 def test_auto_keeps_the_most_digits_that_are_fast_and_fit(

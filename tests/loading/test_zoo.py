@@ -83,7 +83,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"model": "llava-9"},
         "unknown model 'llava-9'; choose one of: demo, demo-video, llava-1.5-7b, llava-1.5-13b, .*nanovlm-450m;",
     ),
-    "dtype": ({"dtype": "int3"}, "unknown dtype 'int3'; choose one of: auto, float32, bfloat16, float16, float64, int8"),
+    "dtype": ({"dtype": "int3"}, "unknown dtype 'int3'; choose one of: auto, float32, bfloat16, float16, float64, int8, int4"),
     "device": ({"device": "gpu"}, "device 'gpu' cannot be used here: .*; use cpu"),
     "attention": ({"attention": "flash"}, "unknown attention back end 'flash'"),
     "flash on a CPU": ({"attention": "flash-attn"}, "'flash-attn' cannot run: it needs a CUDA device, not cpu"),

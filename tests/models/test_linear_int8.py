@@ -61,6 +61,13 @@ def test_products_are_those_of_the_exact_twin(shape: tuple[int, ...], dtype: tor
 
 
 @needs_int8
+def test_values_that_are_not_contiguous_are_multiplied_right() -> None:
+    _, layer = random_layer()
+    values = torch.randn(96, 7).T
+    assert torch.equal(layer(values), layer(values.contiguous()))
+
+
+@needs_int8
 def test_results_are_near_those_of_the_float_weight() -> None:
     linear, layer = random_layer()
     values = torch.randn(200, 96)

@@ -1,0 +1,125 @@
+"""Linear layers with 4-bit weights, for CPUs with AVX-512 VNNI instructions.
+
+A decoded token reads every weight once, so its time is that of the memory: torch's own one-row kernel reads half of what int8
+would. A prompt has many rows, and its time is that of the arithmetic: there a weight is unpacked to int8, some columns at a
+time, and multiplied as such.
+
+Both read the same bytes. A weight is q * m * scale: q in -7 ... 7, a whole number m in 1 ... 18 for each group of GROUP inputs
+of an output channel, and a scale for each output channel. So q * m is an exact int8 number.
+
+Shapes: R rows, N out_features, K in_features, G = K / GROUP.
+"""
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from .linear import QuantisedLinear, replace_linears
+from .linear_int8 import SLICE, ZERO_POINT, QuantisedRows, all_linears, int8_obstacle, quantise_rows
+
+GROUP = 64
+LARGEST, LARGEST_MULTIPLE = 7, 18  # their product is the largest multiple of 7 in int8
+FEW_ROWS = 16  # from about here on, unpacking costs less than the one-row kernel loses
+BLOCK = 64  # channels that are together in the layout for AVX-512: in 32 bytes, half of them in the low halves
+CHANNELS, INPUTS = 2048, 512  # of a weight, unpacked at once: these stay in a CPU's cache
+LOW = 0x0F0F0F0F0F0F0F0F  # the low half of each of eight bytes
+OFFSET = 8  # stored is q + 8
+DECODER_LAYERS = re.compile(r"^(language_model\.)?layers\.")
+
+
+def quantise_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A floating (N, K) weight -> q (N, K) int8, multiples (N, G) int8, and the scale of each channel (N,).
+
+    The scales are float32 numbers with all digits of bfloat16, so products in bfloat16 take them exactly.
+    """
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    largest = groups.abs().amax(-1)
+    smallest = torch.finfo(torch.float32).tiny  # a channel of zeros
+    scale = (largest.amax(1) / (LARGEST * LARGEST_MULTIPLE)).clamp(min=smallest).bfloat16().float()
+    multiples = (largest / (LARGEST * scale[:, None])).round_().clamp_(1, LARGEST_MULTIPLE)
+    q = (groups / (multiples * scale[:, None])[..., None]).round_().clamp_(-LARGEST, LARGEST)
+    return q.flatten(1).to(torch.int8), multiples.to(torch.int8), scale
+
+
+class Int4Linear(QuantisedLinear):
+    """An nn.Linear for inference with a 4-bit weight: (..., K) -> (..., N) in `dtype`.
+
+    `nibbles` (N, K / 2) uint8 is in the order of torch's kernel; `multiples` (G, N) int8; `scale` (N,) float32.
+    """
+
+    def __init__(self, nibbles: Tensor, multiples: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = len(nibbles), 2 * nibbles.shape[1]
+        self.nibbles, self.multiples, self.scale, self.dtype = nibbles, multiples, scale, dtype
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        steps = (multiples * scale).bfloat16()
+        self.scales_and_zeros = torch.stack([steps, torch.zeros_like(steps)], dim=-1)  # (G, N, 2), as the kernel takes them
+
+    @classmethod
+    def of(cls, linear: nn.Linear, dtype: torch.dtype) -> "Int4Linear":
+        """The quantised layer; raises ValueError for a shape that torch's kernel does not take."""
+        weight = linear.weight.detach()
+        if weight.shape[0] % BLOCK or weight.shape[1] % GROUP:
+            shape = " x ".join(map(str, weight.shape))
+            raise ValueError(f"int4 needs matrices with multiples of {BLOCK} rows and columns, not {shape}; use int8")
+        parts = [quantise_groups(rows) for rows in weight.split(SLICE)]
+        nibbles = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + OFFSET, 2) for q, _, _ in parts]
+        multiples, scale = (torch.cat(list(own)) for own in list(zip(*parts, strict=True))[1:])
+        return cls(torch.cat(nibbles), multiples.T.contiguous(), scale, linear.bias, dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K) float32: what the quantised weight means."""
+        return self.unpacked(slice(0, self.out_features)).T.float() * self.scale[:, None]
+
+    def unpacked(self, channels: slice) -> Tensor:
+        """(K, C) int8: q * m of some channels, a multiple of BLOCK."""
+        packed = self.nibbles[channels].view(torch.int64).view(-1, self.in_features, BLOCK // 16)  # blocks, K, 32 bytes
+        unpacked = torch.empty(self.in_features, len(packed) * BLOCK, dtype=torch.int8)
+        halves = unpacked.view(torch.int64).view(self.in_features, len(packed), 2, BLOCK // 16)
+        multiples = self.multiples[:, None, channels].split(INPUTS // GROUP)
+        parts = zip(packed.split(INPUTS, 1), halves.split(INPUTS), unpacked.split(INPUTS), multiples, strict=True)
+        for source, target, numbers, own in parts:
+            inputs_first = source.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # changed in place below
+            target[:, :, 0] = inputs_first & LOW
+            target[:, :, 1] = inputs_first.bitwise_right_shift_(4).bitwise_and_(LOW)
+            numbers.sub_(OFFSET).unflatten(0, (-1, GROUP)).mul_(own)
+        return unpacked
+
+    def read(self, values: Tensor) -> Tensor | QuantisedRows:
+        return values if values.numel() <= FEW_ROWS * self.in_features else quantise_rows(values)
+
+    def product(self, rows: Tensor | QuantisedRows) -> Tensor:
+        product = self.of_many(rows) if isinstance(rows, QuantisedRows) else self.of_few(rows)
+        return product if self.bias is None else product.add_(self.bias)
+
+    def of_few(self, values: Tensor) -> Tensor:
+        """By torch's kernel for one row, in bfloat16."""
+        flat = values.reshape(-1, self.in_features).bfloat16().contiguous()
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.nibbles, GROUP, self.scales_and_zeros)
+        return product.to(self.dtype).view(*values.shape[:-1], self.out_features)
+
+    def of_many(self, rows: QuantisedRows) -> Tensor:
+        """By int8 products, some channels at a time."""
+        signed = rows.q.bitwise_xor(ZERO_POINT).view(torch.int8)
+        product, scale = torch.empty(len(signed), self.out_features, dtype=self.dtype), self.scale.to(self.dtype)
+        for first in range(0, self.out_features, CHANNELS):
+            channels = slice(first, min(first + CHANNELS, self.out_features))
+            sums = torch._int_mm(signed, self.unpacked(channels))
+            product[:, channels] = sums.to(self.dtype).mul_(scale[channels]).mul_(rows.scale.to(self.dtype))
+        return product.view(*rows.shape[:-1], self.out_features)
+
+
+def int4_obstacle(device: torch.device) -> str | None:
+    """The reason why 4-bit weights cannot be used here, or None."""
+    if (reason := int8_obstacle(device)) is not None:
+        return reason
+    capability = torch.backends.cpu.get_cpu_capability()
+    return None if capability == "AVX512" else f"torch runs its kernels for {capability} here, not for AVX512"
+
+
+def quantise_int4(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every nn.Linear in the layers of a decoder, one after another. Raises ValueError as `Int4Linear.of`."""
+    inside = {name: layer for name, layer in all_linears(model).items() if DECODER_LAYERS.search(name)}
+    replace_linears(model, inside, lambda linear: Int4Linear.of(linear, dtype))
