@@ -119,7 +119,7 @@ def test_a_conversation_streams_its_answers_and_keeps_what_was_said(scene, capsy
     code, out, _ = run(capsys, "--image", scene, "--chat", "--tokens", 60)
     assert code == 0
     first, *answers = [line for line in out.splitlines() if line]
-    assert first.startswith("demo in float32 (auto: only 6.5 M weights) answers with v2drop 60; an empty line or Ctrl-D ends the")
+    assert first.startswith("demo in float32 (auto: only 6.5 M weights) answers with v2drop 60; an empty line or Ctrl-D ends")
     assert re.fullmatch(r"\d", answers[0])
     assert answers[1] in ("yes", "no")
     assert [len(request.images) for request in requests] == [1, 1]
