@@ -11,7 +11,7 @@ from nanovlm_v2drop import Request, cli, load
 from nanovlm_v2drop.cli import chat as chat_module
 from nanovlm_v2drop.cli.arguments import parse_arguments
 from nanovlm_v2drop.cli.chat import Conversation
-from nanovlm_v2drop.cli.planning import sampling_of
+from nanovlm_v2drop.evaluation.loading import sampling_of
 from nanovlm_v2drop.processing.prompts import build_prompt
 from nanovlm_v2drop.processing.video import (
     FpsSampling,

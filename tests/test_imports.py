@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tasks": (),
     "evaluation": (
         "records", "method_names", "paper", "methods", "plans", "fingerprints", "output", "position_bias", "bootstrap",
-        "summary", "comparison", "evaluate",
+        "summary", "comparison", "evaluate", "loading", "lmms_eval",
     ),
     "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
     "research": ("ablations", "theory", "findings", "costs", "claims"),
@@ -139,6 +139,14 @@ def test_transformers_and_torchvision_are_never_imported_but_by_the_benchmark_th
     for module in comparing:
         outside_functions = [node for node in trees[module].body if not isinstance(node, ast.FunctionDef)]
         assert not heavy(ast.Module(outside_functions, []))
+
+
+def test_lmms_eval_is_imported_by_its_plug_in_alone() -> None:
+    trees = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in MODULES.items()}
+    importing = {module for module, tree in trees.items() if any(name.startswith("lmms_eval") for name, _ in imported(tree, ""))}
+    assert importing == {"evaluation.lmms_eval", "evaluation.lmms_eval.model"}
+    plug_in = trees["evaluation.lmms_eval"]  # its entry point is loaded whenever lmms-eval starts
+    assert not any(isinstance(node, ast.ImportFrom) and node.module != "typing" for node in plug_in.body)
 
 
 def test_every_public_name_is_there() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..evaluation.method_names import ALL, DENSE, parse_methods
+from ..evaluation.method_names import ALL, DENSE, parse_methods, parse_number
 from ..evaluation.paper import PAPER_TASKS, expanded
 from ..loading.specs import AUTO, MODELS, find_spec
 from . import choices
@@ -287,9 +287,9 @@ def retained_shares(text: str) -> list[float]:
 
 def bounded(text: str, largest: float) -> float:
     try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        value = parse_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if not 0 < value <= largest or math.isinf(value):
         limit = "above 0" if math.isinf(largest) else f"above 0 and at most {largest:g}"
         raise argparse.ArgumentTypeError(f"{text} must be {limit}")

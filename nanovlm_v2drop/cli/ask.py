@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..demo.scenes import IMAGE_SIZE
 from ..evaluation.evaluate import timestamp
+from ..evaluation.loading import load_model
 from ..evaluation.methods import find_methods
 from ..evaluation.plans import Plan, first_seeds, prompt_shape
 from ..evaluation.summary import model_line, run_summary
@@ -27,7 +28,7 @@ from ..report.gallery import GalleryRow, board_of, draw_gallery
 from ..report.tables import console_for, printable
 from .arguments import DEMOS
 from .models import fitting_model, physical_memory_gb
-from .planning import load_model, output_folder, plans_for
+from .planning import output_folder, plans_for
 
 Row = dict[str, Any]
 

@@ -6,6 +6,7 @@ The whole conversation is prefilled anew for every question, pictures included; 
 import argparse
 from dataclasses import dataclass, replace
 
+from ..evaluation.loading import load_model
 from ..evaluation.methods import find_methods
 from ..evaluation.plans import Plan, prompt_shape
 from ..inference import stream
@@ -13,7 +14,7 @@ from ..loading.zoo import VisionLanguageModel
 from ..processing.prompts import IMAGE_TOKEN, QWEN_SYSTEM, TEMPLATES, VICUNA_SYSTEM, VIDEO_TOKEN, Request, build_prompt
 from ..report.tables import printable
 from .ask import beyond_demo, question_about
-from .planning import load_model, plans_for
+from .planning import plans_for
 
 SYSTEMS = (f"{VICUNA_SYSTEM} ", f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n")  # stand before the first turn only
 VICUNA_ANSWER, QWEN_ANSWER = " {answer}</s>", "{answer}<|im_end|>\n"  # between two turns, as in training

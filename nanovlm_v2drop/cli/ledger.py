@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from ..evaluation.loading import load_model
 from ..evaluation.output import claimed
 from ..evaluation.plans import prompt_shape
 from ..evaluation.summary import run_summary
@@ -16,7 +17,7 @@ from ..research.ablations import ABLATIONS
 from ..research.claims import check_shape, find_claims, ledger_plans, not_the_demo
 from ..research.findings import Finding, write_ledger
 from ..tasks import load_task
-from .planning import load_model, output_folder
+from .planning import output_folder
 from .results import Answered, provenance, write_results
 from .runs import PICTURES
 

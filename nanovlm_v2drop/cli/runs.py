@@ -8,6 +8,7 @@ from typing import Any
 
 from ..dropping.budget import Shape
 from ..evaluation.evaluate import check_resumable, evaluate
+from ..evaluation.loading import load_model
 from ..evaluation.methods import find_methods
 from ..evaluation.output import claimed
 from ..evaluation.plans import Plan, prompt_shape
@@ -19,7 +20,7 @@ from ..processing.prompts import Request
 from ..research.ablations import ABLATIONS
 from ..tasks import Sample, Task, load_task
 from .earlier import earlier_plans, note_plans
-from .planning import load_model, output_folder, plans_for
+from .planning import output_folder, plans_for
 from .progress import RunProgress, answered_before, plan_line, resume_command
 from .results import Answered, print_results, provenance, write_results
 

@@ -60,6 +60,15 @@ def parse_method(part: str, text: str) -> MethodText:
     return MethodText(found[0], options)
 
 
+def parse_number(text: str) -> float:
+    """A number such as 0.333, or a fraction such as 1/3; raises ValueError for anything else."""
+    above, slash, below = text.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is no number") from None
+
+
 def value_of(text: str) -> Any:
     """A number, True, False or None, as Python writes them or in lower case; any other text as it is."""
     try:

@@ -64,13 +64,19 @@ class VisionLanguageModel:
     def prepare(self, requests: Sequence[Request]) -> PackedInputs:
         """Turn requests into one packed batch; all their pictures and videos go through the tower together.
 
-        Every request gets a seed of its own contents, so that a method which draws at random draws the same for it in
-        every batch. Raises ValueError for no request, a video where the model takes none, a prompt that does not fit into
-        the model's context, or image tokens that do not match the pictures; and what open_image and read_frames raise.
+        Raises ValueError for no request, a video where the model takes none, a prompt that does not fit into the model's
+        context, or image tokens that do not match the pictures; and what open_image and read_frames raise.
         """
         if not requests:
             raise ValueError("no request given; pass at least one")
-        prompts, media = zip(*map(self.tokens_and_media, requests), strict=True)
+        return self.pack(*zip(*map(self.tokens_and_media, requests), strict=True))
+
+    def pack(self, prompts: Sequence[Sequence[int]], media: Sequence[Sequence[VisionInput]]) -> PackedInputs:
+        """The packed batch of prompts as `tokens_and_media` gives them.
+
+        Every prompt gets a seed of its own contents, so that a method which draws at random draws the same for it in every
+        batch.
+        """
         seeds = tuple(content_seed(*contents) for contents in zip(prompts, media, strict=True))
         with torch.no_grad():  # not inference mode: the embeddings may be differentiated through later
             return self.model.pack(prompts, media, seeds)
