@@ -15,6 +15,7 @@ from tiny_tasks import mme_rows, pope_rows, write_shards
 from nanovlm_v2drop import cli
 from nanovlm_v2drop.benchmark.run import build_parser
 from nanovlm_v2drop.cli.arguments import parse_arguments, parse_comparison
+from nanovlm_v2drop.evaluation.lmms_eval.arguments import parse_model_arguments
 from nanovlm_v2drop.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +40,10 @@ def parse(command: str) -> None:
         return
     if "pip" in words[0]:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        assert set(re.findall(r"\[(\w+)\]", command)) <= set(extras)
+        assert set(re.findall(r"\[([\w-]+)\]", command)) <= set(extras)
         assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).is_file()
+    elif "--model_args" in words:
+        parse_lmms_eval(words)
     elif words[0] == "torchrun":
         parse_arguments(words[words.index("train_free_eval.py") + 1 :])
     elif words[1:3] == ["-m", "nanovlm_v2drop.benchmark"]:
@@ -53,6 +56,14 @@ def parse(command: str) -> None:
         program = next(program for program in PROGRAMS if command.startswith(program))
         argv = shlex.split(command.removeprefix(program))
         parse_comparison(argv[1:]) if argv[:1] == ["compare"] else parse_arguments(argv)
+
+
+def parse_lmms_eval(words: list[str]) -> None:
+    """A command of lmms-eval, of which `--model_args` is ours to read."""
+    assert any(word.endswith(("lmms-eval", "lmms_eval")) for word in words)
+    assert words[words.index("--model") + 1] == "nanovlm_v2drop"
+    given = dict(part.split("=", 1) for part in words[words.index("--model_args") + 1].split(","))
+    parse_model_arguments(given).plan()
 
 
 @pytest.fixture
