@@ -104,6 +104,7 @@ def refused(arguments, capsys) -> str:
         (["--retain", " , "], "argument --retain: nothing is named"),
         (["--retain", "1.5"], "1.5 must be above 0 and at most 1"),
         (["--retain", "nan"], "nan must be above 0"),
+        (["--retain", "4/3"], "4/3 must be above 0 and at most 1"),
         (["--tokens", "many"], "'many' is no number"),
         (["--tokens", "0"], "0 must be above 0"),
         (["--tokens", "1e999"], "1e999 must be above 0"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovlm_v2drop.evaluation.method_names import ChainText, MethodText, parse_methods
+from nanovlm_v2drop.evaluation.method_names import ChainText, MethodText, parse_methods, parse_number
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,17 @@ def test_what_cannot_be_read_is_named_in_one_line(text, message):
 def test_any_text_is_read_or_refused(text):
     with suppress(ValueError):  # the only error
         assert parse_methods(text).methods
+
+
+@pytest.mark.parametrize(("text", "number"), [("192", 192.0), ("0.333", 0.333), ("1/3", 1 / 3), ("2/9", 2 / 9)])
+def test_a_number_may_be_a_fraction(text, number):
+    assert parse_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "a third", "1/0", "1/2/3", "/3"])
+def test_what_is_no_number_is_refused(text):
+    with pytest.raises(ValueError, match=f"^'{text}' is no number$"):
+        parse_number(text)
 
 
 def test_names_are_read_without_torch():
