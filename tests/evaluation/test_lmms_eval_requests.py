@@ -67,7 +67,7 @@ def test_placeholders_that_do_not_match_the_pictures_are_removed(visuals: list[A
 
 def test_a_system_message_stands_before_the_question() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [image(RED), text("What?")]}]
-    assert request_of(chat_pieces(messages)) == Request(text="Be brief.\n<image>What?", images=(RED,))
+    assert request_of(chat_pieces(messages)) == Request(text="Be brief.\nWhat?", images=(RED,))
 
 
 @pytest.mark.parametrize(

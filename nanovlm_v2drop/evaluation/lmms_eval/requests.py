@@ -26,7 +26,7 @@ def simple_pieces(visuals: Any, text: str) -> list[Piece]:
 
 
 def chat_pieces(messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
-    """The pieces of a document of the chat interface: one turn of the user, with any system message before it.
+    """The pieces of a document of the chat interface: one message of the user, with system messages before its words.
 
     Raises ValueError for a conversation of several turns, and for what is neither text nor picture nor video.
     """
@@ -34,12 +34,14 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
     if last != "user" or set(before) - {"system"}:
         roles = ", ".join(message["role"] for message in messages) or "no message"
         raise ValueError(f"a document must ask one question, as one message of the user, not: {roles}")
-    pieces: list[Piece] = []
-    for message in messages:
-        content = message["content"]
-        pieces += [content] if isinstance(content, str) else map(content_piece, content)
-        pieces += ["\n"] if message["role"] == "system" else []
+    *system, pieces = [message_pieces(message["content"]) for message in messages]
+    start = next((index for index, piece in enumerate(pieces) if isinstance(piece, str)), len(pieces))
+    pieces[start:start] = [piece for own in system for piece in (*own, "\n")]
     return pieces
+
+
+def message_pieces(content: str | Sequence[Mapping[str, Any]]) -> list[Piece]:
+    return [content] if isinstance(content, str) else [content_piece(item) for item in content]
 
 
 def content_piece(item: Mapping[str, Any]) -> Piece:
