@@ -9,7 +9,7 @@ from PIL import Image
 
 from ...inference import Sampling
 from ...processing.prompts import PICTURE_SUFFIXES, Medium, Request
-from ...tasks.base import decode_picture
+from ...tasks.rows import decode_picture
 
 # A piece of a document: text, or a picture or video with its source (a file, a PIL picture, a list of frames).
 Piece = str | tuple[Medium, Any]
