@@ -240,7 +240,7 @@ def test_the_list_of_models_fits_a_terminal_and_cuts_nothing(capsys):
 
 @pytest.mark.parametrize(
     ("memory", "medium", "fits"),
-    [(0.5, PICTURE, None), (1, PICTURE, "smolvlm-256m"), (8, VIDEO, "qwen2-vl-2b"), (25, PICTURE, "qwen2-vl-7b")],
+    [(0.5, PICTURE, None), (1, PICTURE, "smolvlm-256m"), (8, VIDEO, "qwen2-vl-2b"), (25, PICTURE, "qwen3-vl-8b")],
 )
 def test_the_model_that_is_named_fits_the_memory(memory, medium, fits):
     spec = fitting_model(memory, medium)
