@@ -5,12 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, PATCH_SIZE, official_names, tiny_tokenizer, write_processing_files
-from PIL import Image
-from safetensors.torch import save_file
+from conftest import tiny_tokenizer
+from llava_next import llava_next_reference, official_inputs, picture, write_llava_next_folder
 
 from nanovlm_v2drop import Request, V2Drop, generate, load, prefill
 from nanovlm_v2drop.dropping import DropSchedule
@@ -19,7 +17,6 @@ from nanovlm_v2drop.loading.zoo import VisionLanguageModel
 from nanovlm_v2drop.models.config import LlavaNextConfig, TextConfig, VLMConfig
 
 transformers = pytest.importorskip("transformers")
-PINPOINTS = [[42, 84], [84, 42], [84, 84]]
 CONTEXT = 256
 # llava-hf/llava-v1.6-mistral-7b-hf
 HUB: dict[str, Any] = {
@@ -52,62 +49,16 @@ HUB: dict[str, Any] = {
 }
 
 
-def picture(width: int, height: int) -> Image.Image:
-    pixels = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 def tiny_mistral(window: int | None) -> Any:
-    """transformers' LLaVA-1.6 with Mistral, weights so large that every layer matters."""
-    tokenizer = tiny_tokenizer()
-    blocks = {"num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(hidden_size=32, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, **blocks),
-        text_config=transformers.MistralConfig(
-            vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
-            hidden_size=48,
-            num_key_value_heads=1,
-            max_position_embeddings=CONTEXT,
-            sliding_window=window,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            **blocks,
-        ),
-        image_token_index=tokenizer.token_to_id("<image>"),
-        image_grid_pinpoints=PINPOINTS,
-    )
-    model = transformers.LlavaNextForConditionalGeneration(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(noise * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 1 + 0.1 * noise)
-    return model
-
-
-def write_folder(folder: Path, official: Any) -> Path:
-    official.config.save_pretrained(folder)
-    write_processing_files(folder, tiny_tokenizer())
-    processor = transformers.LlavaNextImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size=IMAGE_SIZE, image_grid_pinpoints=PINPOINTS
-    )
-    processor.save_pretrained(folder)
-    state = official.state_dict()
-    newline = state.pop("model.image_newline")
-    save_file({**official_names(state), "image_newline": newline}, folder / "model.safetensors")
-    return folder
-
-
-def official_inputs(vlm: VisionLanguageModel, request: Request) -> dict[str, torch.Tensor]:
-    token_ids, media = vlm.tokens_and_media(request)
-    tiles = max(len(medium.pixel_values) for medium in media)
-    padded = [torch.cat([m.pixel_values, m.pixel_values.new_zeros(tiles - len(m.pixel_values), 3, 42, 42)]) for m in media]
-    sizes = torch.tensor([medium.size for medium in media])
-    return {"input_ids": torch.tensor([token_ids]), "pixel_values": torch.stack(padded), "image_sizes": sizes}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    settings = {"max_position_embeddings": CONTEXT, "sliding_window": window, "rope_parameters": rope}
+    return llava_next_reference("Mistral", num_key_value_heads=1, **settings)
 
 
 @pytest.fixture(scope="module", params=[None, CONTEXT], ids=["no window", "a window of the whole context"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, VisionLanguageModel]:
     official = tiny_mistral(request.param)
-    return official, load(write_folder(tmp_path_factory.mktemp("tiny-mistral"), official))
+    return official, load(write_llava_next_folder(tmp_path_factory.mktemp("tiny-mistral"), official))
 
 
 @pytest.mark.parametrize("size", [(60, 60), (100, 40), (20, 90)])
@@ -196,7 +147,7 @@ def test_a_window_that_never_acts_is_read(window: int) -> None:
 
 def test_transformers_window_would_have_changed_the_logits(tmp_path: Path) -> None:
     windowed, official = tiny_mistral(40), tiny_mistral(None)
-    vlm = load(write_folder(tmp_path / "full", official))
+    vlm = load(write_llava_next_folder(tmp_path / "full", official))
     inputs = official_inputs(vlm, Request("What is shown?", images=[picture(60, 60)]))
     assert inputs["input_ids"].shape[1] > 40
     assert (windowed(**inputs).logits[0, -1] - official(**inputs).logits[0, -1]).abs().max() > 0.01
