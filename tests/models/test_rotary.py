@@ -274,9 +274,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, A
 
 @pytest.mark.parametrize("name", ["linear", "dynamic", "llama3", "yarn"])
 @pytest.mark.parametrize("pictures", [1, 3])
-def test_answers_of_a_whole_model_equal_transformers(
-    name: str, pictures: int, folders: dict[str, tuple[Path, Any]]
-) -> None:
+def test_answers_of_a_whole_model_equal_transformers(name: str, pictures: int, folders: dict[str, tuple[Path, Any]]) -> None:
     folder, official = folders[name]
     vlm = load(folder)
     images = [Image.new("RGB", (42, 42), colour) for colour in ("red", "blue", "white")[:pictures]]
