@@ -32,11 +32,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "summary", "comparison", "evaluate",
     ),
     "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
-    "research": ("ablations", "theory", "findings", "costs", "claims"),
+    "research": ("ablations", "theory", "findings", "costs", "claims", "calibration"),
     "report": ("rows", "figures", "gallery", "watch", "tables", "averages", "results_csv", "page"),
     "cli": (
         "choices", "arguments", "checks", "models", "paper", "planning", "progress", "earlier", "results", "runs", "ask",
-        "chat", "ledger", "compare", "start",
+        "chat", "calibrate", "ledger", "compare", "start",
     ),
     "__main__": (),
 }
