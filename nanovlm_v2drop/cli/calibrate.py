@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..dropping import V2Drop
 from ..dropping.budget import Budget
 from ..evaluation.summary import run_summary
 from ..loading.zoo import VisionLanguageModel
@@ -41,10 +42,12 @@ def run_calibration(arguments: argparse.Namespace) -> dict[str, Any]:
     shape = searching[0].shapes[0]
     if not shape.num_vision_tokens:
         raise ValueError("the first prompt has no picture or video, so there is nothing to drop; calibrate with another task")
-    counts = " and ".join(str(sum(len(batch.shapes) for batch in part)) for part in (searching, checking))
+    counts = [sum(len(batch.shapes) for batch in part) for part in (searching, checking)]
     about = f"{shape.num_layers} layers, {shape.num_vision_tokens} vision tokens"
-    console.print(f"{vlm.name}: {about}; {counts} prompts to search and to check with")
+    console.print(f"{vlm.name}: {about}; {counts[0]} prompts to search, {counts[1]} to check")
     budgets = budgets_for(shape, arguments)
+    for budget in budgets:
+        budget.schedule(V2Drop, shape)  # raises for one that is out of reach, before anything is measured
     share = budgets[0].mean_tokens(shape.num_vision_tokens) / shape.num_vision_tokens
     rows = list(layer_rows(decoder, searching, share))
     print_layers(rows, share, console)
