@@ -43,7 +43,7 @@ def test_the_tables_hold_what_the_json_object_says_with_a_prompt_for_each_pictur
     assert [row["budget"] for row in result["results"]] == ["50%", "40%"]
     for row in result["results"]:
         assert row["rule"] == [1, 3, 4]
-        assert len(row["changes"]) == len(row["changes_by_rule"]) == 1
+        assert min(row["change"], row["change_by_rule"]) > 0
         assert any(line.startswith(f"{row['budget']}: ") for line in lines)
 
 
@@ -103,11 +103,11 @@ def test_the_command_of_a_proposal_compares_its_layers_with_the_rules():
         (BETTER, "the proposed layers change other answers less; try", "-0.367 ["),
         (
             Proposal(Budget(tokens=64), (2, 5, 7), (1, 6, 8), [0.5, 0.1], [0.4, 0.3], 9),
-            "the proposed layers are not clearly better on other prompts; keep the depth rule's, or try",
+            "not clearly better on other prompts; keep the depth rule's, or try",
             "-0.050 [",
         ),
         (Proposal(Budget(tokens=64), (2, 5, 7), (1, 6, 8), [], [], 9), "there are no other prompts to check", "-"),
-        (Proposal(Budget(tokens=64), (1, 6, 8), (1, 6, 8), [0.1, 0.2], [0.1, 0.2], 9), "keep the depth rule's", "+0.000 ["),
+        (Proposal(Budget(tokens=64), (1, 6, 8), (1, 6, 8), [0.1, 0.2], [0.1, 0.2], 9), "keep the depth rule's", "-"),
     ],
 )
 def test_the_verdict_follows_from_the_other_prompts(proposal, words, cell):

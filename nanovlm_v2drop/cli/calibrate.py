@@ -53,8 +53,23 @@ def run_calibration(arguments: argparse.Namespace) -> dict[str, Any]:
     print_layers(rows, share, console)
     proposals = [propose(decoder, searching, checking, budget) for budget in budgets]
     print_proposals(proposals, arguments, console)
-    results = [{**asdict(proposal), "budget": str(proposal.budget)} for proposal in proposals]
-    return {**run_summary(vlm, results), "layers": [asdict(row) for row in rows], "stable_from": first_stable(rows)}
+    layers = {"layers": [asdict(row) for row in rows], "stable_from": first_stable(rows)}
+    return {**run_summary(vlm, [row_of(proposal) for proposal in proposals]), **layers}
+
+
+def row_of(proposal: Proposal) -> dict[str, Any]:
+    """A proposal in the object that ends the run."""
+    means = [fmean(changes) if changes else None for changes in (proposal.changes, proposal.changes_by_rule)]
+    return {
+        "budget": str(proposal.budget),
+        "layers": proposal.layers,
+        "rule": proposal.rule,
+        "recommended": proposal.recommended,
+        "change": means[0],
+        "change_by_rule": means[1],
+        "gain_interval": proposal.gain_interval,
+        "measured": proposal.measured,
+    }
 
 
 def requests_of(arguments: argparse.Namespace) -> Iterator[Request]:
@@ -80,7 +95,7 @@ def answered(vlm: VisionLanguageModel, requests: Sequence[Request], batch_size: 
 
 def print_layers(rows: Sequence[LayerRow], share: float, console: Console) -> None:
     """One line for each layer, and from where on the ranking is stable."""
-    console.print(f"on the right: how far the answer changes, in nats, if {share:.1%} or none stay from this layer on")
+    console.print(f"right: change of the answer in nats if {share:.1%} or none stay from this layer on")
     table = table_of([column.format(share=f"{share:.1%}") for column in LAYER_COLUMNS])
     for row in rows:
         agreement = ("-" if value is None else f"{value:.2f}" for value in (row.correlation, row.overlap))
@@ -89,7 +104,7 @@ def print_layers(rows: Sequence[LayerRow], share: float, console: Console) -> No
     console.print(table)
     first = first_stable(rows)
     stable = "no layer's ranking is repeated" if first is None else f"layer {first} is the first whose ranking is repeated"
-    console.print(f"{stable} by the next layer (rank correlation of {STABLE:g} or more)\n")
+    console.print(f"{stable} by the next one (correlation {STABLE:g} or more)\n")
 
 
 def print_proposals(proposals: Sequence[Proposal], arguments: argparse.Namespace, console: Console) -> None:
@@ -108,17 +123,17 @@ def print_proposals(proposals: Sequence[Proposal], arguments: argparse.Namespace
 def verdict(proposal: Proposal) -> str:
     """What follows for one budget, in a few words."""
     if proposal.layers == proposal.rule:
-        return "no other layers were clearly better in the search; keep the depth rule's, the default"
+        return "no other layers were clearly better; keep the depth rule's, the default"
     if proposal.gain_interval is None:
-        return "there are no other prompts to check the proposed layers with; give more pictures, or try"
+        return "there are no other prompts to check with; give more pictures, or try"
     if proposal.recommended == proposal.layers:
         return "the proposed layers change other answers less; try"
     return "the proposed layers are not clearly better on other prompts; keep the depth rule's, or try"
 
 
 def checked(proposal: Proposal) -> str:
-    """Mean difference of the changes on other prompts, negative where the proposed layers are better."""
-    if proposal.gain_interval is None:
+    """Mean difference of the changes on other prompts, negative where the proposed layers are better; "-" without any."""
+    if proposal.gain_interval is None or proposal.layers == proposal.rule:
         return "-"
     difference = fmean(proposal.changes) - fmean(proposal.changes_by_rule)
     low, high = proposal.gain_interval
