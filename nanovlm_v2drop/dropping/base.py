@@ -230,6 +230,10 @@ def places_of(method: type[TokenDropper], layers: Any) -> dict[str, Any]:
     if len(found) < len(numbers) or list(found) != sorted(set(found)):
         known = f", or one of {', '.join(method.published)}" if method.published else ""
         raise ValueError(f"{method.name}: layers must be rising numbers such as 3/16/22{known}, not {layers!r}")
+    latest = found[-1] if method.latest_layer is None else method.latest_layer
+    if not method.earliest_layer <= found[0] <= found[-1] <= latest:
+        ends = f"from layer {method.earliest_layer} on" if method.latest_layer is None else f"at layer {latest} only"
+        raise ValueError(f"{method.name}: layers {layers} cannot act: this method works {ends}")
     return {"published": {}, "layers": found}
 
 

@@ -128,6 +128,16 @@ def test_an_option_that_names_no_rising_layers_is_refused(layers):
         V2Drop.configured(layers=layers)
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "message"),
+    [("v2drop", "0/5", "layers 0/5 cannot act: this method works from layer 1 on"),
+     ("visionzip", 3, "layers 3 cannot act: this method works at layer 0 only")],
+)  # fmt: skip
+def test_layers_at_which_a_method_cannot_act_are_refused_before_a_model_is_loaded(name, layers, message):
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        DROPPERS[name].configured(layers=layers)
+
+
 def test_a_method_that_chooses_its_layers_by_the_budget_takes_none():
     for name in ("v2drop-plus", "pdrop", "dycoke"):
         with pytest.raises(ValueError, match=f"{name} has no option layers; it has: "):
