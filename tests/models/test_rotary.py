@@ -208,19 +208,21 @@ def test_a_request_does_not_depend_on_earlier_ones_where_transformers_keeps_the_
     torch.testing.assert_close(official(short[None]).logits[0, -1], before, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rope", [*SCALINGS], ids=str)
-def test_multimodal_positions_and_scaling_work_together(rope: str) -> None:
-    modeling = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
-    config = modeling.Qwen2VLTextConfig(**SIZES, rope_parameters={**SCALINGS[rope], "mrope_section": [2, 3, 3]})
-    reference = modeling.Qwen2VLTextModel(config).eval().requires_grad_(False)
-    for name, parameter in reference.named_parameters():
-        generator = torch.Generator().manual_seed(len(name))
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.3 * noise)
+@every_scaling
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_multimodal_positions_and_scaling_work_together(family: str, name: str) -> None:
+    modeling = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
+    kind = f"{family.replace('_vl', '').capitalize()}VLText"
+    rope = {**SCALINGS[name], "mrope_section": [3, 3, 2]}
+    config = getattr(modeling, f"{kind}Config")(**{**SIZES, "head_dim": 16}, rope_parameters=rope)
+    reference = getattr(modeling, f"{kind}Model")(config).eval().requires_grad_(False)
+    for number, (parameter_name, parameter) in enumerate(reference.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        parameter.copy_(1 + 0.1 * noise if "norm" in parameter_name else 0.3 * noise)
     decoder = Decoder(from_fields(TextConfig, flatten_rope(config.to_dict()))).eval()
     state = reference.state_dict()
     decoder.load_state_dict({**state, "lm_head.weight": state["embed_tokens.weight"]})
-    assert decoder.config.mrope_section == (2, 3, 3)
+    assert (decoder.config.mrope_section, decoder.config.mrope_interleaved) == ((3, 3, 2), family == "qwen3_vl")
     for far in (10, 40):  # the largest position, below the limit and beyond it
         time, height, width = [0, 1, 2, 2, 2, 2, 5, far], [0, 1, 2, 2, 3, 3, 5, far], [0, 1, 2, 3, 2, 3, 5, far]
         position_ids = torch.tensor([time, height, width])
