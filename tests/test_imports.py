@@ -12,7 +12,8 @@ PACKAGE = Path(nanovlm_v2drop.__file__).parent
 # From the bottom to the top. A module may import from the modules before it in its room and from the rooms before its own.
 ROOMS: dict[str, tuple[str, ...]] = {
     "models": (
-        *("config", "attention", "linear", "linear_int8", "linear_int4", "kv_cache", "arrange", "parallel", "decoder"),
+        *("config", "attention", "linear", "linear_int8", "linear_int4", "kv_cache", "arrange", "parallel", "rotary"),
+        "decoder",
         *("vision", "vision_qwen2", "vision_qwen2_5", "vision_qwen3"),
         *("vlm", "qwen2_vl", "qwen3_vl", "smolvlm", "model_classes"),
     ),
@@ -31,11 +32,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "summary", "comparison", "evaluate", "loading", "lmms_eval",
     ),
     "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
-    "research": ("ablations", "theory", "findings", "costs", "claims"),
+    "research": ("ablations", "theory", "findings", "costs", "claims", "calibration"),
     "report": ("rows", "figures", "gallery", "watch", "tables", "averages", "results_csv", "page"),
     "cli": (
         "choices", "arguments", "checks", "models", "paper", "planning", "progress", "earlier", "results", "runs", "ask",
-        "chat", "ledger", "compare", "start",
+        "chat", "calibrate", "ledger", "compare", "start",
     ),
     "__main__": (),
 }

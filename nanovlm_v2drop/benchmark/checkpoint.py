@@ -129,7 +129,7 @@ def settings_files(config: SmolVLMConfig) -> dict[str, dict[str, Any]]:
 
 def text_fields(config: TextConfig) -> dict[str, Any]:
     """The decoder's settings under official names."""
-    ours = (*ARITHMETIC, "mrope_section", "scaled_beyond")
+    ours = (*ARITHMETIC, "mrope_section", "rotary_scaling")
     return {name: value for name, value in asdict(config).items() if name not in ours}
 
 

@@ -13,7 +13,7 @@ from ..dropping import DropSchedule
 from ..loading.precision import named_precision, pack
 from ..loading.zoo import as_device
 from ..models.attention import resolve_backend
-from ..models.config import TextConfig
+from ..models.config import LengthScaling, TextConfig
 from ..models.decoder import Decoder
 from ..models.vision_qwen2 import multimodal_positions
 from ..models.vlm import PackedInputs
@@ -23,6 +23,14 @@ Grids = tuple[tuple[int, int, int], ...]  # frames, rows and columns of vision t
 VICUNA_7B = TextConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
 VICUNA_13B = replace(
     VICUNA_7B, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40
+)
+MISTRAL_7B = TextConfig(
+    vocab_size=32064,
+    intermediate_size=14336,
+    num_key_value_heads=8,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
 )
 QWEN2 = partial(TextConfig, vocab_size=152064, max_position_embeddings=32768, rope_theta=1e6, qkv_bias=True)
 QWEN2_7B = partial(
@@ -69,7 +77,7 @@ QWEN3_VL = partial(
     mrope_section=(24, 20, 20),
     mrope_interleaved=True,
 )
-NANOVLM = partial(replace, vocab_size=49218, tie_word_embeddings=True, scaled_beyond=8192)
+NANOVLM = partial(replace, vocab_size=49218, tie_word_embeddings=True, rotary_scaling=LengthScaling(beyond=8192))
 # Sources: config.json of HuggingFaceTB/SmolVLM*, lusxvr/nanoVLM-*, llava-hf/llava-1.5-*-hf, llava-hf/llava-v1.6-vicuna-*-hf,
 # Qwen/Qwen2*-VL-*-Instruct, Qwen/Qwen3-VL-*-Instruct and lmms-lab/llava-onevision-qwen2-*-ov. The conversions by llava-hf have
 # the same decoders with a padded vocabulary.
@@ -78,6 +86,7 @@ SHAPES = {
     "llava-1.5-13b": VICUNA_13B,
     "llava-v1.6-vicuna-7b": VICUNA_7B,
     "llava-v1.6-vicuna-13b": VICUNA_13B,
+    "llava-v1.6-mistral-7b": MISTRAL_7B,
     "llava-onevision-qwen2-0.5b-ov": QWEN2(
         vocab_size=151936,
         hidden_size=896,

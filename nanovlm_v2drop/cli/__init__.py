@@ -5,7 +5,8 @@
                                                           paper     --paper
     start       processes, errors, the JSON object        runs      tasks, method beside method
     ask, chat   one question, and a conversation          ledger    --claims
-    compare     two finished runs                         progress  the plan, the bar, the remaining time
+    calibrate   --calibrate                               compare   two finished runs
+    progress    the plan, the bar, the remaining time
 
 Everything above `start` works without torch, so `--help` and wrong options are answered in a fraction of a second.
 """

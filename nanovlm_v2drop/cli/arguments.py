@@ -24,6 +24,7 @@ DESCRIPTION = """Measure what dropping vision tokens costs and saves, without an
   nanovlm-v2drop --ablation metric,layers,steps,schedules
                                             the paper's ablations
   nanovlm-v2drop --claims                   the paper's claims with verdicts
+  nanovlm-v2drop --calibrate                drop layers for a model, measured
   nanovlm-v2drop --model llava-1.5-7b --tasks pope,mme
                                             official weights, from the Hub
   nanovlm-v2drop --model llava-1.5-7b --tasks paper-image
@@ -52,7 +53,8 @@ IGNORED = {  # option -> options that would have no effect beside it
     "accounting": ("tokens", "retain"),
     "ablation": ("methods", "accounting", "tokens", "retain", "seed", "seeds"),
     "claims": ("prompt", "chat", "image", "video", "methods", "accounting", "ablation", "tasks", "tokens", "retain", "seed",
-               "seeds"),
+               "seeds", "calibrate"),
+    "calibrate": ("chat", "methods", "accounting", "ablation", "seed", "seeds", "output", "resume", "verbose"),
     "prompt": ("chat", "tasks", "data", "limit", "batch_size", "resume"),
     "chat": ("tasks", "data", "limit", "batch_size", "resume", "accounting", "ablation", "json"),
 }  # fmt: skip
@@ -149,6 +151,7 @@ def add_comparison_options(group: argparse._ArgumentGroup) -> None:
     budget.add_argument("--retain", type=retained_shares, help=shares)
     add("--ablation", type=some_of(choices.ablations()), help=f"the paper's ablations, from {', '.join(choices.ablations())}")
     add("--claims", action="store_true", help="put the paper's claims to the test on the demo; takes some minutes")
+    add("--calibrate", action="store_true", help="propose drop layers from a few prompts: of --tasks, or --image and --prompt")
     add("--paper", action="store_true", help="print the paper's result tables (of --model, if given), and nothing else")
     tasks, lists = (*choices.tasks(), *PAPER_TASKS), f"{' and '.join(PAPER_TASKS)} are the paper's lists for the model"
     add("--tasks", type=some_of(tasks), help=f"from {', '.join(tasks)}; {lists}; default the demo's own, else pope,mme")

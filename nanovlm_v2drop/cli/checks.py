@@ -92,7 +92,7 @@ def check_packages(arguments: argparse.Namespace) -> None:
     """Raise ImportError for a missing package, before minutes of work are lost for it."""
     asks = arguments.prompt is not None or arguments.chat
     needed = {
-        "plotly": not asks,
+        "plotly": not asks and not arguments.calibrate,
         "pyarrow": not asks and not arguments.claims and any(task not in DEMOS for task in arguments.tasks),
         "av": arguments.video is not None,
         "flash_attn": arguments.attention == "flash-attn",

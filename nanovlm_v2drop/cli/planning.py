@@ -20,9 +20,13 @@ def plans_for(shape: Shape, arguments: argparse.Namespace) -> list[Plan]:
         return ablation_plans(arguments.ablation, shape)
     if arguments.accounting == "official":
         return official_plans(arguments.methods, shape, seeds)
+    return equal_budget_plans(arguments.methods, budgets_for(shape, arguments), shape, seeds)
+
+
+def budgets_for(shape: Shape, arguments: argparse.Namespace) -> list[Budget]:
+    """The budgets that were asked for, or the paper's for a picture or a video."""
     shares = arguments.retain or (RETAIN_OF_VIDEO if shape.frames > 1 else RETAIN)
-    budgets = [Budget(tokens=count) for count in arguments.tokens or ()] or [Budget(retain=share) for share in shares]
-    return equal_budget_plans(arguments.methods, budgets, shape, seeds)
+    return [Budget(tokens=count) for count in arguments.tokens or ()] or [Budget(retain=share) for share in shares]
 
 
 def output_folder(arguments: argparse.Namespace) -> Path:

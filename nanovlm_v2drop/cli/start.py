@@ -15,6 +15,7 @@ from ..loading.specs import WeightsUnavailable
 from ..models.parallel import ALONE, Processes, join_processes, leave_processes
 from ..tasks import DatasetUnavailable
 from .ask import answer_one
+from .calibrate import run_calibration
 from .chat import chat
 from .ledger import run_claims
 from .runs import evaluate_tasks
@@ -53,11 +54,11 @@ def rank_of(processes: Processes) -> str:
 
 def run_mode(arguments: argparse.Namespace, processes: Processes) -> dict[str, Any] | None:
     """The object that ends a run, of which the first process alone knows the results; None after a conversation."""
-    if arguments.prompt is None and not arguments.chat and not arguments.claims:
+    alone = next((name for name in ("claims", "calibrate", "chat") if getattr(arguments, name)), None)
+    if arguments.prompt is None and alone is None:
         return evaluate_tasks(arguments, processes)
-    if processes.world_size > 1 and (arguments.claims or arguments.chat):
-        option = "--claims" if arguments.claims else "--chat"
-        raise ValueError(f"{option} is for one process; start train_free_eval.py without torchrun")
+    if processes.world_size > 1 and alone is not None:
+        raise ValueError(f"--{alone} is for one process; start train_free_eval.py without torchrun")
     if processes.replicas > 1:
         raise ValueError(
             f"one question keeps one decoder busy, not {processes.replicas}: start train_free_eval.py without torchrun, "
@@ -65,6 +66,8 @@ def run_mode(arguments: argparse.Namespace, processes: Processes) -> dict[str, A
         )
     if arguments.claims:
         return run_claims(arguments)
+    if arguments.calibrate:
+        return run_calibration(arguments)
     if arguments.chat:
         chat(arguments)
         return None

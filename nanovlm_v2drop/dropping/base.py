@@ -46,6 +46,7 @@ class TokenDropper:
     merges: bool = False  # averages tokens or makes new ones, so kept rows are not rows of the prompt
     seeded: ClassVar[bool] = False  # draws at random: takes `seed`
     depths: ClassVar[tuple[float, ...]] = PAPER_DEPTHS  # where it drops, as shares of the decoder's layers
+    layers: ClassVar[tuple[int, ...] | None] = None  # where it drops in place of `depths`; set by the option `layers`
     leanest: ClassVar[tuple[float, ...]] = LEANEST_RATIOS  # the smallest shares kept there; see DropSchedule.for_mean_tokens
     minimum: ClassVar[int] = 1
     cut_cache: bool = False  # the default of the option
@@ -97,8 +98,13 @@ class TokenDropper:
 
     @classmethod
     def option_defaults(cls) -> dict[str, Any]:
-        """The options that its constructor takes besides the schedule, and `cut_cache`, with their defaults."""
+        """The options that its constructor takes besides the schedule, and those of `configured`, with their defaults.
+
+        `layers` is one of them unless the method chooses its layers by the budget.
+        """
         defaults: dict[str, Any] = {"cut_cache": False}
+        if cls.schedule_for.__func__ is TokenDropper.schedule_for.__func__:  # type: ignore[attr-defined]
+            defaults["layers"] = None
         for ancestor in (item for item in cls.__mro__[:-1] if "__init__" in vars(item)):
             parameters = list(inspect.signature(vars(ancestor)["__init__"]).parameters.values())[2:]
             own = {each.name: each.default for each in parameters if each.kind is not each.VAR_KEYWORD}
@@ -111,6 +117,7 @@ class TokenDropper:
     def configured(cls, **options: Any) -> type[Self]:
         """The method with some options fixed, as a class with the name "method:option=value", for tables and `Chain.of`.
 
+        `layers` are where it drops at a budget, such as "3/16/22", or those of a setting in `published`, by its name.
         Raises ValueError for an unknown option, and for a value of another type than the default.
         """
         defaults = cls.option_defaults()
@@ -124,14 +131,15 @@ class TokenDropper:
             cls.__init__(self, schedule, **{**given, **more})  # type: ignore[misc]
 
         name = ":".join([cls.name, *(f"{option}={value}" for option, value in options.items())])
-        cut_cache = options.get("cut_cache", cls.cut_cache)
-        given = {option: value for option, value in options.items() if option != "cut_cache"}
+        given = {option: value for option, value in options.items() if option not in ("cut_cache", "layers")}
         published = {
             setting: one._replace(options={**{name: one.options[name] for name in one.options if name not in options}, **given})
             for setting, one in cls.published.items()
         }
+        places = {} if options.get("layers") is None else places_of(cls, options["layers"])
         return type(cls.__name__, (cls,), {
-            "name": name, "published": published, "cut_cache": cut_cache, "__init__": fixed, "__module__": cls.__module__,
+            "name": name, "published": published, "cut_cache": options.get("cut_cache", cls.cut_cache), **places,
+            "__init__": fixed, "__module__": cls.__module__,
         })  # fmt: skip
 
     @classmethod
@@ -142,7 +150,7 @@ class TokenDropper:
 
         `frames`: frames of the prompt's video, for methods that keep whole frames.
         """
-        layers = layers_at_depths(num_layers, cls.depths)
+        layers = cls.layers or layers_at_depths(num_layers, cls.depths)
         return DropSchedule.for_mean_tokens(
             mean_tokens, num_vision_tokens, num_layers, layers=layers, leanest=cls.leanest, minimum=cls.minimum
         )
@@ -207,6 +215,26 @@ class TokenDropper:
     def decode_pruning(self, state: PrefillState) -> DecodePruning | None:
         """The function that chooses the cache slots of a decoded token, from the end of prefill; None for all slots."""
         return None
+
+
+def places_of(method: type[TokenDropper], layers: Any) -> dict[str, Any]:
+    """The attributes that the option `layers` replaces: a published setting stands for depths, numbers for themselves.
+
+    Its published settings are no longer those of the method. Raises ValueError for anything else.
+    """
+    if layers in method.published:
+        setting = method.published[layers]
+        return {"published": {}, "depths": tuple(layer / setting.num_layers for layer in setting.schedule)}
+    numbers = str(layers).split("/")
+    found = tuple(int(number) for number in numbers if number.isascii() and number.isdecimal())
+    if len(found) < len(numbers) or list(found) != sorted(set(found)):
+        known = f", or one of {', '.join(method.published)}" if method.published else ""
+        raise ValueError(f"{method.name}: layers must be rising numbers such as 3/16/22{known}, not {layers!r}")
+    latest = found[-1] if method.latest_layer is None else method.latest_layer
+    if not method.earliest_layer <= found[0] <= found[-1] <= latest:
+        ends = f"from layer {method.earliest_layer} on" if method.latest_layer is None else f"at layer {latest} only"
+        raise ValueError(f"{method.name}: layers {layers} cannot act: this method works {ends}")
+    return {"published": {}, "layers": found}
 
 
 def has_type_of(value: Any, default: Any) -> bool:

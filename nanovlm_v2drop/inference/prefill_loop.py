@@ -80,8 +80,11 @@ def prefill(
 
 
 def rotary_of(decoder: Decoder, state: PrefillState) -> Rotary:
-    """Cosines and sines of the rows alive; scaled frequencies go by the prompts' lengths before anything left."""
-    if decoder.config.scaled_beyond is None:
+    """Cosines and sines of the rows alive. Frequencies that follow the length go by where each sequence continues.
+
+    That is behind the whole prompt, unless a method renumbers what it keeps.
+    """
+    if not decoder.config.rope_follows_length:
         return rotary_table(decoder.config, state.position_ids, decoder.dtype)
     parts = zip(state.next_position, state.seqlens, strict=True)
     lengths = torch.cat([position.expand(rows) for position, rows in parts])

@@ -95,6 +95,8 @@ def papers_template(folder: Path, config: VLMConfig) -> str | None:
     text = raw.get("text_config", raw)  # the original files are flat
     if isinstance(config, NanoVLMConfig) and config.max_side is None:
         return "nanovlm_222m"
+    if type(config) is LlavaNextConfig and text.get("model_type") == "mistral":
+        return "mistral_instruct"
     if isinstance(config, Qwen2VLConfig | SmolVLMConfig):
         known = True
     elif isinstance(config, LlavaOnevisionConfig):

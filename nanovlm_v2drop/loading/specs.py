@@ -114,6 +114,13 @@ MODELS: dict[str, ModelSpec] = {
             licence=LLAMA2,
         ),
         ModelSpec(
+            "llava-v1.6-mistral-7b",
+            "LLaVA-1.6 on Mistral 7B, up to 2,880 vision tokens a picture",
+            "llava-hf/llava-v1.6-mistral-7b-hf",
+            parameters=7.57,
+            licence=APACHE,
+        ),
+        ModelSpec(
             "llava-onevision-qwen2-0.5b-ov",
             "LLaVA-OneVision on Qwen2 0.5B",
             "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",

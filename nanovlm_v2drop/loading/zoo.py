@@ -120,10 +120,10 @@ class VisionLanguageModel:
     def check_prompt(self, token_ids: Sequence[int], num_vision_tokens: int) -> None:
         """Raise ValueError for a prompt that is too long, that ends with a picture, or that has an unknown token."""
         text, length, vision_tokens = self.config.text_config, len(token_ids), set(self.config.vision_tokens.values())
-        if length > text.max_position_embeddings and text.scaled_beyond is None:
+        if text.context_length is not None and length > text.context_length:
             raise ValueError(
                 f"the prompt has {length} tokens ({num_vision_tokens} of them from pictures and frames), but the context of "
-                f"{self.name} holds {text.max_position_embeddings}; shorten the text, give fewer of them, or lower --frames or "
+                f"{self.name} holds {text.context_length}; shorten the text, give fewer of them, or lower --frames or "
                 "--max-pixels"
             )
         if token_ids[-1] in vision_tokens:

@@ -18,6 +18,7 @@ from .config import TextConfig
 from .linear import PrepackedLinear, QuantisedLinear, products
 from .linear_int4 import Int4Linear
 from .parallel import TensorParallel
+from .rotary import rotary_frequencies
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
 CPU_ROWS = 320
@@ -43,19 +44,18 @@ class RMSNorm(nn.Module):
 def rotary_table(config: TextConfig, position_ids: Tensor, dtype: torch.dtype, lengths: Tensor | None = None) -> Rotary:
     """Cosines and sines for positions (T,), or (3, T) for Qwen2-VL's multimodal rotary embedding.
 
-    `lengths` (T,): number of tokens of the whole sequence that a row belongs to. Only frequencies that are scaled read it.
+    `lengths` (T,), or () where it is one for all rows: one more than the largest position of the sequence that a row belongs
+    to. Only `config.rope_follows_length` reads it.
 
     Computed in float32 from the positions themselves: kept tokens keep their original ids, however large.
     """
-    exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.scaled_beyond is not None and lengths is not None:
-        frequencies = frequencies / (lengths[:, None] / config.scaled_beyond).clamp(min=1.0)  # (T, half)
+    frequencies = rotary_frequencies(config, position_ids.device, lengths)  # (half,) or (T, half)
     angles = position_ids[..., None].float() * frequencies  # (T, half) or (3, T, half)
     if config.mrope_section is not None and angles.dim() == 3:  # (T, half) is text only: all three axes agree
         angles = by_turns(angles, config.mrope_section) if config.mrope_interleaved else by_blocks(angles, config.mrope_section)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)  # (T, 1, head_dim)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    factor = 1.0 if config.rotary_scaling is None else config.rotary_scaling.attention_scaling
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def by_blocks(angles: Tensor, mrope_section: tuple[int, ...]) -> Tensor:

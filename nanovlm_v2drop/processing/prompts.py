@@ -124,6 +124,11 @@ def hub(text: str) -> str:
     return f"USER: {text} ASSISTANT:"
 
 
+def mistral_instruct(text: str) -> str:
+    """Mistral's conversation, with which LLaVA-1.6 is asked where it has this decoder."""
+    return f"[INST] {text} [/INST]"
+
+
 def qwen_1_5(text: str) -> str:
     """Qwen2's conversation with its system sentence, as the original LLaVA-OneVision and Qwen2-VL are asked."""
     return f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n{qwen_hub(text)}"
@@ -182,6 +187,7 @@ DEFAULT_TEMPLATE = "vicuna_v1"
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(vicuna_v1),
     "hub": Template(hub),
+    "mistral_instruct": Template(mistral_instruct),
     "qwen_1_5": Template(qwen_1_5),
     "qwen_hub": Template(qwen_hub),
     "qwen2_vl": Template(

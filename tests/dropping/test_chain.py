@@ -164,7 +164,7 @@ def test_a_method_with_options_has_a_name_and_published_settings_of_its_own():
     assert (cosine.name, cosine(DropSchedule({1: 0.5})).metric) == ("v2drop:metric=cosine", "cosine")
     assert cosine.official("paper-64").metric == "cosine"
     assert not DROPPERS["clse"].configured(cut_cache=False).official("192").cut_cache
-    with pytest.raises(ValueError, match="v2drop has no option power; it has: cut_cache, metric"):
+    with pytest.raises(ValueError, match="v2drop has no option power; it has: cut_cache, layers, metric"):
         V2Drop.configured(power=2)
 
 

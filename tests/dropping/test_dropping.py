@@ -96,6 +96,59 @@ def test_the_solver_maps_the_papers_layers_by_depth():
     assert list(DropSchedule.for_mean_tokens(100, 300, 28)) == [3, 15, 19]
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "layers"),
+    [
+        *((24, (2, 13, 16)), (28, (3, 15, 19)), (30, (3, 16, 21)), (32, (3, 17, 22))),
+        *((36, (3, 19, 25)), (40, (4, 21, 28)), (64, (6, 34, 44)), (80, (8, 42, 55))),
+    ],
+)
+def test_the_depth_rule_gives_every_depth_its_layers(num_layers, layers):
+    assert layers_at_depths(num_layers) == layers
+    assert tuple(V2Drop.schedule_for(300, 900, num_layers)) == layers
+
+
+def test_drop_layers_are_an_option_by_number_or_by_the_name_of_a_published_setting():
+    chosen = V2Drop.configured(layers="3/16/22")
+    assert chosen.name == "v2drop:layers=3/16/22"
+    named = V2Drop.configured(layers="released-qwen2-vl")
+    for method in (chosen, named):
+        assert list(method.schedule_for(300, 900, 28)) == [3, 16, 22]
+        assert method.schedule_for(300, 900, 28).mean_tokens(900, 28) == pytest.approx(300, abs=0.5)
+        assert not method.published
+    assert list(named.schedule_for(300, 900, 36)) == [4, 21, 28]
+    assert list(V2Drop.configured(layers=4).schedule_for(300, 900, 28)) == [4]
+    assert list(DROPPERS["random"].configured(layers="3/16/22", cut_cache=True).schedule_for(300, 900, 28)) == [3, 16, 22]
+
+
+@pytest.mark.parametrize("layers", ["22/16", "3/3", "a/b", "", True, 2.5, -1, "3//4", "released"])
+def test_an_option_that_names_no_rising_layers_is_refused(layers):
+    message = r"v2drop: layers must be rising numbers such as 3/16/22, or one of released-code, .*released-qwen2-vl, not"
+    with pytest.raises(ValueError, match=message):
+        V2Drop.configured(layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "message"),
+    [("v2drop", "0/5", "layers 0/5 cannot act: this method works from layer 1 on"),
+     ("visionzip", 3, "layers 3 cannot act: this method works at layer 0 only")],
+)  # fmt: skip
+def test_layers_at_which_a_method_cannot_act_are_refused_before_a_model_is_loaded(name, layers, message):
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        DROPPERS[name].configured(layers=layers)
+
+
+def test_a_method_that_chooses_its_layers_by_the_budget_takes_none():
+    for name in ("v2drop-plus", "pdrop", "dycoke"):
+        with pytest.raises(ValueError, match=f"{name} has no option layers; it has: "):
+            DROPPERS[name].configured(layers="3/16")
+
+
+def test_layers_beyond_the_decoder_are_refused():
+    with pytest.raises(ValueError, match=r"drop layer 40 cannot act: .* this 28-layer decoder"):
+        V2Drop.configured(layers="3/40").schedule_for(300, 900, 28)
+
+
 def test_the_solver_names_the_floor_of_an_unreachable_mean():
     with pytest.raises(ValueError, match=r"a mean of 40 vision tokens is out of reach: .* lies between 54\.9 and 576"):
         DropSchedule.for_mean_tokens(40, 576, 32)

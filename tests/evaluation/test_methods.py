@@ -193,7 +193,7 @@ def test_options_and_chains_of_methods_are_found_by_their_text(mine):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("v2drop:metrik=l1", "v2drop has no option metrik; it has: cut_cache, metric"),
+        ("v2drop:metrik=l1", "v2drop has no option metrik; it has: cut_cache, layers, metric"),
         ("v2drop:metric=2", "v2drop: metric must be a value like l2, not 2"),
         ("v2drop:metric=l3", "unknown metric 'l3'; choose one of: l2, l1, cosine"),
         ("dycoke:prune=often", "dycoke: prune must be a value like 0.7, not 'often'"),

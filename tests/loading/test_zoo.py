@@ -87,7 +87,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"device": "gpu"}, "device 'gpu' cannot be used here: .*; use cpu"),
     "attention": ({"attention": "flash"}, "unknown attention back end 'flash'"),
     "flash on a CPU": ({"attention": "flash-attn"}, "'flash-attn' cannot run: it needs a CUDA device, not cpu"),
-    "template": ({"template": "chatml"}, "unknown template 'chatml'; choose one of: hub, nanovlm, .*vic"),
+    "template": ({"template": "chatml"}, "unknown template 'chatml'; choose one of: hub, mistral_instruct, .*vic"),
     "aspect ratio": ({"image_aspect_ratio": "anyres"}, "unknown image_aspect_ratio 'anyres'; choose one of: pad, crop"),
     "folder and weights": ({"weights": "elsewhere"}, "or give the folder without other weights"),
 }

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import llava_next
 import nanovlm
 import onevision
 import pytest
@@ -48,6 +49,12 @@ REQUESTS["nanovlm"] = [
     Request("In <image> yes?", images=[smolvlm.picture(20, 31)]),
     Request("digit", images=[smolvlm.picture(60, 40), smolvlm.picture(90, 20)]),
 ]
+# LLaVA-1.6 on Mistral, whose frequencies follow the length of each prompt.
+REQUESTS["mistral, dynamic"] = [
+    Request("What digit?", images=[llava_next.picture(60, 60)]),
+    Request("In <image> yes?", images=[llava_next.picture(7, 9)]),
+    Request("digit", images=[llava_next.picture(100, 40), llava_next.picture(90, 61)]),
+]
 REQUESTS["llava-video"] = REQUESTS["llava-onevision"]
 every_family = pytest.mark.parametrize("family", REQUESTS)
 
@@ -71,6 +78,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VisionLanguage
     qwen2vl.write_qwen2vl_folder(folders["qwen2-vl"], qwen2vl.qwen2vl_reference(tokenizer), tokenizer)
     qwen2_5_vl.write_qwen2_5_vl_folder(folders["qwen2.5-vl"], qwen2_5_vl.qwen2_5_vl_reference(tokenizer), tokenizer)
     qwen3_vl.write_qwen3_vl_folder(folders["qwen3-vl"], qwen3_vl.qwen3_vl_reference(tokenizer), tokenizer)
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 128}
+    mistral = llava_next.llava_next_reference("Mistral", num_hidden_layers=6, sliding_window=None, **dynamic)
+    llava_next.write_llava_next_folder(folders["mistral, dynamic"], mistral)
     tokenizer = smolvlm.smollm2_tokenizer()
     smolvlm.write_smolvlm_folder(folders["smolvlm"], smolvlm.smolvlm_reference(tokenizer), tokenizer)
     tokenizer = smolvlm.smollm2_tokenizer(())

@@ -1,14 +1,12 @@
 """LLaVA-1.6 as a whole beside transformers: pixels, features, logits and generated ids of pictures in tiles."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, PATCH_SIZE, official_names, tiny_tokenizer, write_processing_files
-from PIL import Image
-from safetensors.torch import save_file
+from conftest import IMAGE_SIZE, PATCH_SIZE
+from llava_next import PINPOINTS, llava_next_reference, next_processor, official_inputs, picture, write_llava_next_folder
 from tiny import resizing_horizontally_first
 
 from nanovlm_v2drop import Request, V2Drop, generate, load, prefill
@@ -18,63 +16,21 @@ from nanovlm_v2drop.models.config import LlavaNextConfig, VLMConfig
 from nanovlm_v2drop.processing.images import CLIP_IMAGE_MEAN
 from nanovlm_v2drop.processing.images_onevision import NextImageProcessor
 
-transformers = pytest.importorskip("transformers")
-PINPOINTS = [[42, 84], [84, 42], [84, 84], [126, 42], [42, 126]]
 SIZES = [(60, 60), (100, 40), (40, 100), (200, 30), (7, 9), (90, 61)]
-
-
-def picture(width: int, height: int) -> Image.Image:
-    pixels = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module")
 def official() -> Any:
-    """transformers' LlavaNextForConditionalGeneration, weights so large that every layer matters."""
-    tokenizer = tiny_tokenizer()
-    blocks = {"num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(hidden_size=32, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, **blocks),
-        text_config=transformers.LlamaConfig(
-            vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
-            hidden_size=48,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            rms_norm_eps=1e-5,
-            **blocks,
-        ),
-        image_token_index=tokenizer.token_to_id("<image>"),
-        image_grid_pinpoints=PINPOINTS,
-    )
-    model = transformers.LlavaNextForConditionalGeneration(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(noise * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 1 + 0.1 * noise)
-    return model
+    return llava_next_reference()
 
 
 @pytest.fixture(scope="module")
 def vlm(official: Any, tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageModel:
-    folder: Path = tmp_path_factory.mktemp("tiny-next")
-    official.config.save_pretrained(folder)
-    write_processing_files(folder, tiny_tokenizer())
-    processor = transformers.LlavaNextImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size=IMAGE_SIZE, image_grid_pinpoints=PINPOINTS
-    )
-    processor.save_pretrained(folder)
-    state = official.state_dict()
-    newline = state.pop("model.image_newline")
-    save_file({**official_names(state), "image_newline": newline}, folder / "model.safetensors")
-    return load(folder)
+    return load(write_llava_next_folder(tmp_path_factory.mktemp("tiny-next"), official))
 
 
 def official_logits(official: Any, vlm: VisionLanguageModel, request: Request) -> torch.Tensor:
-    token_ids, media = vlm.tokens_and_media(request)
-    tiles = max(len(medium.pixel_values) for medium in media)
-    padded = [torch.cat([m.pixel_values, m.pixel_values.new_zeros(tiles - len(m.pixel_values), 3, 42, 42)]) for m in media]
-    sizes = torch.tensor([medium.size for medium in media])
-    return official(input_ids=torch.tensor([token_ids]), pixel_values=torch.stack(padded), image_sizes=sizes).logits[0, -1]
+    return official(**official_inputs(vlm, request)).logits[0, -1]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -95,9 +51,7 @@ def test_several_pictures_are_all_cut_into_tiles(official, vlm):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_tiles_are_the_official_processors(size):
-    official = transformers.LlavaNextImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size=IMAGE_SIZE, image_grid_pinpoints=PINPOINTS
-    )
+    official = next_processor()
     with resizing_horizontally_first():
         wanted = torch.as_tensor(np.asarray(official(picture(*size), return_tensors="np")["pixel_values"][0]))
     pinpoints = tuple((height, width) for height, width in PINPOINTS)

@@ -26,7 +26,7 @@ from torch import Tensor
 from nanovlm_v2drop import Decoder, DropSchedule, Request, V2Drop, decode_one_token, generate, load, prefill
 from nanovlm_v2drop.loading.files import CheckpointError
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel
-from nanovlm_v2drop.models.config import NanoVLMConfig, VLMConfig
+from nanovlm_v2drop.models.config import LengthScaling, NanoVLMConfig, VLMConfig
 
 NEW_TOKENS = [7, 20, 3]
 LENGTH = 16  # vision tokens a tile
@@ -146,7 +146,7 @@ def test_dropping_in_a_long_prompt_keeps_its_frequencies(
     decoder = vlm.model.language_model
     dropped = prefill(decoder, packed, V2Drop(DropSchedule({2: 0.3})))
     apart = replace(packed, position_ids=packed.position_ids / (len(packed.position_ids) / 64))
-    unscaled = Decoder(replace(decoder.config, scaled_beyond=None)).eval()
+    unscaled = Decoder(replace(decoder.config, rotary_scaling=None)).eval()
     unscaled.load_state_dict(decoder.state_dict())
     expected = prefill(unscaled, apart, V2Drop(DropSchedule({2: 0.3})))
     torch.testing.assert_close(dropped.logits, expected.logits, atol=1e-4, rtol=1e-4)
@@ -256,4 +256,4 @@ def test_the_added_tokens_have_the_released_ids() -> None:
     assert isinstance(parsed, NanoVLMConfig)
     ids = {"<|image|>": 49152, "<|global_image|>": 49153, "<row_1_col_1>": 49154, "<row_8_col_8>": 49217}
     assert {name: parsed.added_tokens[name] for name in ids} == ids
-    assert (parsed.token_grid, parsed.max_side, parsed.text_config.scaled_beyond) == (8, 2048, 8192)
+    assert (parsed.token_grid, parsed.max_side, parsed.text_config.rotary_scaling) == (8, 2048, LengthScaling(beyond=8192))

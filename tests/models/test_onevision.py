@@ -232,7 +232,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], str, object, str]] = [
     (HUB_7B, "image_grid_pinpoints", [[384, 400]], "image_grid_pinpoints 400 must be a positive multiple of image_size 384"),
     (HUB_7B, "text_config.hidden_act", "gelu", "text_config.hidden_act = 'gelu'"),
     (HUB_7B, "text_config.layer_types", ["sliding_attention"] * 28, "text_config.use_sliding_window with a sliding_window of"),
-    (HUB_7B, "text_config.rope_scaling", {"type": "yarn", "factor": 4.0}, "text_config.rope_scaling.type = 'yarn'"),
+    (HUB_7B, "text_config.rope_scaling", {"type": "su", "factor": 4.0}, "text_config.rope_scaling.type = 'su'"),
     (ORIGINAL, "image_aspect_ratio", "pad", "image_aspect_ratio = 'pad' is not supported"),
     (ORIGINAL, "image_grid_pinpoints", "(1x1),(2x2)", r"image_grid_pinpoints = '\(1x1\),\(2x2\)' is not supported"),
     (ORIGINAL, "mm_newline_position", "frame", "mm_newline_position = 'frame' .*expected one of 'one_token', 'grid'"),

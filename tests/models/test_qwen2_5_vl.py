@@ -252,7 +252,7 @@ def test_every_default_equals_that_of_transformers() -> None:
             {"hidden_size": 4096, "num_attention_heads": 32},
             r"vision_config\.out_hidden_size 2048 must be the decoder's hidden_size 4096",
         ),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling\.type = 'yarn' .*'default', 'mrope'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, r"rope_scaling\.type = 'longrope' .*'default', 'mrope'"),
         ({"rope_scaling": None}, r"rope_scaling must have an mrope_section"),
     ],
     ids=str,

@@ -239,7 +239,7 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 4096, "max_window_laye
         ({"model_type": "qwen2_5_omni"}, r"model_type = 'qwen2_5_omni' is not supported; expected one of .*'qwen2_vl'"),
         ({"vision_config": {"model_type": "qwen2_5_vl"}}, r"vision_config\.model_type = 'qwen2_5_vl' is not supported"),
         ({"hidden_act": "gelu"}, r"hidden_act = 'gelu' is not supported"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling\.type = 'yarn' .*'default', 'mrope'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, r"rope_scaling\.type = 'longrope' .*'default', 'mrope'"),
         ({"rope_scaling": None}, r"rope_scaling must have an mrope_section"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 16]}}, r"mrope_section \(16, 24, 16\) .* head_dim 128"),
         ({"hidden_size": 7168, "num_attention_heads": 56}, r"vision_config\.hidden_size 3584 must be .* hidden_size 7168"),

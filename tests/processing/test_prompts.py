@@ -42,8 +42,13 @@ def test_hub_prompt_has_no_system_sentence():
 
 def test_default_template_is_in_the_table():
     assert DEFAULT_TEMPLATE == "vicuna_v1"
-    qwen = {"qwen_1_5", "qwen_hub", "qwen2_vl", "qwen3_vl"}
-    assert set(TEMPLATES) == {"vicuna_v1", "hub", *qwen, "smolvlm", "nanovlm", "nanovlm_222m"}
+    llava = {"vicuna_v1", "hub", "mistral_instruct", "qwen_1_5", "qwen_hub"}
+    assert set(TEMPLATES) == llava | {"qwen2_vl", "qwen3_vl", "smolvlm", "nanovlm", "nanovlm_222m"}
+
+
+def test_mistral_is_asked_between_its_instruction_marks():
+    request = Request(text="What is this?", images=[picture()])
+    assert build_prompt(request, "mistral_instruct") == "[INST] <image>\nWhat is this? [/INST]"
 
 
 def test_pictures_without_a_place_come_first():
@@ -94,7 +99,7 @@ def test_blank_request_is_refused(field, blank):
 
 
 def test_unknown_template_is_refused_with_the_known_names():
-    with pytest.raises(ValueError, match=r"'llama'; choose one of: hub, nanovlm, nanovlm_222m, qwen2_vl, .*, vicuna_v1"):
+    with pytest.raises(ValueError, match=r"'llama'; choose one of: hub, mistral_instruct, nanovlm, .*, vicuna_v1"):
         build_prompt(Request(text="Hi"), "llama")
 
 

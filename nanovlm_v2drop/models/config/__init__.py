@@ -12,6 +12,7 @@ from .nanovlm import NanoVLMConfig
 from .qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLVisionConfig
 from .qwen2_vl import Qwen2VLConfig, Qwen2VLVisionConfig, QwenVisionConfig
 from .qwen3_vl import Qwen3VLConfig, Qwen3VLVisionConfig
+from .rope import DynamicScaling, LengthScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from .settings import from_fields, read_json_object
 from .smolvlm import SmolVLMConfig
 from .text import ARITHMETIC, TextConfig, flatten_rope
@@ -20,6 +21,10 @@ from .vlm import VLMConfig
 
 __all__ = [
     "ARITHMETIC",
+    "DynamicScaling",
+    "LengthScaling",
+    "LinearScaling",
+    "Llama3Scaling",
     "LlavaConfig",
     "LlavaNextConfig",
     "LlavaOnevisionConfig",
@@ -31,11 +36,13 @@ __all__ = [
     "Qwen3VLConfig",
     "Qwen3VLVisionConfig",
     "QwenVisionConfig",
+    "RopeScaling",
     "SiglipVisionConfig",
     "SmolVLMConfig",
     "TextConfig",
     "VLMConfig",
     "VisionConfig",
+    "YarnScaling",
     "flatten_rope",
     "from_fields",
     "read_json_object",

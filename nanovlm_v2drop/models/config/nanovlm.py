@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Annotated, Any, ClassVar
 
+from .rope import LengthScaling
 from .settings import (
     FLAG,
     Flag,
@@ -113,11 +114,13 @@ class NanoVLMConfig(SmolVLMConfig):
         if missing := [name for name in SIZES if name not in given]:
             raise ValueError(f"nanoVLM's config.json lacks {', '.join(missing)}; is it complete?")
         text = {ours: given[name] for ours, name in TEXT_NAMES.items()}
-        beyond = {"tie_word_embeddings": given["lm_tie_weights"], "scaled_beyond": given["lm_max_position_embeddings"]}
+        scaling = LengthScaling(beyond=given["lm_max_position_embeddings"])
         vision = {ours: given[name] for ours, name in VISION_NAMES.items()}
         tokens = tuple(given.get("vlm_extra_tokens", {}).values())
         config = cls(
-            text_config=from_fields(TextConfig, {**text, **beyond}),
+            text_config=from_fields(
+                TextConfig, {**text, "tie_word_embeddings": given["lm_tie_weights"], "rotary_scaling": scaling}
+            ),
             image_token_id=given.get("lm_base_vocab_size", given["lm_vocab_size"] - len(tokens)),
             eos_token_ids=(2,) if tokens else (0,),  # <|im_end|> of the chat, <|endoftext|> of the plain text
             vision_config=from_fields(SiglipVisionConfig, vision),

@@ -1,9 +1,10 @@
-"""The decoder's sizes: LLaMA, Qwen2, Qwen2-VL, Qwen2.5-VL, Qwen3 and Qwen3-VL."""
+"""The decoder's sizes: LLaMA, Mistral, Qwen2, Qwen2-VL, Qwen2.5-VL, Qwen3 and Qwen3-VL."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from .rope import MROPE_SECTION, POSITIONS, ROPE_THETA, RopeScaling, ScalingKind, rope_fields
 from .settings import (
     FLAG,
     JSON_OBJECT,
@@ -16,7 +17,6 @@ from .settings import (
     Kind,
     ListOf,
     OneOf,
-    Real,
     Whole,
     Width,
     checked,
@@ -28,6 +28,13 @@ from .settings import (
 
 # What transformers' classes have where a file says nothing, by the text section's model_type; TextConfig has LlamaConfig's.
 LLAMA: dict[str, Any] = {"qkv_bias": False, "qk_norm": False, "mrope_interleaved": False, "eos_token_id": 2}
+MISTRAL: dict[str, Any] = {
+    **LLAMA,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
 QWEN2: dict[str, Any] = {
     **LLAMA,
     "qkv_bias": True,
@@ -63,6 +70,7 @@ TEXT_MODEL_TYPES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llava": LLAMA,
     "llava_llama": LLAMA,
+    "mistral": MISTRAL,
     "qwen2": QWEN2,
     "llava_qwen": QWEN2,
     "qwen2_vl": QWEN2_VL,
@@ -74,8 +82,6 @@ TEXT_MODEL_TYPES: dict[str, dict[str, Any]] = {
     "qwen3_vl_text": QWEN3_VL,
 }
 ARITHMETIC = ("qkv_bias", "qk_norm", "mrope_interleaved")  # the model_type decides these; config.json has no say
-ROPE_THETA = Real(1, 1e12)
-MROPE_SECTION = or_null(ListOf(Whole(1, 512), 3, 3))
 
 
 @dataclass(frozen=True)
@@ -93,16 +99,15 @@ class TextConfig(Checked):
     num_attention_heads: Heads = 32
     num_key_value_heads: Annotated[int, or_null(Whole(1, 4096))] = 0  # 0: num_attention_heads
     head_dim: Annotated[int, or_null(Whole(2, 1024))] = 0  # 0: hidden_size / num_attention_heads
-    max_position_embeddings: Annotated[int, Whole(1, 2**27)] = 2048
+    max_position_embeddings: Annotated[int, POSITIONS] = 2048
     rms_norm_eps: Epsilon = 1e-6
     rope_theta: Annotated[float, ROPE_THETA] = 10000.0
     mrope_section: Annotated[tuple[int, ...] | None, MROPE_SECTION] = None
     mrope_interleaved: Flag = False
+    rotary_scaling: Annotated[RopeScaling | None, ScalingKind()] = None  # rope_scaling or rope_parameters of config.json
     qkv_bias: Flag = False
     qk_norm: Flag = False
     tie_word_embeddings: Flag = False
-    # For a sequence of more tokens than this, all frequencies are divided by length / scaled_beyond. Only nanoVLM has it.
-    scaled_beyond: Annotated[int | None, or_null(Whole(1, 2**27))] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +118,26 @@ class TextConfig(Checked):
         require_divisible("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
         if self.mrope_section is not None and sum(self.mrope_section) * 2 != self.head_dim:
             raise ValueError(f"mrope_section {self.mrope_section} must sum to half of head_dim {self.head_dim}")
+        if self.rotary_scaling is not None:
+            object.__setattr__(self, "rotary_scaling", self.rotary_scaling.completed(self.max_position_embeddings))
+            self.rotary_scaling.check(self.head_dim, self.rope_theta)
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest prompt in tokens; None where the rotary frequencies follow the length of each prompt."""
+        return context_length(self.max_position_embeddings, self.rotary_scaling)
+
+    @property
+    def rope_follows_length(self) -> bool:
+        """Whether the rotary frequencies of a sequence depend on its length."""
+        return self.rotary_scaling is not None and self.rotary_scaling.follows_length
+
+
+def context_length(max_position_embeddings: int, rope_scaling: RopeScaling | None) -> int | None:
+    """The longest prompt in tokens of a decoder with these settings; None has no limit."""
+    if rope_scaling is None:
+        return max_position_embeddings
+    return rope_scaling.completed(max_position_embeddings).context_length(max_position_embeddings)
 
 
 # What a text section may say besides the fields of TextConfig.
@@ -125,16 +150,11 @@ TEXT_SETTINGS: dict[str, Kind] = {
     "eos_token_id": or_null(TOKEN_IDS),
     "rope_scaling": or_null(JSON_OBJECT),
     "rope_parameters": or_null(JSON_OBJECT),
+    "original_max_position_embeddings": or_null(POSITIONS),
     "use_sliding_window": or_null(FLAG),
     "sliding_window": or_null(Whole(1, 2**27)),
     "max_window_layers": or_null(Whole(0, 4096)),
     "layer_types": or_null(ListOf(OneOf("full_attention", "sliding_attention"), 0, 1024)),
-}
-ROPE_SETTINGS: dict[str, Kind] = {
-    "type": OneOf("default", "mrope"),
-    "rope_type": OneOf("default", "mrope"),
-    "rope_theta": ROPE_THETA,
-    "mrope_section": MROPE_SECTION,
 }
 
 
@@ -159,26 +179,37 @@ def same_arithmetic(model_type: str) -> OneOf:
 
 
 def flatten_rope(text: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Bring the three spellings of the rotary settings (rope_theta, rope_scaling, rope_parameters) into plain fields."""
+    """Bring the three spellings of the rotary settings (rope_theta, rope_scaling, rope_parameters) into fields of TextConfig.
+
+    As in transformers, a rope_scaling that holds anything replaces rope_parameters as a whole.
+    """
     model_type = TEXT_MODEL_TYPES.get(text.get("model_type", "llama"), LLAMA)
-    flat = {**text, **{name: model_type[name] for name in ARITHMETIC}}
-    kinds = {**ROPE_SETTINGS, "mrope_interleaved": OneOf(model_type["mrope_interleaved"])}
-    for section in ("rope_scaling", "rope_parameters"):
-        rope = checked(text.get(section) or {}, kinds, f"{prefix}{section}.")
-        flat |= {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
-    return flat
+    section = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
+    rope, place = text.get(section) or {}, f"{prefix}{section}."
+    checked(rope, {"mrope_interleaved": OneOf(model_type["mrope_interleaved"])}, place)
+    fields = rope_fields(rope, place, text.get("original_max_position_embeddings"))
+    return {**text, **{name: model_type[name] for name in ARITHMETIC}, **fields}
 
 
 def check_full_attention(text: Mapping[str, Any], prefix: str) -> None:
     """Raise ValueError where some layer would attend to a window that is smaller than the context."""
-    window, context = text.get("sliding_window", 4096), text.get("max_position_embeddings", TextConfig.max_position_embeddings)
-    layers = text.get("num_hidden_layers", TextConfig.num_hidden_layers)
-    slides = "sliding_attention" in (text.get("layer_types") or ())
-    if text.get("layer_types") is None:
-        first = text.get("max_window_layers")
-        slides = bool(text.get("use_sliding_window")) and window is not None and first is not None and first < layers
-    if slides and not (window is not None and window >= context):
+    window, positions = text.get("sliding_window", 4096), text.get("max_position_embeddings")
+    context = context_length(positions or TextConfig.max_position_embeddings, text.get("rotary_scaling"))
+    if attends_to_window(text) and not (window is not None and context is not None and window >= context):
+        setting = "" if text.get("model_type") == "mistral" else "use_sliding_window with a "
         raise ValueError(
-            f"{prefix}use_sliding_window with a sliding_window of {window} tokens is not supported, because it is smaller than "
-            f"max_position_embeddings {context}; only full attention is implemented"
+            f"{prefix}{setting}sliding_window of {window} tokens is not supported, because it is smaller than "
+            + (f"the context of max_position_embeddings {context}" if context else "prompts of a context without limit")
+            + "; only full attention is implemented"
         )
+
+
+def attends_to_window(text: Mapping[str, Any]) -> bool:
+    """Whether some layer attends to a window: all of Mistral's where there is a window, those that the file names in Qwen2."""
+    if text.get("model_type") == "mistral":
+        return text["sliding_window"] is not None
+    if text.get("layer_types") is not None:
+        return "sliding_attention" in text["layer_types"]
+    first, layers = text.get("max_window_layers"), text.get("num_hidden_layers", TextConfig.num_hidden_layers)
+    has_window = text.get("sliding_window", 4096) is not None
+    return bool(text.get("use_sliding_window")) and has_window and first is not None and first < layers
