@@ -15,7 +15,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("config", "attention", "linear", "linear_int8", "linear_int4", "kv_cache", "arrange", "parallel", "rotary"),
         "decoder",
         *("vision", "vision_qwen2", "vision_qwen2_5", "vision_qwen3"),
-        *("vlm", "qwen2_vl", "qwen3_vl", "smolvlm", "model_classes"),
+        *("vlm", "qwen2_vl", "qwen3_vl", "smolvlm", "language_model", "model_classes"),
     ),
     "dropping": (),
     "processing": (
@@ -23,7 +23,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("images", "images_onevision", "images_qwen2", "images_qwen3", "images_smolvlm", "images_nanovlm"),
         *("tokenizer", "prompts", "chat_template"),
     ),
-    "loading": ("specs", "precision", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo"),
+    "loading": ("specs", "precision", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo", "decoder"),
     "inference": ("prefill_loop", "decoding", "generation"),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
     "tasks": (),

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from ..models.config import LlavaConfig, Qwen2VLConfig, SmolVLMConfig, VLMConfig
+from ..models.config import LanguageModelConfig, LlavaConfig, Qwen2VLConfig, SmolVLMConfig, VLMConfig
 from ..models.decoder import Decoder
+from ..models.language_model import LanguageModel
 from ..models.linear import as_bfloat16
 from ..models.model_classes import MODEL_CLASSES
 from ..models.vlm import VLM
@@ -27,6 +28,8 @@ from .tensor_parallel import split_decoder
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+Model = VLM | LanguageModel
+Config = VLMConfig | LanguageModelConfig
 Parts = Mapping[str, tuple[slice, ...]]  # our name -> the part of that tensor that is read; what is not named is read whole
 
 # Stored name -> ours. The first pattern that matches decides; None is left out on purpose; a name that none matches
@@ -95,14 +98,14 @@ class Uninitialised(TorchFunctionMode):
 
 def load_model(
     folder: Path,
-    config: VLMConfig,
+    config: Config,
     *,
     device: torch.device,
     precision: Precision,
     attention: str = "auto",
     mesh: "DeviceMesh | None" = None,
-) -> VLM:
-    """Read an official checkpoint into a model that is ready for inference (eval mode, no gradients).
+) -> Any:
+    """Read an official checkpoint into the model of its configuration, ready for inference (eval mode, no gradients).
 
     The weights never exist twice: each tensor goes straight from the mapped file to `device` and its own form. On the CPU,
     in the dtype of the file, it stays a view of the file; do not overwrite the file while the model lives. In bfloat16 on
@@ -111,7 +114,7 @@ def load_model(
 
     Args:
         folder: holds model.safetensors, or shards with model.safetensors.index.json, or one other *.safetensors file.
-        config: what the folder's config.json says.
+        config: what the folder's config.json says; it decides whether a VLM or a LanguageModel comes back.
         attention: the back end, as attention.resolve_backend takes it.
         mesh: the processes that share the decoder (parallel.tensor_mesh); each reads its own part of the split matrices only.
 
@@ -149,8 +152,8 @@ def share_model(tensors: Mapping[str, Tensor], config: VLMConfig, attention: str
 
 
 def matched_model(
-    stored: Sequence[StoredTensor], config: VLMConfig, attention: str, folder: Path
-) -> tuple[VLM, dict[str, StoredTensor]]:
+    stored: Sequence[StoredTensor], config: Config, attention: str, folder: Path
+) -> tuple[Any, dict[str, StoredTensor]]:
     """A model without values, and the stored tensor of each of its parameters; raises CheckpointError as `match_tensors`."""
     check_depth(stored, config, folder)
     with torch.device("meta"), Uninitialised():
@@ -158,7 +161,7 @@ def matched_model(
     return model, match_tensors(stored, model, folder)
 
 
-def fill(model: VLM, state: dict[str, Tensor], parts: Parts) -> None:
+def fill(model: Model, state: dict[str, Tensor], parts: Parts) -> None:
     """Give a model its values, and make it ready for inference."""
     tied = model.config.text_config.tie_word_embeddings
     if tied:
@@ -170,7 +173,7 @@ def fill(model: VLM, state: dict[str, Tensor], parts: Parts) -> None:
     model.eval().requires_grad_(False)
 
 
-def check_depth(stored: Sequence[StoredTensor], config: VLMConfig, folder: Path) -> None:
+def check_depth(stored: Sequence[StoredTensor], config: Config, folder: Path) -> None:
     """Compare the number of layers with config.json before they are built: a million layers would take minutes.
 
     Raises CheckpointError where the files hold fewer, or no vision tower.
@@ -223,7 +226,7 @@ def places_of(stored: StoredTensor) -> list[tuple[str | None, StoredTensor]]:
     ]
 
 
-def match_tensors(stored: Sequence[StoredTensor], model: VLM, folder: Path) -> dict[str, StoredTensor]:
+def match_tensors(stored: Sequence[StoredTensor], model: Model, folder: Path) -> dict[str, StoredTensor]:
     """Find the stored tensor of every parameter; raises CheckpointError unless they correspond one to one."""
     named = [place for tensor in stored for place in places_of(tensor)]
     needed = [(name, tensor) for name, tensor in named if name is not None and not is_unused(name, model.config)]
@@ -246,7 +249,7 @@ def match_tensors(stored: Sequence[StoredTensor], model: VLM, folder: Path) -> d
     return sources
 
 
-def is_unused(name: str, config: VLMConfig) -> bool:
+def is_unused(name: str, config: Config) -> bool:
     """Whether this is a block of the tower behind the layer that LLaVA reads; our tower does not build it."""
     block = VISION_BLOCK.match(name)
     if not isinstance(config, LlavaConfig):
@@ -263,7 +266,7 @@ def check_floating(stored: Sequence[StoredTensor]) -> None:
         )
 
 
-def check_nothing_missing(sources: dict[str, StoredTensor], model: VLM, folder: Path) -> None:
+def check_nothing_missing(sources: dict[str, StoredTensor], model: Model, folder: Path) -> None:
     """Raise CheckpointError for parameters without a stored tensor; a tied head needs none."""
     optional = {HEAD} if model.config.text_config.tie_word_embeddings else set()
     missing = [name for name in model.state_dict() if name not in sources and name not in optional]
@@ -332,7 +335,7 @@ def tied_head(state: Mapping[str, Tensor], parts: Parts) -> Tensor:
     return head
 
 
-def check_materialised(model: VLM) -> None:
+def check_materialised(model: Model) -> None:
     """Raise CheckpointError for anything that no stored value reached, such as a buffer that is not saved."""
     tensors = chain(model.named_parameters(), model.named_buffers())
     if left := [name for name, tensor in tensors if tensor.is_meta]:

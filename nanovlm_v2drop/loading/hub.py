@@ -8,7 +8,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -34,15 +34,15 @@ class DamagedDownload(OSError):
     """A file arrived with other contents than the Hub announced."""
 
 
-def download(spec: ModelSpec) -> Path:
+def download(spec: ModelSpec, read_config: Callable[[Path], object] = VLMConfig.from_folder) -> Path:
     """The folder of a model in the Hub's cache, downloaded where it is not complete there; nothing is asked if it is.
 
     An interrupted download continues with the next file. The settings come first, so that a model of an unknown family is
-    refused before its weights are fetched.
+    refused before its weights are fetched: `read_config` reads them from a folder, and raises ValueError.
     Raises WeightsUnavailable where the Hub does not give them, CheckpointError for a checkpoint that could not be loaded.
     """
     try:
-        return cached(spec) or fetched(spec)
+        return cached(spec) or fetched(spec, read_config)
     except CheckpointError:
         raise
     except Exception as error:  # the library's HTTP client, and so its errors, changed from release to release
@@ -93,7 +93,7 @@ def download_tokenizer(repository: str) -> Path:
         raise WeightsUnavailable(f"{first}\ncopy tokenizer.json of {repository} into the folder of the model") from error
 
 
-def fetched(spec: ModelSpec) -> Path:
+def fetched(spec: ModelSpec, read_config: Callable[[Path], object]) -> Path:
     """Download what the cache lacks; raises what huggingface_hub raises, DamagedDownload, and as `download`."""
     repository = str(spec.repository)
     with bounded_requests():
@@ -101,19 +101,19 @@ def fetched(spec: ModelSpec) -> Path:
         names = [file.rfilename for file in info.siblings or () if "/" not in file.rfilename]
         settings, weights = (wanted(names, patterns) for patterns in (SETTINGS_FILES, WEIGHT_FILES))
         files = fetch_all(repository, str(info.sha), settings)
-        check_settings(files)
+        check_settings(files, read_config)
         fetch_all(repository, str(info.sha), weights)
         # Everything is there now; this notes in the cache which files the revision has.
         patterns = [*settings, *weights]
         return Path(huggingface_hub.snapshot_download(repository, revision=spec.revision, allow_patterns=patterns))
 
 
-def check_settings(files: Sequence[Path]) -> None:
+def check_settings(files: Sequence[Path], read_config: Callable[[Path], object]) -> None:
     """Raise CheckpointError where the small files of a checkpoint show that it cannot be loaded."""
     for folder in {file.parent for file in files}:
         check_folder(folder)
         try:
-            VLMConfig.from_folder(folder)
+            read_config(folder)
         except (ValueError, FileNotFoundError) as error:
             raise CheckpointError(str(error)) from error
 

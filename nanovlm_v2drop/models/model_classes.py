@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import (
+    LanguageModelConfig,
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
@@ -14,12 +15,14 @@ from .config import (
     SmolVLMConfig,
     VLMConfig,
 )
+from .language_model import LanguageModel
 from .qwen2_vl import Qwen2_5_VLModel, Qwen2VLModel
 from .qwen3_vl import Qwen3VLModel
 from .smolvlm import NanoVLMModel, SmolVLMModel
-from .vlm import VLM, LlavaModel, LlavaNextModel, LlavaOnevisionModel
+from .vlm import LlavaModel, LlavaNextModel, LlavaOnevisionModel
 
-MODEL_CLASSES: dict[type[VLMConfig], Callable[[Any, str], VLM]] = {
+MODEL_CLASSES: dict[type[VLMConfig | LanguageModelConfig], Callable[[Any, str], Any]] = {
+    LanguageModelConfig: LanguageModel,
     LlavaConfig: LlavaModel,
     LlavaNextConfig: LlavaNextModel,
     LlavaOnevisionConfig: LlavaOnevisionModel,

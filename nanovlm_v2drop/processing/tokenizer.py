@@ -157,14 +157,14 @@ class SentencePieceTokenizer:
         return size + sum(token_id >= size for token_id in self.added_tokens.values())
 
 
-def load_tokenizer(folder: str | Path, vision_tokens: Mapping[str, int] = MappingProxyType({})) -> Tokenizer:
+def load_tokenizer(folder: str | Path, vision_tokens: Mapping[str, int] | None = MappingProxyType({})) -> Tokenizer:
     """Load a checkpoint folder's tokenizer: `tokenizer.json`, or `tokenizer.model` where that is all there is.
 
     `tokenizer.model` also comes first beside a `tokenizer.json` that transformers 5 has rewritten, which forgets the space
     after every `<image>`; without it, such a file is used with a RewrittenTokenizer warning. `vision_tokens`: the config's
     name and id of each token that stands for vision features; a folder that does not know them (the original LLaVA's) gets
-    them at these ids. Raises FileNotFoundError where neither file is there, and ValueError for a broken file, or for a token
-    whose id is unknown, taken, or another one than given.
+    them at these ids; None is for a model of text alone. Raises FileNotFoundError where neither file is there, and ValueError
+    for a broken file, or for a token whose id is unknown, taken, or another one than given.
     """
     folder = Path(folder)
     json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
@@ -174,20 +174,20 @@ def load_tokenizer(folder: str | Path, vision_tokens: Mapping[str, int] = Mappin
         tokenizer = _load_sentencepiece(model_file, vision_tokens)
     else:
         raise FileNotFoundError(f"no tokenizer in {str(folder)!r}: looked for {json_file.name} and {model_file.name}")
-    for token, token_id in vision_tokens.items():
+    for token, token_id in (vision_tokens or {}).items():
         if tokenizer.token_to_id(token) != token_id:
             known_id = tokenizer.token_to_id(token)
             raise ValueError(f"{folder}: {token} is token {known_id}, but the model's config says {token_id}")
     return tokenizer
 
 
-def _load_json(path: Path, vision_tokens: Mapping[str, int]) -> Tokenizer:
+def _load_json(path: Path, vision_tokens: Mapping[str, int] | None) -> Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     # The library raises a bare Exception for every kind of damage.
     except Exception as error:
         raise ValueError(f"cannot read {path} as a tokenizer: {error}") from error
-    if _is_rewritten(tokenizer):
+    if vision_tokens is not None and _is_rewritten(tokenizer):
         if (model_file := path.with_name("tokenizer.model")).is_file():
             return _load_sentencepiece(model_file, vision_tokens, _added_tokens(tokenizer))
         warnings.warn(
@@ -196,8 +196,9 @@ def _load_json(path: Path, vision_tokens: Mapping[str, int]) -> Tokenizer:
             RewrittenTokenizer,
             stacklevel=3,
         )
-    absent = [token for token in vision_tokens if tokenizer.token_to_id(token) is None]
-    tokenizer.add_special_tokens(sorted(absent, key=vision_tokens.__getitem__))
+    ids = vision_tokens or {}
+    absent = [token for token in ids if tokenizer.token_to_id(token) is None]
+    tokenizer.add_special_tokens(sorted(absent, key=ids.__getitem__))
     return JsonTokenizer(tokenizer, *_named_specials(path.parent, tokenizer))
 
 
@@ -243,10 +244,10 @@ def _named_specials(folder: Path, tokenizer: tokenizers.Tokenizer) -> tuple[str 
 
 
 def _load_sentencepiece(
-    path: Path, vision_tokens: Mapping[str, int], other_tokens: Mapping[str, int] = MappingProxyType({})
+    path: Path, vision_tokens: Mapping[str, int] | None, other_tokens: Mapping[str, int] = MappingProxyType({})
 ) -> SentencePieceTokenizer:
     legacy = tokenizer_settings(path.parent).get("legacy")
-    added_tokens = {**vision_tokens, **_read_added_tokens(path.with_name("added_tokens.json"))}
+    added_tokens = {**(vision_tokens or {}), **_read_added_tokens(path.with_name("added_tokens.json"))}
     try:
         model = path.read_bytes()
         processor = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
@@ -257,10 +258,11 @@ def _load_sentencepiece(
         raise ValueError(f"cannot read {path} as a sentencepiece model: it is empty")
     own = range(processor.get_piece_size())
     added_tokens |= {token: token_id for token, token_id in other_tokens.items() if token_id not in own}
-    if not vision_tokens and "<image>" not in added_tokens:
+    if vision_tokens is not None and not vision_tokens and "<image>" not in added_tokens:
         raise ValueError(f"{path} does not know <image>; pass the config's vision_tokens")
     _check_added_tokens(path, processor, added_tokens)
-    return SentencePieceTokenizer(model, added_tokens, vision_tokens or ("<image>",), legacy is not False)
+    spaced = () if vision_tokens is None else vision_tokens or ("<image>",)
+    return SentencePieceTokenizer(model, added_tokens, spaced, legacy is not False)
 
 
 def _read_added_tokens(path: Path) -> dict[str, int]:

@@ -5,6 +5,7 @@ files leave out: llava-hf/llava-1.5-7b-hf stores neither the LLaMA sizes nor the
 not the depth of its tower.
 """
 
+from .language_model import LanguageModelConfig
 from .llava import LlavaConfig
 from .llava_next import LlavaNextConfig
 from .llava_onevision import LlavaOnevisionConfig
@@ -22,6 +23,7 @@ from .vlm import VLMConfig
 __all__ = [
     "ARITHMETIC",
     "DynamicScaling",
+    "LanguageModelConfig",
     "LengthScaling",
     "LinearScaling",
     "Llama3Scaling",

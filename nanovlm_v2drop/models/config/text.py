@@ -81,6 +81,7 @@ TEXT_MODEL_TYPES: dict[str, dict[str, Any]] = {
     "qwen3_vl": QWEN3_VL,
     "qwen3_vl_text": QWEN3_VL,
 }
+LANGUAGE_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # those of a checkpoint that is a decoder alone
 ARITHMETIC = ("qkv_bias", "qk_norm", "mrope_interleaved")  # the model_type decides these; config.json has no say
 
 
