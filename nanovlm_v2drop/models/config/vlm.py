@@ -22,7 +22,7 @@ from .settings import (
     read_json_object,
     require,
 )
-from .text import TEXT_MODEL_TYPES, TextConfig, text_settings
+from .text import LANGUAGE_MODEL_TYPES, TEXT_MODEL_TYPES, TextConfig, text_settings
 
 NANOVLM = "nanovlm"  # the only family whose files name no model_type
 EXPERTS = ("qwen3_vl_moe",)  # Qwen3-VL-30B-A3B and -235B-A22B
@@ -164,6 +164,8 @@ def family_of(raw: Mapping[str, Any]) -> type[VLMConfig]:
         )
     unnamed = NANOVLM if "model_type" not in raw and "vit_hidden_dim" in raw else None
     model_type = raw.get("model_type", unnamed)
+    if isinstance(model_type, str) and model_type in LANGUAGE_MODEL_TYPES and model_type not in families:
+        raise ValueError(f"model_type {model_type!r} is a decoder alone: load_decoder(...) reads it")
     require("model_type", model_type, OneOf(*families))
     return families[model_type]
 
