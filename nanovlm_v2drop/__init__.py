@@ -20,7 +20,7 @@ PUBLIC_NAMES = {
         "Answer", "NotFinite", "NothingDropped", "Prefilled", "Sampling", "decode_one_token", "generate",
         "initial_state", "prefill", "stream",
     ],
-    "loading.decoder": ["Droppable", "TextModel", "load_decoder"],
+    "loading.text_model": ["Droppable", "TextModel", "load_decoder"],
     "loading.specs": ["MODELS"],
     "loading.zoo": ["VisionLanguageModel", "load"],
     "models.config": [

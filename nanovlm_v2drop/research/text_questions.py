@@ -1,0 +1,159 @@
+"""Questions about texts, made of sentences: a pass key, prices, places, and prose to continue.
+
+Every question has a number, and the same number always gives the same question. The text of a question is one droppable
+span. A paraphrased question has no noun or verb of the text: synonyms stand for things and occupations. How the answer opens
+is the same for both, since it is fed after all tokens were dropped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+from random import Random as Dice
+
+ITEMS = {  # thing in the text -> another word for it
+    "sofa": "couch",
+    "bicycle": "bike",
+    "stove": "cooker",
+    "rug": "carpet",
+    "mug": "cup",
+    "automobile": "car",
+    "photograph": "picture",
+    "cellphone": "mobile phone",
+    "necktie": "tie",
+    "armchair": "easy chair",
+    "sack": "bag",
+    "refrigerator": "fridge",
+    "television": "TV set",
+    "wardrobe": "closet",
+    "sneaker": "sports shoe",
+    "infant bed": "crib",
+    "lantern": "lamp",
+    "novel": "book",
+    "coat": "jacket",
+    "vessel": "boat",
+}
+JOBS = {  # occupation in the text -> another word for it
+    "lawyer": "attorney",
+    "doctor": "physician",
+    "teacher": "instructor",
+    "writer": "author",
+    "cook": "chef",
+    "barber": "hairdresser",
+    "pilot": "aviator",
+    "actor": "performer",
+    "sailor": "seaman",
+    "policeman": "cop",
+    "farmer": "grower of crops",
+    "painter": "artist",
+    "scientist": "researcher",
+    "musician": "violinist",
+    "salesman": "seller",
+    "banker": "financier",
+    "reporter": "journalist",
+    "athlete": "sportsman",
+    "priest": "clergyman",
+    "soldier": "warrior",
+}
+NAMES = (
+    *("Anna", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "Jack", "Karen", "Liam", "Maria"),
+    *("Nathan", "Olivia", "Peter", "Rachel", "Simon", "Teresa", "Victor"),
+)
+CITIES = (
+    *("Rome", "Paris", "London", "Berlin", "Madrid", "Tokyo", "Cairo", "Oslo", "Vienna", "Dublin", "Lisbon", "Athens"),
+    *("Moscow", "Delhi", "Boston", "Chicago", "Seattle", "Denver", "Houston", "Miami"),
+)
+FILLER = (
+    "The {colour} bird sat on the {place} and sang for a while.",
+    "In the {time}, the wind came from the {side} and moved the leaves.",
+    "A {colour} train crossed the bridge near the {place}.",
+    "Children played with a {colour} ball behind the {place}.",
+    "The {time} was quiet, and nobody walked along the {place}.",
+    "Clouds gathered in the {side}, but it did not rain in the {time}.",
+    "Somebody had painted the door of the {place} {colour}.",
+    "A dog slept in front of the {place} until the {time}.",
+    "The road to the {side} was closed because of the {colour} flood.",
+    "Old trees grew around the {place}, and their leaves were {colour}.",
+)
+WORDS = {
+    "colour": ("red", "blue", "green", "yellow", "white", "black", "brown", "grey"),
+    "place": ("river", "church", "market", "school", "station", "park", "mill", "harbour", "library", "garden"),
+    "time": ("morning", "evening", "afternoon", "night", "summer", "winter", "autumn", "spring"),
+    "side": ("north", "south", "east", "west"),
+}
+FACTS = 6  # prices or places in a text, of which one is asked for
+CONTINUED = 400  # characters of prose behind the text, of which a model continues the first tokens
+
+
+@dataclass(frozen=True)
+class TextQuestion:
+    """A text, the question behind it, how the answer opens, and the answer itself.
+
+    The opening is fed to the model, so that an answer is right or wrong by its own tokens.
+    """
+
+    kind: str
+    number: int
+    text: str
+    question: str
+    opening: str
+    answer: str
+
+
+def filler(dice: Dice) -> str:
+    """A sentence that answers nothing."""
+    return dice.choice(FILLER).format(**{name: dice.choice(words) for name, words in WORDS.items()})
+
+
+def mixed(facts: Sequence[str], sentences: int, dice: Dice) -> str:
+    """The facts among fillers, in random order, `sentences` in all."""
+    lines = [*facts, *(filler(dice) for _ in range(sentences - len(facts)))]
+    dice.shuffle(lines)
+    return " ".join(lines)
+
+
+def pass_key(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQuestion:
+    key = str(dice.randrange(10_000, 100_000))
+    text = mixed([f"The pass key is {key}. Remember it."], sentences, dice)
+    question = "Which secret code opens the door?" if paraphrased else "What is the pass key?"
+    return TextQuestion("pass key", number, text, question, "The pass key is", f" {key}")
+
+
+def price(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQuestion:
+    items = dice.sample(sorted(ITEMS), FACTS)
+    prices = dict(zip(items, dice.sample(range(10, 100), FACTS), strict=True))
+    text = mixed([f"The price of the {item} is {value} dollars." for item, value in prices.items()], sentences, dice)
+    asked = dice.choice(items)
+    question = f"How much does one pay for the {ITEMS[asked]}?" if paraphrased else f"What is the price of the {asked}?"
+    return TextQuestion("price", number, text, question, f"The price of the {asked} is", f" {prices[asked]}")
+
+
+def place(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQuestion:
+    people = list(zip(*(dice.sample(group, FACTS) for group in (NAMES, sorted(JOBS), CITIES)), strict=True))
+    text = mixed([f"{name} is a {job} who lives in {city}." for name, job, city in people], sentences, dice)
+    name, job, city = dice.choice(people)
+    question = f"In which town is the home of the {JOBS[job]}?" if paraphrased else f"Where does {name} live?"
+    return TextQuestion("place", number, text, question, f"{name} lives in", f" {city}")
+
+
+RETRIEVAL: dict[str, Callable[[int, int, bool, Dice], TextQuestion]] = {"pass key": pass_key, "price": price, "place": place}
+
+
+def retrieval_questions(first: int, count: int, paraphrased: bool = False, longest: int = 60) -> Iterator[TextQuestion]:
+    """The questions `first`, `first` + 1, ..., the three kinds in turn, on texts of 20 to `longest` sentences."""
+    kinds = list(RETRIEVAL)
+    for number in range(first, first + count):
+        dice = Dice(f"text {number}")
+        kind = kinds[number % len(kinds)]
+        yield RETRIEVAL[kind](number, dice.randint(20, longest), paraphrased, dice)
+
+
+def prose_passages(first: int, count: int) -> Iterator[TextQuestion]:
+    """Passages of Python's language reference, as the interpreter ships it, and how each goes on."""
+    chapters = [" ".join(topics[name].split()) for name in sorted(topics)]
+    for number in range(first, first + count):
+        dice = Dice(f"prose {number}")
+        size = dice.randint(1400, 4000)
+        chapter = dice.choice([chapter for chapter in chapters if len(chapter) > size + CONTINUED])
+        start = chapter.index(" ", dice.randrange(len(chapter) - size - CONTINUED)) + 1
+        end = chapter.rindex(" ", start, start + size)
+        yield TextQuestion("prose", number, chapter[start:end], "Continue the text.", "", chapter[end : end + CONTINUED])
