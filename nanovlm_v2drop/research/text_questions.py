@@ -114,7 +114,7 @@ def mixed(facts: Sequence[str], sentences: int, dice: Dice) -> str:
 def pass_key(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQuestion:
     key = str(dice.randrange(10_000, 100_000))
     text = mixed([f"The pass key is {key}. Remember it."], sentences, dice)
-    question = "Which secret code opens the door?" if paraphrased else "What is the pass key?"
+    question = "Which secret code should one not forget?" if paraphrased else "What is the pass key?"
     return TextQuestion("pass key", number, text, question, "The pass key is", f" {key}")
 
 
@@ -129,7 +129,7 @@ def price(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQue
 
 def place(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQuestion:
     people = list(zip(*(dice.sample(group, FACTS) for group in (NAMES, sorted(JOBS), CITIES)), strict=True))
-    text = mixed([f"{name} is a {job} who lives in {city}." for name, job, city in people], sentences, dice)
+    text = mixed([f"{name} the {job} lives in {city}." for name, job, city in people], sentences, dice)
     name, job, city = dice.choice(people)
     question = f"In which town is the home of the {JOBS[job]}?" if paraphrased else f"Where does {name} live?"
     return TextQuestion("place", number, text, question, f"{name} lives in", f" {city}")

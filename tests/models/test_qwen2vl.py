@@ -244,7 +244,7 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 4096, "max_window_laye
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 16]}}, r"mrope_section \(16, 24, 16\) .* head_dim 128"),
         ({"hidden_size": 7168, "num_attention_heads": 56}, r"vision_config\.hidden_size 3584 must be .* hidden_size 7168"),
         ({"text_config": {**nested(HUB_7B)["text_config"], **WINDOWED}}, r"text_config\.use_sliding_window with"),
-        ({"text_config": {**nested(HUB_7B)["text_config"], "model_type": "qwen3"}}, r"text_config\.model_type = 'qwen3'"),
+        ({"text_config": {**nested(HUB_7B)["text_config"], "model_type": "gemma3"}}, r"text_config\.model_type = 'gemma3'"),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
 )
