@@ -5,7 +5,7 @@ span. A paraphrased question has no noun or verb of the text: synonyms stand for
 is the same for both, since it is fed after all tokens were dropped.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 from random import Random as Dice
@@ -88,7 +88,8 @@ CONTINUED = 400  # characters of prose behind the text, of which a model continu
 class TextQuestion:
     """A text, the question behind it, how the answer opens, and the answer itself.
 
-    The opening is fed to the model, so that an answer is right or wrong by its own tokens.
+    The opening is fed to the model, so that an answer is right or wrong by its own tokens. `evidence` is the part of the text
+    that holds the answer; prose has none.
     """
 
     kind: str
@@ -97,6 +98,7 @@ class TextQuestion:
     question: str
     opening: str
     answer: str
+    evidence: str = ""
 
 
 def filler(dice: Dice) -> str:
@@ -113,47 +115,69 @@ def mixed(facts: Sequence[str], sentences: int, dice: Dice) -> str:
 
 def pass_key(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQuestion:
     key = str(dice.randrange(10_000, 100_000))
-    text = mixed([f"The pass key is {key}. Remember it."], sentences, dice)
+    fact = f"The pass key is {key}. Remember it."
     question = "Which secret code should one not forget?" if paraphrased else "What is the pass key?"
-    return TextQuestion("pass key", number, text, question, "The pass key is", f" {key}")
+    return TextQuestion("pass key", number, mixed([fact], sentences, dice), question, "The pass key is", f" {key}", fact)
 
 
 def price(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQuestion:
     items = dice.sample(sorted(ITEMS), FACTS)
     prices = dict(zip(items, dice.sample(range(10, 100), FACTS), strict=True))
-    text = mixed([f"The price of the {item} is {value} dollars." for item, value in prices.items()], sentences, dice)
+    facts = {item: f"The price of the {item} is {value} dollars." for item, value in prices.items()}
+    text = mixed(list(facts.values()), sentences, dice)
     asked = dice.choice(items)
     question = f"How much does one pay for the {ITEMS[asked]}?" if paraphrased else f"What is the price of the {asked}?"
-    return TextQuestion("price", number, text, question, f"The price of the {asked} is", f" {prices[asked]}")
+    return TextQuestion("price", number, text, question, f"The price of the {asked} is", f" {prices[asked]}", facts[asked])
 
 
 def place(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQuestion:
     people = list(zip(*(dice.sample(group, FACTS) for group in (NAMES, sorted(JOBS), CITIES)), strict=True))
-    text = mixed([f"{name} the {job} lives in {city}." for name, job, city in people], sentences, dice)
-    name, job, city = dice.choice(people)
+    facts = [f"{name} the {job} lives in {city}." for name, job, city in people]
+    text = mixed(facts, sentences, dice)
+    asked = dice.randrange(FACTS)
+    name, job, city = people[asked]
     question = f"In which town is the home of the {JOBS[job]}?" if paraphrased else f"Where does {name} live?"
-    return TextQuestion("place", number, text, question, f"{name} lives in", f" {city}")
+    return TextQuestion("place", number, text, question, f"{name} lives in", f" {city}", facts[asked])
 
 
 RETRIEVAL: dict[str, Callable[[int, int, bool, Dice], TextQuestion]] = {"pass key": pass_key, "price": price, "place": place}
 
 
-def retrieval_questions(first: int, count: int, paraphrased: bool = False, longest: int = 60) -> Iterator[TextQuestion]:
-    """The questions `first`, `first` + 1, ..., the three kinds in turn, on texts of 20 to `longest` sentences."""
-    kinds = list(RETRIEVAL)
+def retrieval(first: int, count: int, paraphrased: bool = False, shortest: int = 20, longest: int = 60) -> list[TextQuestion]:
+    """The questions `first`, `first` + 1, ..., the three kinds in turn, on texts of `shortest` to `longest` sentences."""
+    kinds, questions = list(RETRIEVAL), []
     for number in range(first, first + count):
         dice = Dice(f"text {number}")
         kind = kinds[number % len(kinds)]
-        yield RETRIEVAL[kind](number, dice.randint(20, longest), paraphrased, dice)
+        questions.append(RETRIEVAL[kind](number, dice.randint(shortest, longest), paraphrased, dice))
+    return questions
 
 
-def prose_passages(first: int, count: int) -> Iterator[TextQuestion]:
+def paraphrased(first: int, count: int) -> list[TextQuestion]:
+    return retrieval(first, count, paraphrased=True)
+
+
+def long_texts(first: int, count: int) -> list[TextQuestion]:
+    return retrieval(first, count, shortest=150, longest=200)
+
+
+def prose(first: int, count: int) -> list[TextQuestion]:
     """Passages of Python's language reference, as the interpreter ships it, and how each goes on."""
-    chapters = [" ".join(topics[name].split()) for name in sorted(topics)]
+    chapters, questions = [" ".join(topics[name].split()) for name in sorted(topics)], []
     for number in range(first, first + count):
         dice = Dice(f"prose {number}")
         size = dice.randint(1400, 4000)
         chapter = dice.choice([chapter for chapter in chapters if len(chapter) > size + CONTINUED])
         start = chapter.index(" ", dice.randrange(len(chapter) - size - CONTINUED)) + 1
         end = chapter.rindex(" ", start, start + size)
-        yield TextQuestion("prose", number, chapter[start:end], "Continue the text.", "", chapter[end : end + CONTINUED])
+        answer = chapter[end : end + CONTINUED]
+        questions.append(TextQuestion("prose", number, chapter[start:end], "Continue the text.", "", answer))
+    return questions
+
+
+TEXTS: dict[str, Callable[[int, int], list[TextQuestion]]] = {
+    "retrieval": retrieval,
+    "paraphrased": paraphrased,
+    "long": long_texts,
+    "prose": prose,
+}

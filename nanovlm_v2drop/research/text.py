@@ -1,0 +1,238 @@
+"""Dropping on text: does what V2Drop's paper says of vision tokens hold for the tokens of a text?
+
+    python train_free_eval.py --text
+
+A question stands behind a text, and the tokens of the text may be dropped: all else is kept. Every method has the same mean
+number of tokens over the layers. Prefill ends where the answer begins; then the answer's opening and the answer are fed, so no
+method sees them while it ranks. An answer is exact where each of its tokens is the most likely one. "nats" is the mean loss of
+the answer's tokens, or of the first `CONTINUED` tokens of prose. "of the text" is how much of what the text is worth is left:
+0 % is the loss without any text, 100 % that of dense.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dropping import DROPPERS, PrefillState, TokenDropper
+from ..dropping.budget import Budget, for_batch, shapes_of
+from ..dropping.random import Random
+from ..dropping.schedule import DropSchedule
+from ..inference import decode_one_token, prefill
+from ..loading.text_model import Droppable, TextModel
+from ..models.language_model import TextPrompt
+from ..models.vlm import PackedInputs
+from .question_words import QuestionWords
+from .text_questions import TEXTS, TextQuestion
+from .theory import mean_interval
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+FIRST = 10_000  # questions below it were used to choose a method
+CONTINUED = 48  # tokens of prose
+HEAD = "Read the text and answer the question.\n\n"
+# Without dropping, without any text, the answer's sentence first, and every method that needs no picture.
+TEXT_METHODS = (
+    *("dense", "none", "oracle", "question-words"),
+    *("clse", "dart", "fastv", "pdrop", "random", "random-grid", "sparsevlm", "sparsevlm-plus", "transprune", "v2drop"),
+    *("v2drop-once", "v2drop-plus"),
+)
+UNDROPPED = ("dense", "none")
+
+
+class Oracle(Random):
+    """Keep the rows that hold the answer, and of the others a random part; once, where QuestionWords drops."""
+
+    name = "oracle"
+    depths, leanest = QuestionWords.depths, QuestionWords.leanest
+
+    def __init__(self, schedule: DropSchedule, evidence: Sequence[range]) -> None:
+        super().__init__(schedule)
+        self.evidence = evidence
+
+    def score(self, state: PrefillState) -> Tensor:
+        scores = super().score(state)
+        for (start, end), rows in zip(state.spans, self.evidence, strict=True):
+            numbers = state.vision_indices[start:end]
+            scores[start:end] += ((numbers >= rows.start) & (numbers < rows.stop)).float()
+        return scores
+
+
+class V2DropOnce(DROPPERS["v2drop"]):  # type: ignore[misc]
+    """V2Drop with one drop, at its first layer."""
+
+    name = "v2drop-once"
+    depths, leanest = DROPPERS["v2drop"].depths[:1], (0.0,)
+
+
+@dataclass(frozen=True)
+class TextAnswer:
+    """What one method made of one question; `share` is the mean share of the text's tokens that entered a layer."""
+
+    texts: str
+    kind: str
+    number: int
+    method: str
+    tokens: int
+    share: float
+    exact: bool
+    nats: float
+
+
+def answers(
+    model: TextModel, texts: str, methods: Sequence[str], retain: float, limit: int, batch_size: int
+) -> Iterator[list[TextAnswer]]:
+    """The answers of each method to a batch of questions of one name in TEXTS, batch by batch.
+
+    `retain`: mean share of a text's tokens over the layers. Raises OutOfReach where a method cannot drop so much.
+    """
+    questions = TEXTS[texts](FIRST, limit)
+    for start in range(0, limit, batch_size):
+        batch = questions[start : start + batch_size]
+        for method in methods:
+            if method != "oracle" or batch[0].evidence:
+                yield answer_batch(model, texts, batch, method, retain)
+
+
+@torch.no_grad()
+def answer_batch(
+    model: TextModel, texts: str, questions: Sequence[TextQuestion], method: str, retain: float
+) -> list[TextAnswer]:
+    """One method's answers to questions that go through one packed prefill."""
+    prompts = [prompt_of(model, question, with_text=method != "none") for question in questions]
+    packed = model.prepare(prompts)
+    dropper = dropper_of(model, questions, packed, method, retain)
+    opened = [model.encode(question.opening, is_first=False) if question.opening else [] for question in questions]
+    wanted = [model.encode(question.answer, is_first=False)[:CONTINUED] for question in questions]
+    losses, exact = read_answers(model, packed, dropper, opened, wanted)
+    return [
+        TextAnswer(texts, question.kind, question.number, method, len(prompt.token_ids), share, right, loss)
+        for question, prompt, share, right, loss in zip(
+            questions, prompts, shares(model, packed, dropper), exact, losses, strict=True
+        )
+    ]
+
+
+def prompt_of(model: TextModel, question: TextQuestion, with_text: bool = True) -> TextPrompt:
+    """The user's message: what to do, the text, the question."""
+    return model.chat([HEAD, *([Droppable(question.text)] if with_text else []), f"\n\n{question.question}"])
+
+
+def dropper_of(
+    model: TextModel, questions: Sequence[TextQuestion], packed: PackedInputs, method: str, retain: float
+) -> TokenDropper | None:
+    """The method at its budget, for a batch."""
+    if method in UNDROPPED:
+        return None
+    budget, shapes = Budget(retain=retain), shapes_of(packed, model.config.text_config.num_hidden_layers)
+    if method == "oracle":
+        evidence = [rows_of_evidence(model, question) for question in questions]
+        return Oracle(for_batch([budget.schedule(Oracle, shape) for shape in shapes]), evidence)
+    own: dict[str, type[TokenDropper]] = {"question-words": QuestionWords, "v2drop-once": V2DropOnce}
+    return budget.dropper({**DROPPERS, **own}[method], shapes)
+
+
+def rows_of_evidence(model: TextModel, question: TextQuestion) -> range:
+    """The numbers of the text's tokens that hold the answer."""
+    before, _, _ = question.text.partition(question.evidence)
+    ends = (before.rstrip(), before + question.evidence)
+    return range(*(len(model.encode(text, is_first=False)) if text else 0 for text in ends))
+
+
+def read_answers(
+    model: TextModel,
+    packed: PackedInputs,
+    dropper: TokenDropper | None,
+    opened: Sequence[Sequence[int]],
+    wanted: Sequence[Sequence[int]],
+) -> tuple[list[float], list[bool]]:
+    """Mean loss of the wanted tokens of each sequence, and whether each of them is the most likely one."""
+    fed = [[*opening, *answer] for opening, answer in zip(opened, wanted, strict=True)]
+    longest = max(map(len, fed))
+    prefilled = prefill(model.decoder, packed, dropper, max_new_tokens=longest)
+    logits, losses, exact = prefilled.logits, [0.0] * len(fed), [True] * len(fed)
+    for step in range(longest):
+        next_tokens = torch.tensor([tokens[min(step, len(tokens) - 1)] for tokens in fed], device=model.device)
+        chances = logits.float().log_softmax(-1)
+        loss, hit = -chances.gather(1, next_tokens[:, None])[:, 0], chances.argmax(-1) == next_tokens
+        for index, (opening, tokens) in enumerate(zip(opened, fed, strict=True)):
+            if len(opening) <= step < len(tokens):
+                losses[index] += float(loss[index]) / len(wanted[index])
+                exact[index] = exact[index] and bool(hit[index])
+        if step + 1 < longest:
+            logits = decode_one_token(model.decoder, next_tokens, prefilled.cache)
+    return losses, exact
+
+
+def shares(model: TextModel, packed: PackedInputs, dropper: TokenDropper | None) -> list[float]:
+    """Of each prompt, the mean share of its droppable tokens that enter a layer; 0 for one without any."""
+    schedule, layers = DropSchedule({}) if dropper is None else dropper.schedule, model.config.text_config.num_hidden_layers
+    return [
+        schedule.of(index).mean_tokens(count, layers) / count if count else 0.0
+        for index, count in enumerate(packed.vision_counts)
+    ]
+
+
+def summarise_text(records: Sequence[TextAnswer], retain: float) -> list[dict[str, Any]]:
+    """A row for each method and kind of text, with 95 % intervals; differences are paired by question."""
+    rows = []
+    for texts in dict.fromkeys(record.texts for record in records):
+        own = [record for record in records if record.texts == texts]
+        by_method = {name: by_number(own, name) for name in dict.fromkeys(record.method for record in own)}
+        rows += [summary_row(texts, name, by_method, retain) for name in by_method]
+    return rows
+
+
+def by_number(records: Sequence[TextAnswer], method: str) -> dict[int, TextAnswer]:
+    return {record.number: record for record in records if record.method == method}
+
+
+def summary_row(texts: str, method: str, by_method: Mapping[str, Mapping[int, TextAnswer]], retain: float) -> dict[str, Any]:
+    own = by_method[method]
+    row: dict[str, Any] = {"texts": texts, "method": method, "retain": retain, "questions": len(own)}
+    row["tokens"] = mean(record.tokens for record in own.values())
+    row["share"] = mean(record.share for record in own.values())
+    for name, scale in (("exact", 100), ("nats", 1)):
+        values = [scale * float(getattr(record, name)) for record in own.values()]
+        row |= {name: mean(values), f"{name}_interval": mean_interval(values)}
+        dense = by_method.get("dense", {})
+        if method != "dense" and own.keys() <= dense.keys():
+            gains = [scale * (float(getattr(record, name)) - float(getattr(dense[key], name))) for key, record in own.items()]
+            row |= {f"{name}_difference": mean(gains), f"{name}_difference_interval": mean_interval(gains)}
+    if {"dense", "none"} <= by_method.keys():
+        without, whole = (mean(record.nats for record in by_method[name].values()) for name in ("none", "dense"))
+        row["of_the_text"] = 100 * (without - row["nats"]) / (without - whole)
+    return row
+
+
+def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as markdown tables, one for each kind of text."""
+    lines = []
+    for texts in dict.fromkeys(row["texts"] for row in rows):
+        own = sorted((row for row in rows if row["texts"] == texts), key=lambda row: row["nats"])
+        lines += ["", f"{texts}: {own[0]['questions']} questions, retain {own[0]['retain']:.4g}", ""]
+        lines += ["| method | mean share | exact % | minus dense, points | nats a token | of the text % |", "| --- " * 6 + "|"]
+        lines += [table_line(row) for row in own]
+    return "\n".join(lines[1:]) + "\n"
+
+
+def table_line(row: Mapping[str, Any]) -> str:
+    scores = [with_interval(row[name], row[f"{name}_interval"], form) for name, form in (("exact", ".1f"), ("nats", ".2f"))]
+    gain, left = "-", f"{row['of_the_text']:.0f}" if "of_the_text" in row else "-"
+    if "exact_difference" in row:
+        gain = with_interval(row["exact_difference"], row["exact_difference_interval"], "+.1f")
+    return f"| {' | '.join((row['method'], format(row['share'], '.3f'), scores[0], gain, scores[1], left))} |"
+
+
+def with_interval(value: float, bounds: Sequence[float], form: str) -> str:
+    return f"{value:{form}} [{bounds[0]:{form}}, {bounds[1]:{form}}]"
+
+
+def write_records(file: Path, batch: Sequence[TextAnswer]) -> None:
+    """Append answers to `file`, one JSON object a line."""
+    with file.open("a", encoding="utf-8") as opened:
+        opened.writelines(json.dumps(asdict(record)) + "\n" for record in batch)
