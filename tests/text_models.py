@@ -30,10 +30,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def text_reference(model_type: str) -> Any:
+def text_reference(model_type: str, **changes: Any) -> Any:
     """transformers' model with weights so large that every layer matters."""
     transformers = pytest.importorskip("transformers")
-    settings = {"vocab_size": len_of_vocabulary(), **SIZES, **OWN[model_type], "bos_token_id": 1, "eos_token_id": 2}
+    settings = {"vocab_size": len_of_vocabulary(), **SIZES, **OWN[model_type], "bos_token_id": 1, "eos_token_id": 2, **changes}
     config = getattr(transformers, f"{CLASSES[model_type]}Config")(**settings)
     model = getattr(transformers, f"{CLASSES[model_type]}ForCausalLM")(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)

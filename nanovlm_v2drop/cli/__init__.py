@@ -6,7 +6,7 @@
     start       processes, errors, the JSON object        runs      tasks, method beside method
     ask, chat   one question, and a conversation          ledger    --claims
     calibrate   --calibrate                               compare   two finished runs
-    progress    the plan, the bar, the remaining time
+    progress    the plan, the bar, the remaining time     text      --text
 
 Everything above `start` works without torch, so `--help` and wrong options are answered in a fraction of a second.
 """

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from ..evaluation.method_names import ALL, DENSE, parse_methods, parse_number
 from ..evaluation.paper import PAPER_TASKS, expanded
-from ..loading.specs import AUTO, MODELS, find_spec
+from ..loading.specs import AUTO, MODELS, TEXT_MODEL, find_spec
 from . import choices
 
 DESCRIPTION = """Measure what dropping vision tokens costs and saves, without any training.
@@ -25,6 +25,7 @@ DESCRIPTION = """Measure what dropping vision tokens costs and saves, without an
                                             the paper's ablations
   nanovlm-v2drop --claims                   the paper's claims with verdicts
   nanovlm-v2drop --calibrate                drop layers for a model, measured
+  nanovlm-v2drop --text                     the same question for the tokens of texts
   nanovlm-v2drop --model llava-1.5-7b --tasks pope,mme
                                             official weights, from the Hub
   nanovlm-v2drop --model llava-1.5-7b --tasks paper-image
@@ -54,6 +55,8 @@ IGNORED = {  # option -> options that would have no effect beside it
     "ablation": ("methods", "accounting", "tokens", "retain", "seed", "seeds"),
     "claims": ("prompt", "chat", "image", "video", "methods", "accounting", "ablation", "tasks", "tokens", "retain", "seed",
                "seeds", "calibrate"),
+    "text": ("claims", "calibrate", "prompt", "chat", "image", "video", "methods", "accounting", "ablation", "tasks", "tokens", "data",
+             "seed", "seeds", "template", "max_pixels", "sampling", "frames", "image_aspect_ratio", "verbose"),
     "calibrate": ("chat", "methods", "accounting", "ablation", "seed", "seeds", "output", "resume", "verbose"),
     "prompt": ("chat", "tasks", "data", "limit", "batch_size", "resume"),
     "chat": ("tasks", "data", "limit", "batch_size", "resume", "accounting", "ablation", "json"),
@@ -83,6 +86,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not arguments.list_models and not arguments.paper:
         check_conflicts(parser, arguments)
         check_values(parser, arguments)
+    if arguments.text and arguments.model == parser.get_default("model"):
+        arguments.model = TEXT_MODEL
     demo = Path(arguments.model).name in DEMOS
     arguments.methods = arguments.methods or default_methods(arguments)
     asked = arguments.tasks or ([Path(arguments.model).name] if demo else ["pope", "mme"])
@@ -153,6 +158,11 @@ def add_comparison_options(group: argparse._ArgumentGroup) -> None:
     add("--claims", action="store_true", help="put the paper's claims to the test on the demo; takes some minutes")
     add("--calibrate", action="store_true", help="propose drop layers from a few prompts: of --tasks, or --image and --prompt")
     add("--paper", action="store_true", help="print the paper's result tables (of --model, if given), and nothing else")
+    known = ", ".join(choices.text_methods())
+    add("--text", nargs="?", const=list(choices.text_methods()), type=some_of(choices.text_methods()), metavar="METHODS",
+        help=f"drop tokens of texts instead: retrieval and prose on a text model ({TEXT_MODEL} by default); from {known}")
+    known = ", ".join(choices.texts())
+    add("--texts", type=some_of(choices.texts()), default=list(choices.texts()), help=f"kinds of text for --text, from {known}")
     tasks, lists = (*choices.tasks(), *PAPER_TASKS), f"{' and '.join(PAPER_TASKS)} are the paper's lists for the model"
     add("--tasks", type=some_of(tasks), help=f"from {', '.join(tasks)}; {lists}; default the demo's own, else pope,mme")
     add("--data", type=path, help="folder with the benchmarks' parquet files, instead of the Hub")

@@ -68,6 +68,14 @@ def ablations() -> tuple[str, ...]:
     return listed_in("research/ablations.py", "ABLATIONS")
 
 
+def text_methods() -> tuple[str, ...]:
+    return listed_in("research/text.py", "TEXT_METHODS")
+
+
+def texts() -> tuple[str, ...]:
+    return listed_in("research/text_questions.py", "TEXTS")
+
+
 def attention_backends() -> tuple[str, ...]:
     return ("auto", *listed_in("models/attention.py", "BACKENDS"))
 

@@ -17,6 +17,7 @@ from ..evaluation.paper import averages
 from ..evaluation.plans import Plan, first_seeds
 from ..evaluation.records import Record, read_records
 from ..evaluation.summary import run_summary, summarise, summarise_bias
+from ..loading.text_model import TextModel
 from ..loading.zoo import VisionLanguageModel
 from ..models.parallel import Processes
 from ..report.averages import print_averages
@@ -67,7 +68,7 @@ def print_results(run: Mapping[str, Any], verbose: bool) -> None:
     print(f"report: {Path(run['output']) / 'report.html'}")
 
 
-def provenance(vlm: VisionLanguageModel, arguments: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+def provenance(vlm: VisionLanguageModel | TextModel, arguments: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """What is needed to make these numbers again."""
     return {
         "command": shlex.join(typed_command(arguments.typed)),

@@ -19,6 +19,7 @@ from .calibrate import run_calibration
 from .chat import chat
 from .ledger import run_claims
 from .runs import evaluate_tasks
+from .text import run_text
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used-up quota, a limit on files
 REPORTED = (WeightsUnavailable, DatasetUnavailable, CheckpointError, NotANumber, ValueError, OSError, ImportError)
@@ -54,7 +55,7 @@ def rank_of(processes: Processes) -> str:
 
 def run_mode(arguments: argparse.Namespace, processes: Processes) -> dict[str, Any] | None:
     """The object that ends a run, of which the first process alone knows the results; None after a conversation."""
-    alone = next((name for name in ("claims", "calibrate", "chat") if getattr(arguments, name)), None)
+    alone = next((name for name in ("claims", "calibrate", "text", "chat") if getattr(arguments, name)), None)
     if arguments.prompt is None and alone is None:
         return evaluate_tasks(arguments, processes)
     if processes.world_size > 1 and alone is not None:
@@ -68,6 +69,8 @@ def run_mode(arguments: argparse.Namespace, processes: Processes) -> dict[str, A
         return run_claims(arguments)
     if arguments.calibrate:
         return run_calibration(arguments)
+    if arguments.text:
+        return run_text(arguments)
     if arguments.chat:
         chat(arguments)
         return None

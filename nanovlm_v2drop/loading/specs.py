@@ -13,6 +13,7 @@ OWN_TEMPLATE = "checkpoint"  # in place of a template's name: the chat template 
 AUTO = "auto"  # the default of every `dtype`: see precision.chosen_precision
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64", "int8", "int4")
 PICTURE, SEVERAL, VIDEO = "one picture", "several pictures", "video"
+TEXT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what --text asks by default
 STILLS, ALL_MEDIA = (PICTURE, SEVERAL), (PICTURE, SEVERAL, VIDEO)
 
 

@@ -7,6 +7,7 @@ differences are paired by question. findings.py states the rules of the verdicts
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random as Dice
 from typing import Any
@@ -23,13 +24,17 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.plans import Plan, equal_budget_plans, prompt_shape
 from ..evaluation.records import Record, read_records
 from ..evaluation.summary import summarise_bias
+from ..loading.specs import TEXT_MODEL, WEIGHTS_FOLDER
+from ..loading.text_model import load_decoder
 from ..loading.zoo import VisionLanguageModel, load
 from ..processing.prompts import Request
 from ..tasks import Task
 from ..tasks.demo_video import DemoVideo
 from .ablations import LAYER_NUMBERS, ablation_plans, share_of_paper
 from .costs import cost_findings, flops_finding
-from .findings import FAILS, HOLDS, NEEDS, NEEDS_GPU, Finding, agrees, hardly_matters, is_better, shown
+from .findings import FAILS, HOLDS, NEEDS, NEEDS_GPU, NEEDS_TEXT, Finding, agrees, hardly_matters, is_better, shown
+from .text import TextRun, summarise_text
+from .text import answers as text_answers
 from .theory import drop_point, mean_interval, mean_ranks, rank_quality
 
 CLIPS, SHARE_OF_VIDEO = 160, 0.25
@@ -37,6 +42,14 @@ AT_7B = "python train_free_eval.py --model llava-1.5-7b --ablation metric,layers
 OFFICIAL_7B = "python train_free_eval.py --model llava-1.5-7b --methods dense,v2drop --accounting official"
 VIDEO_7B = (
     "python -m nanovlm_v2drop.benchmark --model llava-onevision-qwen2-7b-ov --frames 32 --retain 0.25 --layers 28 --device cuda"
+)
+TEXT_WEIGHTS, TEXT_QUESTIONS = WEIGHTS_FOLDER / TEXT_MODEL.rpartition("/")[2], 60
+ON_TEXT = Finding(
+    "the principle carries over to the tokens of a text",
+    "stated, not tested",
+    f"-, {TEXT_WEIGHTS.name} is not in {WEIGHTS_FOLDER.name}/",
+    NEEDS_TEXT,
+    "python train_free_eval.py --text dense,none,random,v2drop --texts retrieval",
 )
 UNTESTED = (
     Finding("94.0 % of the score is kept at 128 of 576 tokens", "mean of six benchmarks", "-", NEEDS, OFFICIAL_7B),
@@ -61,7 +74,28 @@ def find_claims(vlm: VisionLanguageModel, task: Task, output: Path, limit: int |
     yield from impact_findings(vlm, task)
     yield flops_finding()
     yield from cost_findings()
+    yield text_finding(vlm)
     yield from UNTESTED
+
+
+def text_finding(vlm: VisionLanguageModel, folder: Path = TEXT_WEIGHTS, limit: int = TEXT_QUESTIONS) -> Finding:
+    """What V2Drop leaves of the answers to questions about texts, on the device of `vlm`, where the weights are here.
+
+    Holds where the whole interval of the difference from dense is within HARDLY points.
+    """
+    if not (folder / "config.json").is_file():
+        return ON_TEXT
+    run = TextRun(("dense", "random", "v2drop"), 1 / 3, limit, batch_size=8)
+    model = load_decoder(folder, device=vlm.device, dtype=vlm.dtype)
+    answered = [answer for batch in text_answers(model, run, "retrieval") for answer in batch]
+    rows = {row["method"]: row for row in summarise_text(answered)}
+    own, chance = (rows[name]["exact_difference"] for name in ("v2drop", "random"))
+    bounds = rows["v2drop"]["exact_difference_interval"]
+    measured = (
+        f"{shown(own, bounds)} points at 1/3 of the tokens of {limit} texts, Random {chance:+.1f}; "
+        f"dense {rows['dense']['exact']:.1f} % ({model.name})"
+    )
+    return replace(ON_TEXT, measured=measured, verdict=hardly_matters([bounds]))
 
 
 def answers(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], output: Path, limit: int | None) -> list[Record]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 HOLDS, FAILS, OPEN = "holds here", "does not hold here", "not decided here"
 NEEDS, NEEDS_GPU = "needs the official weights", "needs a GPU"
+NEEDS_TEXT = "needs the weights of a text model"
 HARDLY = 5.0  # points of score
 AGREES = 0.5  # Spearman's rank correlation
 COLUMNS = ("claim", "paper", "measured here", "verdict", "decided by")

@@ -10,7 +10,8 @@ the answer's tokens, or of the first `CONTINUED` tokens of prose. "of the text" 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dropping import DROPPERS, PrefillState, TokenDropper
+from ..dropping import DROPPERS, PrefillState, TokenDropper, V2Drop
 from ..dropping.budget import Budget, for_batch, shapes_of
 from ..dropping.random import Random
 from ..dropping.schedule import DropSchedule
@@ -31,16 +32,15 @@ from .question_words import QuestionWords
 from .text_questions import TEXTS, TextQuestion
 from .theory import mean_interval
 
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-FIRST = 10_000  # questions below it were used to choose a method
+FIRST = 20_000  # questions below it were used to choose the method and how answers are read
 CONTINUED = 48  # tokens of prose
+TIMED, REPEATS = 1200, 3  # tokens of the prompt whose prefill is timed, and how often
 HEAD = "Read the text and answer the question.\n\n"
 # Without dropping, without any text, the answer's sentence first, and every method that needs no picture.
 TEXT_METHODS = (
-    *("dense", "none", "oracle", "question-words"),
-    *("clse", "dart", "fastv", "pdrop", "random", "random-grid", "sparsevlm", "sparsevlm-plus", "transprune", "v2drop"),
-    *("v2drop-once", "v2drop-plus"),
-)
+    "dense", "none", "oracle", "question-words", "clse", "dart", "fastv", "pdrop", "random", "random-grid", "sparsevlm",
+    "sparsevlm-plus", "transprune", "v2drop", "v2drop-once", "v2drop-plus",
+)  # fmt: skip
 UNDROPPED = ("dense", "none")
 
 
@@ -62,18 +62,32 @@ class Oracle(Random):
         return scores
 
 
-class V2DropOnce(DROPPERS["v2drop"]):  # type: ignore[misc]
+class V2DropOnce(V2Drop):
     """V2Drop with one drop, at its first layer."""
 
     name = "v2drop-once"
-    depths, leanest = DROPPERS["v2drop"].depths[:1], (0.0,)
+    depths, leanest = V2Drop.depths[:1], (0.0,)
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """What is compared: methods of TEXT_METHODS at one budget, on the first `limit` questions of each kind of text."""
+
+    methods: Sequence[str]
+    retain: float
+    limit: int
+    batch_size: int
 
 
 @dataclass(frozen=True)
 class TextAnswer:
-    """What one method made of one question; `share` is the mean share of the text's tokens that entered a layer."""
+    """What one method made of one question.
+
+    `retain`: the budget, as a share of the text's tokens; `share`: the mean share that entered a layer.
+    """
 
     texts: str
+    retain: float
     kind: str
     number: int
     method: str
@@ -84,18 +98,19 @@ class TextAnswer:
 
 
 def answers(
-    model: TextModel, texts: str, methods: Sequence[str], retain: float, limit: int, batch_size: int
+    model: TextModel, run: TextRun, texts: str, done: Collection[tuple[str, int]] = ()
 ) -> Iterator[list[TextAnswer]]:
     """The answers of each method to a batch of questions of one name in TEXTS, batch by batch.
 
-    `retain`: mean share of a text's tokens over the layers. Raises OutOfReach where a method cannot drop so much.
+    `done`: (method, number of the question) of answers that are there already. Raises OutOfReach where a method cannot drop
+    so much.
     """
-    questions = TEXTS[texts](FIRST, limit)
-    for start in range(0, limit, batch_size):
-        batch = questions[start : start + batch_size]
-        for method in methods:
-            if method != "oracle" or batch[0].evidence:
-                yield answer_batch(model, texts, batch, method, retain)
+    questions = TEXTS[texts](FIRST, run.limit)
+    for start in range(0, run.limit, run.batch_size):
+        for method in run.methods:
+            batch = [item for item in questions[start : start + run.batch_size] if (method, item.number) not in done]
+            if batch and (method != "oracle" or batch[0].evidence):
+                yield answer_batch(model, texts, batch, method, run.retain)
 
 
 @torch.no_grad()
@@ -108,9 +123,9 @@ def answer_batch(
     dropper = dropper_of(model, questions, packed, method, retain)
     opened = [model.encode(question.opening, is_first=False) if question.opening else [] for question in questions]
     wanted = [model.encode(question.answer, is_first=False)[:CONTINUED] for question in questions]
-    losses, exact = read_answers(model, packed, dropper, opened, wanted)
+    losses, exact = read_out(model, packed, dropper, opened, wanted)
     return [
-        TextAnswer(texts, question.kind, question.number, method, len(prompt.token_ids), share, right, loss)
+        TextAnswer(texts, retain, question.kind, question.number, method, len(prompt.token_ids), share, right, loss)
         for question, prompt, share, right, loss in zip(
             questions, prompts, shares(model, packed, dropper), exact, losses, strict=True
         )
@@ -143,7 +158,7 @@ def rows_of_evidence(model: TextModel, question: TextQuestion) -> range:
     return range(*(len(model.encode(text, is_first=False)) if text else 0 for text in ends))
 
 
-def read_answers(
+def read_out(
     model: TextModel,
     packed: PackedInputs,
     dropper: TokenDropper | None,
@@ -168,6 +183,23 @@ def read_answers(
     return losses, exact
 
 
+def prefill_seconds(model: TextModel, methods: Sequence[str], retain: float) -> dict[str, float]:
+    """The shortest of REPEATS prefills of one prompt of TIMED tokens by each method that reads the text, interleaved."""
+    (question,) = TEXTS["long"](FIRST, 1)
+    whole = prompt_of(model, question)
+    ((start, end),) = whole.spans
+    end_of_text = end - (len(whole.token_ids) - TIMED)
+    packed = model.prepare([TextPrompt((*whole.token_ids[:end_of_text], *whole.token_ids[end:]), ((start, end_of_text),))])
+    timed = [method for method in methods if method not in ("none", "oracle")]
+    seconds = {method: float("inf") for method in timed}
+    for _ in range(REPEATS):
+        for method in timed:
+            dropper, begun = dropper_of(model, [question], packed, method, retain), time.perf_counter()
+            float(prefill(model.decoder, packed, dropper, max_new_tokens=1).logits[0, 0])  # waits for the device
+            seconds[method] = min(seconds[method], time.perf_counter() - begun)
+    return seconds
+
+
 def shares(model: TextModel, packed: PackedInputs, dropper: TokenDropper | None) -> list[float]:
     """Of each prompt, the mean share of its droppable tokens that enter a layer; 0 for one without any."""
     schedule, layers = DropSchedule({}) if dropper is None else dropper.schedule, model.config.text_config.num_hidden_layers
@@ -177,13 +209,13 @@ def shares(model: TextModel, packed: PackedInputs, dropper: TokenDropper | None)
     ]
 
 
-def summarise_text(records: Sequence[TextAnswer], retain: float) -> list[dict[str, Any]]:
-    """A row for each method and kind of text, with 95 % intervals; differences are paired by question."""
+def summarise_text(records: Sequence[TextAnswer]) -> list[dict[str, Any]]:
+    """A row for each kind of text, budget and method, with 95 % intervals; differences are paired by question."""
     rows = []
-    for texts in dict.fromkeys(record.texts for record in records):
-        own = [record for record in records if record.texts == texts]
+    for texts, retain in dict.fromkeys((record.texts, record.retain) for record in records):
+        own = [record for record in records if (record.texts, record.retain) == (texts, retain)]
         by_method = {name: by_number(own, name) for name in dict.fromkeys(record.method for record in own)}
-        rows += [summary_row(texts, name, by_method, retain) for name in by_method]
+        rows += [{"texts": texts, "retain": retain, **summary_row(name, by_method)} for name in by_method]
     return rows
 
 
@@ -191,11 +223,11 @@ def by_number(records: Sequence[TextAnswer], method: str) -> dict[int, TextAnswe
     return {record.number: record for record in records if record.method == method}
 
 
-def summary_row(texts: str, method: str, by_method: Mapping[str, Mapping[int, TextAnswer]], retain: float) -> dict[str, Any]:
+def summary_row(method: str, by_method: Mapping[str, Mapping[int, TextAnswer]]) -> dict[str, Any]:
+    """Scores of one method; beside those of dense, where it has answered the same questions."""
     own = by_method[method]
-    row: dict[str, Any] = {"texts": texts, "method": method, "retain": retain, "questions": len(own)}
-    row["tokens"] = mean(record.tokens for record in own.values())
-    row["share"] = mean(record.share for record in own.values())
+    row: dict[str, Any] = {"method": method, "questions": len(own)}
+    row |= {name: mean(getattr(record, name) for record in own.values()) for name in ("tokens", "share")}
     for name, scale in (("exact", 100), ("nats", 1)):
         values = [scale * float(getattr(record, name)) for record in own.values()]
         row |= {name: mean(values), f"{name}_interval": mean_interval(values)}
@@ -212,9 +244,10 @@ def summary_row(texts: str, method: str, by_method: Mapping[str, Mapping[int, Te
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as markdown tables, one for each kind of text."""
     lines = []
-    for texts in dict.fromkeys(row["texts"] for row in rows):
-        own = sorted((row for row in rows if row["texts"] == texts), key=lambda row: row["nats"])
-        lines += ["", f"{texts}: {own[0]['questions']} questions, retain {own[0]['retain']:.4g}", ""]
+    for texts, retain in dict.fromkeys((row["texts"], row["retain"]) for row in rows):
+        own = sorted((row for row in rows if (row["texts"], row["retain"]) == (texts, retain)), key=lambda row: row["nats"])
+        most = max(row["tokens"] for row in own)
+        lines += ["", f"{texts}: {own[0]['questions']} questions of {most:.0f} tokens on average, retain {retain:.4g}", ""]
         lines += ["| method | mean share | exact % | minus dense, points | nats a token | of the text % |", "| --- " * 6 + "|"]
         lines += [table_line(row) for row in own]
     return "\n".join(lines[1:]) + "\n"
@@ -232,7 +265,19 @@ def with_interval(value: float, bounds: Sequence[float], form: str) -> str:
     return f"{value:{form}} [{bounds[0]:{form}}, {bounds[1]:{form}}]"
 
 
-def write_records(file: Path, batch: Sequence[TextAnswer]) -> None:
+def write_answers(file: Path, batch: Sequence[TextAnswer]) -> None:
     """Append answers to `file`, one JSON object a line."""
     with file.open("a", encoding="utf-8") as opened:
         opened.writelines(json.dumps(asdict(record)) + "\n" for record in batch)
+
+
+def read_answers(file: Path) -> list[TextAnswer]:
+    """The answers in `file`, none where there is no file. A last line that an interrupted run left incomplete is not read.
+
+    Raises ValueError for a line that is no answer.
+    """
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    try:
+        return [TextAnswer(**json.loads(line)) for line in lines if line.endswith("\n")]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} holds a line that is no answer to a text ({error}); choose another --output") from error

@@ -88,7 +88,8 @@ CONTINUED = 400  # characters of prose behind the text, of which a model continu
 class TextQuestion:
     """A text, the question behind it, how the answer opens, and the answer itself.
 
-    The opening is fed to the model, so that an answer is right or wrong by its own tokens. `evidence` is the part of the text
+    The opening is fed to the model, so that an answer is right or wrong by its own tokens. Before a number it ends with the
+    space, which is a token of its own in SmolLM2: "The pass key is a ..." would be a good answer too. `evidence` is the part of the text
     that holds the answer; prose has none.
     """
 
@@ -117,7 +118,7 @@ def pass_key(number: int, sentences: int, paraphrased: bool, dice: Dice) -> Text
     key = str(dice.randrange(10_000, 100_000))
     fact = f"The pass key is {key}. Remember it."
     question = "Which secret code should one not forget?" if paraphrased else "What is the pass key?"
-    return TextQuestion("pass key", number, mixed([fact], sentences, dice), question, "The pass key is", f" {key}", fact)
+    return TextQuestion("pass key", number, mixed([fact], sentences, dice), question, "The pass key is ", key, fact)
 
 
 def price(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQuestion:
@@ -127,7 +128,7 @@ def price(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQue
     text = mixed(list(facts.values()), sentences, dice)
     asked = dice.choice(items)
     question = f"How much does one pay for the {ITEMS[asked]}?" if paraphrased else f"What is the price of the {asked}?"
-    return TextQuestion("price", number, text, question, f"The price of the {asked} is", f" {prices[asked]}", facts[asked])
+    return TextQuestion("price", number, text, question, f"The price of the {asked} is ", str(prices[asked]), facts[asked])
 
 
 def place(number: int, sentences: int, paraphrased: bool, dice: Dice) -> TextQuestion:
