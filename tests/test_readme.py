@@ -48,6 +48,8 @@ def parse(command: str) -> None:
         parse_arguments(words[words.index("train_free_eval.py") + 1 :])
     elif words[1:3] == ["-m", "nanovlm_v2drop.benchmark"]:
         build_parser().parse_args(words[3:])
+    elif words[1:3] == ["-m", "nanovlm_v2drop.research.smollm2"]:
+        assert len(words) == 4
     elif words[1] == "-c":
         exec(words[2], {})
     elif words[1:] in (["-m", "pytest", "-n", "auto"], ["lab", "notebooks"]):

@@ -89,8 +89,8 @@ class TextQuestion:
     """A text, the question behind it, how the answer opens, and the answer itself.
 
     The opening is fed to the model, so that an answer is right or wrong by its own tokens. Before a number it ends with the
-    space, which is a token of its own in SmolLM2: "The pass key is a ..." would be a good answer too. `evidence` is the part of the text
-    that holds the answer; prose has none.
+    space, which is a token of its own in SmolLM2: "The pass key is a ..." would be a good answer too. `evidence` is the part
+    of the text that holds the answer; prose has none.
     """
 
     kind: str

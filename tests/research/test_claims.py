@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from text_models import text_reference, write_text_folder
 
 from nanovlm_v2drop import cli
 from nanovlm_v2drop.dropping.budget import Shape
@@ -22,10 +23,11 @@ from nanovlm_v2drop.research.claims import (
     check_shape,
     ledger_plans,
     score_findings,
+    text_finding,
     video_findings,
     video_score_findings,
 )
-from nanovlm_v2drop.research.findings import FAILS, HOLDS, NEEDS, NEEDS_GPU, OPEN
+from nanovlm_v2drop.research.findings import FAILS, HOLDS, NEEDS, NEEDS_GPU, NEEDS_TEXT, OPEN
 from nanovlm_v2drop.tasks import load_task
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +115,18 @@ def test_the_whole_ledger_runs_on_the_demo(tmp_path, monkeypatch, capsys):
     assert cli.main(["--claims", "--limit", "12", "--output", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(result["results"]) == 18
-    assert {row["verdict"] for row in result["results"]} <= {HOLDS, FAILS, OPEN, NEEDS, NEEDS_GPU}
+    assert {row["verdict"] for row in result["results"]} <= {HOLDS, FAILS, OPEN, NEEDS, NEEDS_GPU, NEEDS_TEXT}
     assert all(row["decides"] for row in result["results"])
     assert json.loads((tmp_path / "claims.json").read_text()) == result
+
+
+def test_the_claim_about_text_is_open_without_weights_and_measured_with_them(tmp_path: Path) -> None:
+    vlm = load("demo")
+    without = text_finding(vlm, tmp_path)
+    assert without.verdict == NEEDS_TEXT
+    assert without.measured.startswith("-, SmolLM2-135M-Instruct is not in weights/")
+    folder = write_text_folder(tmp_path, text_reference("llama", max_position_embeddings=16384))
+    measured = text_finding(vlm, folder, limit=2)
+    assert measured.claim == without.claim
+    assert measured.measured.startswith("+0.0 [+0.0, +0.0] points at 1/3 of the tokens of 2 texts, Random +0.0; dense 0.0 %")
+    assert measured.verdict == HOLDS
