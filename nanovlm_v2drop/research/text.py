@@ -6,13 +6,14 @@ A question stands behind a text, and the tokens of the text may be dropped: all 
 number of tokens over the layers. Prefill ends where the answer begins; then the answer's opening and the answer are fed, so no
 method sees them while it ranks. An answer is exact where each of its tokens is the most likely one. "nats" is the mean loss of
 the answer's tokens, or of the first `CONTINUED` tokens of prose. "of the text" is how much of what the text is worth is left:
-0 % is the loss without any text, 100 % that of dense.
+0 % is the loss without any text, 100 % that of dense. "evidence kept": of the sentence with the answer, behind the first drop.
 """
 
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import add
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,7 +25,7 @@ from ..dropping import DROPPERS, PrefillState, TokenDropper, V2Drop
 from ..dropping.budget import Budget, for_batch, shapes_of
 from ..dropping.random import Random
 from ..dropping.schedule import DropSchedule
-from ..inference import decode_one_token, prefill
+from ..inference import Prefilled, decode_one_token, prefill
 from ..loading.text_model import Droppable, TextModel
 from ..models.language_model import TextPrompt
 from ..models.vlm import PackedInputs
@@ -42,6 +43,7 @@ TEXT_METHODS = (
     "sparsevlm-plus", "transprune", "v2drop", "v2drop-once", "v2drop-plus",
 )  # fmt: skip
 UNDROPPED = ("dense", "none")
+COLUMNS = ("method", "mean share", "evidence kept %", "exact %", "minus dense, points", "nats a token", "of the text %")
 
 
 class Oracle(Random):
@@ -83,7 +85,8 @@ class TextRun:
 class TextAnswer:
     """What one method made of one question.
 
-    `retain`: the budget, as a share of the text's tokens; `share`: the mean share that entered a layer.
+    `retain`: the budget, as a share of the text's tokens; `share`: the mean share that entered a layer; `evidence`: the share
+    of the tokens of the sentence with the answer that were left behind the first drop, None where there is none.
     """
 
     texts: str
@@ -95,6 +98,7 @@ class TextAnswer:
     share: float
     exact: bool
     nats: float
+    evidence: float | None
 
 
 def answers(
@@ -123,12 +127,13 @@ def answer_batch(
     dropper = dropper_of(model, questions, packed, method, retain)
     opened = [model.encode(question.opening, is_first=False) if question.opening else [] for question in questions]
     wanted = [model.encode(question.answer, is_first=False)[:CONTINUED] for question in questions]
-    losses, exact = read_out(model, packed, dropper, opened, wanted)
+    prefilled = prefill(model.decoder, packed, dropper, max_new_tokens=max(map(len, map(add, opened, wanted))))
+    found = evidence_left(model, questions, prefilled)
+    losses, exact = read_out(model, prefilled, opened, wanted)
+    by_question = zip(questions, prompts, shares(model, packed, dropper), exact, losses, found, strict=True)
     return [
-        TextAnswer(texts, retain, question.kind, question.number, method, len(prompt.token_ids), share, right, loss)
-        for question, prompt, share, right, loss in zip(
-            questions, prompts, shares(model, packed, dropper), exact, losses, strict=True
-        )
+        TextAnswer(texts, retain, question.kind, question.number, method, len(prompt.token_ids), *measured)
+        for question, prompt, *measured in by_question
     ]
 
 
@@ -158,17 +163,21 @@ def rows_of_evidence(model: TextModel, question: TextQuestion) -> range:
     return range(*(len(model.encode(text, is_first=False)) if text else 0 for text in ends))
 
 
+def evidence_left(model: TextModel, questions: Sequence[TextQuestion], prefilled: Prefilled) -> list[float | None]:
+    """Of each question, the share of the tokens that hold the answer which the first drop left; None where nothing dropped."""
+    if not prefilled.kept or not questions[0].evidence:
+        return [None] * len(questions)
+    _, kept = prefilled.kept[0]
+    evidence = [rows_of_evidence(model, question) for question in questions]
+    return [len(set(rows) & set(left.tolist())) / len(rows) for rows, left in zip(evidence, kept, strict=True)]
+
+
 def read_out(
-    model: TextModel,
-    packed: PackedInputs,
-    dropper: TokenDropper | None,
-    opened: Sequence[Sequence[int]],
-    wanted: Sequence[Sequence[int]],
+    model: TextModel, prefilled: Prefilled, opened: Sequence[list[int]], wanted: Sequence[list[int]]
 ) -> tuple[list[float], list[bool]]:
     """Mean loss of the wanted tokens of each sequence, and whether each of them is the most likely one."""
     fed = [[*opening, *answer] for opening, answer in zip(opened, wanted, strict=True)]
     longest = max(map(len, fed))
-    prefilled = prefill(model.decoder, packed, dropper, max_new_tokens=longest)
     logits, losses, exact = prefilled.logits, [0.0] * len(fed), [True] * len(fed)
     for step in range(longest):
         next_tokens = torch.tensor([tokens[min(step, len(tokens) - 1)] for tokens in fed], device=model.device)
@@ -228,6 +237,8 @@ def summary_row(method: str, by_method: Mapping[str, Mapping[int, TextAnswer]]) 
     own = by_method[method]
     row: dict[str, Any] = {"method": method, "questions": len(own)}
     row |= {name: mean(getattr(record, name) for record in own.values()) for name in ("tokens", "share")}
+    found = [record.evidence for record in own.values() if record.evidence is not None]
+    row["evidence"] = 100 * mean(found) if found else None
     for name, scale in (("exact", 100), ("nats", 1)):
         values = [scale * float(getattr(record, name)) for record in own.values()]
         row |= {name: mean(values), f"{name}_interval": mean_interval(values)}
@@ -248,7 +259,7 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
         own = sorted((row for row in rows if (row["texts"], row["retain"]) == (texts, retain)), key=lambda row: row["nats"])
         most = max(row["tokens"] for row in own)
         lines += ["", f"{texts}: {own[0]['questions']} questions of {most:.0f} tokens on average, retain {retain:.4g}", ""]
-        lines += ["| method | mean share | exact % | minus dense, points | nats a token | of the text % |", "| --- " * 6 + "|"]
+        lines += ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
         lines += [table_line(row) for row in own]
     return "\n".join(lines[1:]) + "\n"
 
@@ -258,7 +269,8 @@ def table_line(row: Mapping[str, Any]) -> str:
     gain, left = "-", f"{row['of_the_text']:.0f}" if "of_the_text" in row else "-"
     if "exact_difference" in row:
         gain = with_interval(row["exact_difference"], row["exact_difference_interval"], "+.1f")
-    return f"| {' | '.join((row['method'], format(row['share'], '.3f'), scores[0], gain, scores[1], left))} |"
+    found = "-" if row["evidence"] is None else f"{row['evidence']:.0f}"
+    return f"| {' | '.join((row['method'], format(row['share'], '.3f'), found, scores[0], gain, scores[1], left))} |"
 
 
 def with_interval(value: float, bounds: Sequence[float], form: str) -> str:

@@ -85,6 +85,14 @@ def test_losses_and_exact_answers_are_those_of_the_whole_text_read_at_once(model
         assert answer.tokens == len(prompt)
 
 
+def test_the_oracle_keeps_the_evidence_and_random_a_part_of_it(model: TextModel) -> None:
+    run = TextRun(("oracle", "random", "dense"), 1 / 3, 4, 4)
+    left = [[answer.evidence for answer in batch] for batch in answers(model, run, "retrieval")]
+    assert left[0] == [1.0] * 4
+    assert all(share is not None and 0 < share < 1 for share in left[1])
+    assert left[2] == [None] * 4
+
+
 def test_prose_is_judged_by_its_first_tokens(model: TextModel) -> None:
     (question,) = TEXTS["prose"](FIRST, 1)
     assert len(model.tokenizer.encode(question.answer)) >= CONTINUED
@@ -92,7 +100,7 @@ def test_prose_is_judged_by_its_first_tokens(model: TextModel) -> None:
 
 
 def answer(method: str, number: int, exact: bool, nats: float) -> TextAnswer:
-    return TextAnswer("retrieval", 1 / 3, "price", number, method, 100, 1 / 3, exact, nats)
+    return TextAnswer("retrieval", 1 / 3, "price", number, method, 100, 1 / 3, exact, nats, 0.5 if method == "v2drop" else None)
 
 
 def test_a_summary_pairs_methods_with_dense_by_question(tmp_path: Path) -> None:
@@ -103,7 +111,7 @@ def test_a_summary_pairs_methods_with_dense_by_question(tmp_path: Path) -> None:
     assert rows["v2drop"]["nats_difference"] == pytest.approx(0.75)
     assert rows["v2drop"]["of_the_text"] == pytest.approx(100 * (5 - 2.25) / (5 - 1.5))
     assert "exact_difference" not in rows["dense"]
-    assert "| v2drop | 0.333 | 100.0 [100.0, 100.0] | +50.0 [+0.0, +100.0] |" in text_table(list(rows.values()))
+    assert "| v2drop | 0.333 | 50 | 100.0 [100.0, 100.0] | +50.0 [+0.0, +100.0] |" in text_table(list(rows.values()))
     file = tmp_path / "text.jsonl"
     write_answers(file, records)
     with file.open("a") as opened:
