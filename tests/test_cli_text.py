@@ -51,6 +51,7 @@ def test_what_a_text_has_no_use_for_is_refused_beside_it(capsys: pytest.CaptureF
     for options, said in (
         (["--text", "--methods", "v2drop"], "beside --text --methods would be ignored"),
         (["--text", "fastvid"], "unknown name 'fastvid'"),
+        (["--texts", "prose"], "--texts names kinds of text for --text; give both"),
         (["--text", "--model", "demo-video"], "demo-video is a vision-language model, not a decoder alone"),
     ):
         try:

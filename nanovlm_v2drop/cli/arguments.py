@@ -55,8 +55,9 @@ IGNORED = {  # option -> options that would have no effect beside it
     "ablation": ("methods", "accounting", "tokens", "retain", "seed", "seeds"),
     "claims": ("prompt", "chat", "image", "video", "methods", "accounting", "ablation", "tasks", "tokens", "retain", "seed",
                "seeds", "calibrate"),
-    "text": ("claims", "calibrate", "prompt", "chat", "image", "video", "methods", "accounting", "ablation", "tasks", "tokens", "data",
-             "seed", "seeds", "template", "max_pixels", "sampling", "frames", "image_aspect_ratio", "verbose"),
+    "text": ("claims", "calibrate", "prompt", "chat", "image", "video", "methods", "accounting", "ablation", "tasks", "tokens",
+             "data", "seed", "seeds", "template", "max_pixels", "sampling", "frames", "image_aspect_ratio", "verbose",
+             "compile", "tensor_parallel"),
     "calibrate": ("chat", "methods", "accounting", "ablation", "seed", "seeds", "output", "resume", "verbose"),
     "prompt": ("chat", "tasks", "data", "limit", "batch_size", "resume"),
     "chat": ("tasks", "data", "limit", "batch_size", "resume", "accounting", "ablation", "json"),
@@ -198,6 +199,8 @@ def check_conflicts(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     asks = arguments.prompt is not None or arguments.chat
     if (arguments.image is None and arguments.video is None) == asks:
         parser.error("--image or --video belongs together with --prompt or --chat")
+    if arguments.text is None and "texts" in given:
+        parser.error("--texts names kinds of text for --text; give both")
     if arguments.resume and arguments.output is None:
         parser.error("--resume needs the --output of the run to continue")
     for name in ("methods", "tokens", "retain"):

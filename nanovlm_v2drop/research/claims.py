@@ -43,7 +43,7 @@ OFFICIAL_7B = "python train_free_eval.py --model llava-1.5-7b --methods dense,v2
 VIDEO_7B = (
     "python -m nanovlm_v2drop.benchmark --model llava-onevision-qwen2-7b-ov --frames 32 --retain 0.25 --layers 28 --device cuda"
 )
-TEXT_WEIGHTS, TEXT_QUESTIONS = WEIGHTS_FOLDER / TEXT_MODEL.rpartition("/")[2], 30
+TEXT_WEIGHTS, TEXT_QUESTIONS = WEIGHTS_FOLDER / TEXT_MODEL.rpartition("/")[2], 24
 ON_TEXT = Finding(
     "the principle carries over to the tokens of a text",
     "stated, not tested",
