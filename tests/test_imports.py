@@ -23,7 +23,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("images", "images_onevision", "images_qwen2", "images_qwen3", "images_smolvlm", "images_nanovlm"),
         *("tokenizer", "prompts", "chat_template"),
     ),
-    "loading": ("specs", "precision", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo", "decoder"),
+    "loading": (
+        "specs", "precision", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo", "text_model",
+    ),
     "inference": ("prefill_loop", "decoding", "generation"),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
     "tasks": (),

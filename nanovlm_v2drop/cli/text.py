@@ -38,10 +38,10 @@ def run_text(arguments: argparse.Namespace) -> dict[str, Any]:
     model = load_decoder(
         arguments.weights or arguments.model,
         device=arguments.device,
-        dtype=arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16"),
+        dtype=arguments.dtype,
         attention=arguments.attention,
     )
-    print(f"output: {output}", flush=True)
+    print(f"{model.name} in {model.precision}\noutput: {output}", flush=True)
     with claimed(output):
         records = read_answers(output / ANSWERS)
         for texts in arguments.texts:
@@ -72,7 +72,7 @@ def finish(model: TextModel, arguments: argparse.Namespace, records: list[TextAn
     rows = summarise_text(records)
     seconds = [{"retain": run.retain, **prefill_seconds(model, run.methods, run.retain)} for run in runs_of(arguments)]
     print(time_table(seconds))
-    measured = {"model": model.name, "dtype": str(model.dtype), "results": rows, "prefill_seconds": seconds}
+    measured = {"model": model.name, "dtype": str(model.precision), "results": rows, "prefill_seconds": seconds}
     run = {**measured, **provenance(model, arguments, ALONE)}
     write_whole(output / "summary.json", json.dumps(run, indent=1) + "\n")
     write_whole(output / "text.md", text_table(rows) + "\n" + time_table(seconds))

