@@ -86,7 +86,7 @@ def text_finding(vlm: VisionLanguageModel, folder: Path = TEXT_WEIGHTS, limit: i
     if not (folder / "config.json").is_file():
         return ON_TEXT
     run = TextRun(("dense", "random", "v2drop"), 1 / 3, limit, batch_size=8)
-    model = load_decoder(folder, device=vlm.device, dtype=vlm.dtype)
+    model = load_decoder(folder, device=vlm.device)
     answered = [answer for batch in text_answers(model, run, "retrieval") for answer in batch]
     rows = {row["method"]: row for row in summarise_text(answered)}
     own, chance = (rows[name]["exact_difference"] for name in ("v2drop", "random"))
