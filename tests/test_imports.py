@@ -34,7 +34,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "summary", "comparison", "evaluate", "loading", "lmms_eval",
     ),
     "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
-    "research": ("ablations", "theory", "findings", "costs", "smollm2", "question_words", "text_questions", "text", "claims", "calibration"),
+    "research": (
+        "ablations", "theory", "findings", "costs", "smollm2", "question_words", "text_questions", "text", "claims",
+        "calibration",
+    ),
     "report": ("rows", "figures", "gallery", "watch", "tables", "averages", "results_csv", "page"),
     "cli": (
         "choices", "arguments", "checks", "models", "paper", "planning", "progress", "earlier", "results", "runs", "ask",

@@ -113,9 +113,9 @@ class TextModel:
     def check(self, prompt: TextPrompt) -> None:
         """Raise ValueError as `prepare`."""
         text, length = self.config.text_config, len(prompt.token_ids)
-        if length > text.max_position_embeddings:
+        if text.context_length is not None and length > text.context_length:
             raise ValueError(
-                f"the prompt has {length} tokens, but the context of {self.name} holds {text.max_position_embeddings}; "
+                f"the prompt has {length} tokens, but the context of {self.name} holds {text.context_length}; "
                 "shorten it"
             )
         smallest, largest = min(prompt.token_ids), max(prompt.token_ids)
