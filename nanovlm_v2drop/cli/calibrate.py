@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..dropping import V2Drop
 from ..dropping.budget import Budget
+from ..evaluation.loading import load_model
 from ..evaluation.summary import run_summary
 from ..loading.zoo import VisionLanguageModel
 from ..processing.prompts import Request
@@ -23,7 +24,7 @@ from ..research.calibration import stable_from as first_stable
 from ..tasks import Task, load_task
 from .arguments import typed_command
 from .ask import question_about
-from .planning import budgets_for, load_model
+from .planning import budgets_for
 
 PROMPTS = 64  # of each task
 LAYER_COLUMNS = ("layer", "rank corr.\nwith next", "same top\n{share}", "kept by\nvariation", "kept at\nrandom", "none\nkept")
