@@ -12,8 +12,9 @@ sentence. So a row is worth keeping if a row near it resembles a row of the ques
    farthest of them.
 4. The score is the sum of the squares over the rows of the question.
 
-It is not one of DROPPERS: rows that follow each other are neighbours in a text, but not in a picture or a video. Any span of a text may be dropped with it; see `load_decoder`. No attention is read, and no value comes
-to the host. Of several spans, the last row of one and the first row of the next are neighbours.
+It is not one of DROPPERS: rows that follow each other are neighbours in a text, but not in a picture or a video. Any span of a
+text may be dropped with it; see `load_decoder`. No attention is read, and no value comes to the host. Of several spans, the
+last row of one and the first row of the next are neighbours.
 """
 
 import torch
