@@ -172,9 +172,9 @@ def test_the_expected_time_is_told_once_after_twenty_answers(capsys, monkeypatch
     counted = RunProgress({"a": 30, "b": 70}, {"a": 10, "b": 10}, {}, shown=False)
     counted.bars.disable = False
     with counted.continued_with("again"):
-        counted.count(10)
-        counted.count(10)  # twenty answers in ten seconds
-        counted.count(10)
+        counted.count(1, 10)
+        counted.count(1, 10)  # twenty answers in ten seconds
+        counted.count(1, 10)
     told = [line for line in capsys.readouterr().err.splitlines() if "expected" in line]
     assert told == ["expected time: 8 min for the other 98 questions"]
 
@@ -182,11 +182,11 @@ def test_the_expected_time_is_told_once_after_twenty_answers(capsys, monkeypatch
 def test_the_time_of_batches_is_estimated_where_a_batch_ends(capsys, monkeypatch):
     clock = iter([0.0, 0.0, 10.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
-    counted = RunProgress({"a": 100}, {"a": 25}, {}, shown=False, batch_size=4)
+    counted = RunProgress({"a": 100}, {"a": 25}, {}, shown=False)
     counted.bars.disable = False
     with counted.continued_with("again"):
-        for _ in range(8):  # the answers to four questions come at once, and took ten seconds
-            counted.count(25)
+        for _ in range(2):  # the answers to four questions come at once, and took ten seconds
+            counted.count(4, 100)
     told = [line for line in capsys.readouterr().err.splitlines() if "expected" in line]
     assert told == ["expected time: 4 min for the other 96 questions"]
 
@@ -196,9 +196,9 @@ def test_answers_of_an_earlier_start_cost_no_time(monkeypatch):
     counted = RunProgress({"a": 100}, {"a": 10}, earlier, shown=False)
     samples = [SimpleNamespace(sample_id=str(number)) for number in range(100)]
     counted.fresh_answers = 0
-    list(counted.follow(samples[:50], "a", "a"))
+    list(counted.follow([samples[:20], samples[20:50]], "a", "a"))
     assert (counted.done, counted.fresh_answers) == (50, 0)
-    list(counted.follow(samples[50:52], "a", "a"))
+    list(counted.follow([samples[50:52]], "a", "a"))
     assert counted.fresh_answers == 20
     monkeypatch.setattr(progress.time, "perf_counter", lambda: counted.started + 40)
     assert counted.seconds_left() == pytest.approx(40 / 20 * 480)

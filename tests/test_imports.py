@@ -30,8 +30,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
     "tasks": (),
     "evaluation": (
-        "records", "method_names", "paper", "methods", "plans", "fingerprints", "output", "position_bias", "bootstrap",
-        "summary", "comparison", "evaluate", "loading", "lmms_eval",
+        "machine", "records", "method_names", "paper", "methods", "plans", "features", "batches", "fingerprints", "output",
+        "position_bias", "bootstrap", "summary", "comparison", "answering", "evaluate", "loading", "lmms_eval",
     ),
     "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
     "research": (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dropping import DropSchedule, PrefillState, TokenDropper
-from ..evaluation.evaluate import peak_memory_mb, reset_peak_memory, timestamp
+from ..evaluation.machine import peak_memory_mb, reset_peak_memory, timestamp
 from ..evaluation.plans import DENSE
 from ..inference import prefill
 from ..models.decoder import Decoder

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..dropping import TokenDropper, V2Drop
-from ..evaluation.evaluate import peak_memory_mb
+from ..evaluation.machine import peak_memory_mb
 from ..evaluation.plans import DENSE
 from ..inference import Prefilled, decode_steps, prefill
 from ..loading.zoo import VisionLanguageModel, load

@@ -42,7 +42,7 @@ from rich.table import Table
 
 from ..dropping import DropSchedule
 from ..dropping.schedule import PAPER_VISION_TOKENS
-from ..evaluation.evaluate import processor_name
+from ..evaluation.machine import processor_name
 from .contenders import ATTENTIONS, Contender, check_logits, decoding_contenders, our_contenders, transformers_contenders
 from .loading import LOADERS, import_row, loading_rows
 from .measure import decode_rows, prefill_rows

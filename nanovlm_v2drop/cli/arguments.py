@@ -168,7 +168,8 @@ def add_comparison_options(group: argparse._ArgumentGroup) -> None:
     add("--tasks", type=some_of(tasks), help=f"from {', '.join(tasks)}; {lists}; default the demo's own, else pope,mme")
     add("--data", type=path, help="folder with the benchmarks' parquet files, instead of the Hub")
     add("--limit", type=int, metavar="N", help="samples of each task")
-    add("--batch-size", type=int, default=1, metavar="N", help="samples that go through one packed prefill; default 1")
+    sizes = "prompts that are answered together; default auto: what the free memory allows"
+    add("--batch-size", type=batch_size, metavar="N", help=sizes)
     add("--seed", type=int, default=0, metavar="N", help="first seed of methods that draw at random; default 0")
     add("--seeds", type=int, metavar="N", help=f"number of seeds that share a row; default {SEEDS}, {SEEDS_OF_DEMOS} for demos")
 
@@ -214,6 +215,11 @@ def check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         value = getattr(arguments, name)
         if value is not None and not smallest <= value <= largest:
             parser.error(f"--{name.replace('_', '-')} {value} is out of range; it must be from {smallest:,} to {largest:,}")
+
+
+def batch_size(text: str) -> int | None:
+    """A number of prompts; None for auto."""
+    return None if text == AUTO else int(text)
 
 
 def names(text: str) -> list[str]:

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..demo.scenes import IMAGE_SIZE
-from ..evaluation.evaluate import timestamp
 from ..evaluation.loading import load_model
+from ..evaluation.machine import timestamp
 from ..evaluation.methods import find_methods
 from ..evaluation.plans import Plan, first_seeds, prompt_shape
 from ..evaluation.summary import model_line, run_summary

@@ -25,7 +25,6 @@ class RunProgress:
         runs: for each task the number of answers to one question: methods, budgets and seeds.
         answered: for each (task, sample id) the number of answers that an earlier start has left; they cost no time now.
         shown: False in all processes but the first.
-        batch_size: questions that are answered together; the time is estimated where a batch ends.
     """
 
     def __init__(
@@ -34,9 +33,8 @@ class RunProgress:
         runs: Mapping[str, int],
         answered: Mapping[tuple[str, str], int],
         shown: bool,
-        batch_size: int = 1,
     ) -> None:
-        self.questions, self.runs, self.answered, self.batch_size = questions, runs, answered, batch_size
+        self.questions, self.runs, self.answered = questions, runs, answered
         self.done, self.fresh_answers, self.told = 0, 0, False
         self.console = Console(stderr=True, markup=False, highlight=False, emoji=False)
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
@@ -48,19 +46,20 @@ class RunProgress:
     def total(self) -> int:
         return sum(self.questions.values())
 
-    def follow(self, samples: Iterable[Sample], task: str, description: str) -> Iterator[Sample]:
+    def follow(self, batches: Iterable[Sequence[Sample]], task: str, description: str) -> Iterator[Sequence[Sample]]:
         """The samples of one task, counted as they are answered."""
         bar = self.bars.add_task(description, total=self.questions[task])
-        for sample in samples:
-            self.count(self.runs[task] - self.answered.get((task, sample.sample_id), 0))
-            self.bars.advance(bar)
-            yield sample
+        for samples in batches:
+            fresh = (self.runs[task] - self.answered.get((task, sample.sample_id), 0) for sample in samples)
+            self.count(len(samples), sum(max(answers, 0) for answers in fresh))
+            self.bars.advance(bar, len(samples))
+            yield samples
 
-    def count(self, fresh_answers: int) -> None:
-        """One more question is done, for which that many answers were made now."""
-        self.done += 1
-        self.fresh_answers += max(fresh_answers, 0)
-        if not self.told and self.fresh_answers >= FIRST_ANSWERS and self.done % self.batch_size == 0:
+    def count(self, questions: int, fresh_answers: int) -> None:
+        """More questions are done, for which that many answers were made now."""
+        self.done += questions
+        self.fresh_answers += fresh_answers
+        if not self.told and self.fresh_answers >= FIRST_ANSWERS and self.left:
             self.told = True
             if not self.bars.disable:
                 self.console.print(f"expected time: {duration(self.seconds_left())} for the other {self.left} questions")

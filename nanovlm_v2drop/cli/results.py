@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.evaluate import machine_name
+from ..evaluation.machine import machine_name
 from ..evaluation.output import write_whole
 from ..evaluation.paper import averages
 from ..evaluation.plans import Plan, first_seeds

@@ -3,11 +3,12 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..dropping.budget import Shape
-from ..evaluation.evaluate import check_resumable, evaluate
+from ..evaluation.evaluate import check_resumable, evaluate_batches
 from ..evaluation.loading import load_model
 from ..evaluation.methods import find_methods
 from ..evaluation.output import claimed
@@ -18,7 +19,7 @@ from ..loading.zoo import VisionLanguageModel
 from ..models.parallel import Processes
 from ..processing.prompts import Request
 from ..research.ablations import ABLATIONS
-from ..tasks import Sample, Task, load_task
+from ..tasks import Task, load_task
 from .earlier import earlier_plans, note_plans
 from .planning import output_folder, plans_for
 from .progress import RunProgress, answered_before, plan_line, resume_command
@@ -85,7 +86,7 @@ def announce(
             print(plan_line(name, questions[name], own, arguments.seeds), flush=True)
     before = ((record.task, record.plan, record.sample_id) for record in read_records(output))
     runs = {name: len(own) for name, own in plans.items()}
-    return RunProgress(questions, runs, answered_before(before, plans), processes.is_first, arguments.batch_size)
+    return RunProgress(questions, runs, answered_before(before, plans), processes.is_first)
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,13 @@ class BenchmarkRun:
         """Answer one task with `plans`; those of earlier starts that answered the same samples are shown too."""
         given = self.arguments
         options = {"limit": given.limit, "batch_size": given.batch_size, "resume": given.resume}
-        samples = evaluate(self.vlm, task, plans, self.output, **options, processes=self.processes)
-        shown, sample_ids = list[Sample](), list[str]()
-        for sample in self.progress.follow(samples, task.name, f"{self.vlm.name} on {task.name}"):
+        batches = evaluate_batches(self.vlm, task, plans, self.output, **options, processes=self.processes)
+        sample_ids = list[str]()
+        for samples in self.progress.follow(batches, task.name, f"{self.vlm.name} on {task.name}"):
             if not sample_ids and self.processes.is_first:
                 note_plans(given, self.output)
-            shown += [sample] if len(shown) < PICTURES else []
-            sample_ids.append(sample.sample_id)
+            sample_ids += [sample.sample_id for sample in samples]
+        shown = list(islice(task.samples(task.default_samples if given.limit is None else given.limit), PICTURES))
         if not self.processes.is_first:
             return Answered(task, plans, shown, sample_ids)
         earlier, left_out = earlier_plans(task.name, shape, plans, sample_ids, given, self.output)

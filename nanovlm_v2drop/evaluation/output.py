@@ -12,12 +12,13 @@ from ..loading.zoo import VisionLanguageModel
 from ..models.config import read_json_object
 from ..models.parallel import ALONE, Processes
 from ..tasks import Task
+from .batches import BatchSize
 from .fingerprints import data_fingerprint, held_fingerprint, method_fingerprint, model_fingerprint
 from .plans import Plan
 from .records import read_records
 
 LOCK, SETTINGS = "run.lock", "settings.json"
-OPTIONAL = ("data of ", "method ")  # settings of a task or a method, which an earlier run may not have had
+OPTIONAL = ("data of ", "method ", "batch size of ")  # settings of a task or a method, which an earlier run may not have had
 
 
 @contextmanager
@@ -62,7 +63,7 @@ def write_whole(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def run_settings(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan]) -> dict[str, str]:
+def run_settings(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], size: BatchSize) -> dict[str, str]:
     """What answers depend on, by name."""
     methods = {plan.method: plan.kind for plan in plans if plan.kind is not None}
     return {
@@ -72,8 +73,22 @@ def run_settings(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan]) ->
         "image_processor": repr(vlm.image_processor),
         "sampling": repr(vlm.sampling),
         f"data of {task.name}": data_fingerprint(task.files) if task.files else "drawn",
+        batch_size_of(task): str(size),
         **{f"method {name}": method_fingerprint(method) for name, method in methods.items()},
     }
+
+
+def batch_size_of(task: Task) -> str:
+    """The name of a setting."""
+    return f"batch size of {task.name}"
+
+
+def batch_size_before(task: Task, output: Path) -> BatchSize | None:
+    """The size of the batches in which answers to this task were made; None without answers, or where nothing tells."""
+    if not any(record.task == task.name for record in read_records(output)):
+        return None
+    noted = settings_before(output / SETTINGS).get(batch_size_of(task))
+    return None if noted is None else BatchSize.parse(noted)
 
 
 def check_same_settings(settings: dict[str, str], output: Path) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 from ..models.parallel import Processes
 
+TIMES = ("vision_ms", "prefill_ms", "decode_ms", "peak_memory_mb")
 MOST = 2**53  # beyond it JSON's numbers are not exact
 MOST_TOKENS = 10**7
 
 @dataclass
 class Record:
-    """One answer of one plan to one sample: a line of samples.jsonl. The times of a batch are shared evenly."""
+    """One answer of one plan to one sample: a line of samples.jsonl. Some samples have times, taken of the prompt alone."""
 
     task: str
     plan: str
@@ -27,12 +28,12 @@ class Record:
     correct: float
     text_tokens: int
     vision_tokens: int
-    vision_ms: float
-    prefill_ms: float
-    decode_ms: float
     decode_steps: int
     kv_cache_bytes: int
-    peak_memory_mb: float
+    vision_ms: float | None = None
+    prefill_ms: float | None = None
+    decode_ms: float | None = None
+    peak_memory_mb: float | None = None
     kept: list[list[int]] = field(default_factory=list)
     vision_grids: list[list[int]] = field(default_factory=list)  # frames, rows, columns of each picture or video
 
@@ -134,6 +135,8 @@ def wrong_numbers(found: Mapping[str, Any]) -> str:
         return f"field 'vision_tokens' is {found['vision_tokens']}, more than any prompt holds ({MOST_TOKENS})"
     if any(number >= found["vision_tokens"] for stage in found.get("kept", []) for number in stage):
         return "field 'kept' holds a token that the prompt does not have"
+    if len({found.get(name) is None for name in TIMES}) > 1:
+        return f"it has some of the fields {', '.join(TIMES)} and not all"
     return ""
 
 
@@ -162,5 +165,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # by the type of a fiel
     str(str): (is_text, "a text"),
     str(int): (is_count, f"a whole number from 0 to {MOST}"),
     str(float): (is_amount, "a finite number of 0 or more"),
+    str(float | None): (lambda value: value is None or is_amount(value), "a finite number of 0 or more, or null"),
     str(list[list[int]]): (are_counts, "a list of lists of whole numbers"),
 }

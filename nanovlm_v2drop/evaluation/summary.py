@@ -18,6 +18,8 @@ from .plans import Plan
 from .position_bias import position_bias
 from .records import Record
 
+TIME_FIELDS = ("vision_ms", "prefill_ms", "decode_ms", "decode_ms_per_token", "total_ms", "items_per_s", "peak_memory_mb")
+
 
 def summarise(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> list[dict[str, Any]]:
     """One row for each method and budget: scores with 95 % bootstrap intervals, cost by the one accounting, measured times.
@@ -130,15 +132,22 @@ def cost_fields(
 
 
 def time_fields(records: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Medians a sample, and sums over all: what a sample takes includes its share of reading and of the vision tower."""
-    steps, decode_ms = (sum(record[name] for record in records) for name in ("decode_steps", "decode_ms"))
-    total_ms = sum(record["vision_ms"] + record["prefill_ms"] + record["decode_ms"] for record in records)
+    """Medians and means over the samples whose times were taken, each alone; None where none was.
+
+    What a sample takes in all (`total_ms`) includes reading it and the vision tower.
+    """
+    timed = [record for record in records if record["prefill_ms"] is not None]
+    if not timed:
+        return {"timed": 0, **dict.fromkeys(TIME_FIELDS)}
+    steps, decode_ms = (sum(record[name] for record in timed) for name in ("decode_steps", "decode_ms"))
+    total_ms = sum(record["vision_ms"] + record["prefill_ms"] + record["decode_ms"] for record in timed)
     return {
-        **{name: round(median(record[name] for record in records), 3) for name in ("vision_ms", "prefill_ms", "decode_ms")},
+        "timed": len({record["sample_id"] for record in timed}),
+        **{name: round(median(record[name] for record in timed), 3) for name in ("vision_ms", "prefill_ms", "decode_ms")},
         "decode_ms_per_token": round(decode_ms / steps, 3) if steps else None,
-        "total_ms": round(total_ms / len(records), 3),
-        "items_per_s": round(1000 * len(records) / total_ms, 3),
-        "peak_memory_mb": round(max(record["peak_memory_mb"] for record in records), 1),
+        "total_ms": round(total_ms / len(timed), 3),
+        "items_per_s": round(1000 * len(timed) / total_ms, 3),
+        "peak_memory_mb": round(max(record["peak_memory_mb"] for record in timed), 1),
     }
 
 

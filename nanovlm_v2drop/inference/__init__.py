@@ -2,7 +2,16 @@
 
 from .decoding import GraphedSteps, decode_one_token, decode_step, decode_steps
 from .generation import Answer, Sampling, check_options, decode_tokens, decode_until, generate, stream
-from .prefill_loop import MAX_NEW_TOKENS, NotFinite, NothingDropped, Prefilled, initial_state, prefill
+from .prefill_loop import (
+    MAX_NEW_TOKENS,
+    NotFinite,
+    NothingDropped,
+    Prefilled,
+    SharedPrefix,
+    initial_state,
+    prefill,
+    share_prefix,
+)
 
 __all__ = [
     "MAX_NEW_TOKENS",
@@ -12,6 +21,7 @@ __all__ = [
     "NothingDropped",
     "Prefilled",
     "Sampling",
+    "SharedPrefix",
     "check_options",
     "decode_one_token",
     "decode_step",
@@ -21,5 +31,6 @@ __all__ = [
     "generate",
     "initial_state",
     "prefill",
+    "share_prefix",
     "stream",
 ]

@@ -3,7 +3,7 @@
 Shapes: B sequences, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -73,15 +73,22 @@ def read_tokens(token_ids: Tensor, logits: Tensor) -> list[int]:
     return tokens
 
 
-def decode_until(tokens: Iterator[list[int]], eos_token_ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
-    """Collect every sequence up to its end-of-sequence token (included) or `max_new_tokens`."""
+def decode_until(
+    tokens: Iterator[list[int]],
+    eos_token_ids: Sequence[int],
+    max_new_tokens: int,
+    is_settled: Callable[[list[int]], bool] = lambda token_ids: False,
+) -> list[list[int]]:
+    """Collect every sequence up to its end-of-sequence token (included), `max_new_tokens`, or until it `is_settled`."""
     sequences: list[list[int]] = []
+    ended: list[bool] = []
     for step in islice(tokens, max_new_tokens):
-        sequences = sequences or [[] for _ in step]
-        for sequence, token in zip(sequences, step, strict=True):
-            if not sequence or sequence[-1] not in eos_token_ids:
-                sequence.append(token)
-        if all(sequence[-1] in eos_token_ids for sequence in sequences):
+        sequences, ended = sequences or [[] for _ in step], ended or [False] * len(step)
+        for index, token in enumerate(step):
+            if not ended[index]:
+                sequences[index].append(token)
+                ended[index] = token in eos_token_ids or is_settled(sequences[index])
+        if all(ended):
             break
     return sequences
 

@@ -14,7 +14,7 @@ import torch
 from ..models.attention import resolve_backend
 from ..models.config import NanoVLMConfig, Qwen2VLConfig, VLMConfig
 from ..models.parallel import join_processes, tensor_mesh
-from ..models.vlm import VLM, PackedInputs, VisionInput
+from ..models.vlm import VLM, Encode, PackedInputs, VisionInput
 from ..processing.images import DEFAULT_ASPECT_RATIO, PlannedMedium
 from ..processing.prompts import Conversation, Given, Request, build_prompt, encode_prompt, named_template, write_media
 from ..processing.tokenizer import Tokenizer, load_tokenizer
@@ -69,32 +69,43 @@ class VisionLanguageModel:
         """
         if not requests:
             raise ValueError("no request given; pass at least one")
-        return self.pack(*zip(*map(self.tokens_and_media, requests), strict=True))
+        prompts, media = zip(*map(self.tokens_and_media, requests), strict=True)
+        return self.pack(prompts, media)
 
-    def pack(self, prompts: Sequence[Sequence[int]], media: Sequence[Sequence[VisionInput]]) -> PackedInputs:
-        """The packed batch of prompts as `tokens_and_media` gives them.
+    def pack(
+        self, prompts: Sequence[Sequence[int]], media: Sequence[Sequence[VisionInput]], encode: Encode | None = None
+    ) -> PackedInputs:
+        """The packed batch of prompts as `tokens_and_media` gives them; `encode` stands in for the model's run of the tower.
 
         Every prompt gets a seed of its own contents, so that a method which draws at random draws the same for it in every
         batch.
         """
         seeds = tuple(content_seed(*contents) for contents in zip(prompts, media, strict=True))
         with torch.no_grad():  # not inference mode: the embeddings may be differentiated through later
-            return self.model.pack(prompts, media, seeds)
+            return self.model.pack(prompts, media, seeds, encode)
 
     def token_ids(self, request: Request) -> list[int]:
         """The prompt that the model reads, each vision token repeated once a feature; raises ValueError as `prepare`."""
         return self.tokens_and_media(request)[0]
 
+    def prompt_length(self, request: Request) -> int:
+        """The number of tokens of a prompt, by the headers of its pictures and videos; raises ValueError as `prepare`."""
+        return len(self.encode(*self.planned(request))[0])
+
     def tokens_and_media(self, request: Request) -> tuple[list[int], list[VisionInput]]:
         """A request's token ids, and its pictures and videos in the order of their tokens; raises as `prepare`."""
-        # Tokens are counted before pixels are decoded: a prompt that does not fit costs nothing.
+        prompt, planned = self.planned(request)
+        media = {mark: [medium.read() for medium in given] for mark, given in planned.items()}
+        # Counted again: a damaged video may hold fewer frames than it announces.
+        return self.encode(prompt, media)
+
+    def planned(self, request: Request) -> tuple[str, dict[str, list[PlannedMedium]]]:
+        """A request's prompt and its pictures and videos, not decoded yet: a prompt that does not fit costs nothing."""
         planned = self.planned_media(request)
         prompt = build_prompt(request, self.conversation, self.config.marks)
         token_ids, ordered = self.encode(prompt, planned)
         self.check_prompt(token_ids, sum(medium.num_tokens for medium in ordered))
-        media = {mark: [medium.read() for medium in given] for mark, given in planned.items()}
-        # Counted again: a damaged video may hold fewer frames than it announces.
-        return self.encode(prompt, media)
+        return prompt, planned
 
     def planned_media(self, request: Request) -> dict[str, list[PlannedMedium]]:
         """A request's pictures and videos by the mark for them in a prompt, not decoded yet; raises as `prepare`."""

@@ -55,6 +55,12 @@ class KVCache:
             caches.append(cache)
         self.seqlens.append(seqlens)
 
+    def first_layers(self, count: int) -> "KVCache":
+        """A cache that begins with the first `count` layers of this one, in the same memory. Only one of both may decode."""
+        first = KVCache(self.max_new_tokens, self.heads_first)
+        first.keys, first.values, first.seqlens = self.keys[:count], self.values[:count], self.seqlens[:count]
+        return first
+
     def keep_rows(self, rows: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Cut every layer so far to the packed `rows` of sequences that had `before` rows each and now have `after`."""
         held = list(zip(self.keys, self.values, strict=True))

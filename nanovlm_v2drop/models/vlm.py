@@ -133,6 +133,9 @@ class Encoded:
     deepstack: Tensor | None = None
 
 
+Encode = Callable[[Sequence[VisionInput]], list[Encoded]]  # pictures and videos through the tower
+
+
 class VLM(nn.Module):
     """The common part of all families: the splice. Each family has a `language_model` and its own `encode`."""
 
@@ -153,19 +156,24 @@ class VLM(nn.Module):
         return sent(values, like.device).to(like.dtype)
 
     def pack(
-        self, prompts: Sequence[Sequence[int]], media: Sequence[Sequence[VisionInput]], seeds: tuple[int, ...]
+        self,
+        prompts: Sequence[Sequence[int]],
+        media: Sequence[Sequence[VisionInput]],
+        seeds: tuple[int, ...],
+        encode: Encode | None = None,
     ) -> PackedInputs:
         """Embed the prompts' token ids and put the vision features at the places of the vision tokens, in reading order.
 
         `prompts`: token ids of each sequence, with an image or video token repeated once for each feature. `media`: pictures
-        and videos of each prompt, in order. Raises ValueError where the numbers of vision tokens and features differ.
+        and videos of each prompt, in order. `encode` stands in for the method of that name. Raises ValueError where the
+        numbers of vision tokens and features differ.
         """
         vision_tokens = frozenset(self.config.vision_tokens.values())
         is_vision = [token in vision_tokens for prompt in prompts for token in prompt]
         for prompt, held in zip(prompts, media, strict=True):
             check_counts(sum(token in vision_tokens for token in prompt), sum(medium.num_tokens for medium in held))
         device = self.language_model.embed_tokens.weight.device
-        encoded = self.encode([medium for held in media for medium in held]) if any(map(len, media)) else []
+        encoded = (encode or self.encode)([medium for held in media for medium in held]) if any(map(len, media)) else []
         inputs_embeds, deepstack = self.embedded([token for prompt in prompts for token in prompt], is_vision, encoded)
         return PackedInputs(
             inputs_embeds,

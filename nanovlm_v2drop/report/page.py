@@ -32,7 +32,7 @@ from .figures import (
     ranking_figure,
     with_interval,
 )
-from .rows import PUBLISHED, Row, at_budget, budget_of, label_of, met_budget, standing, title_of
+from .rows import PUBLISHED, Row, at_budget, budget_of, label_of, met_budget, standing, timed_note, title_of
 
 RESULTS = Path("results")  # where runs go by default
 TIMES = {"prefill_ms": "prefill of a prompt, ms", "total_ms": "whole answer, ms"}
@@ -102,7 +102,7 @@ def write_common_page(outputs: Sequence[Path], compared: Sequence[Sequence[str]]
 def read_run(output: Path) -> Reported:
     """The run's summary and galleries. Raises OSError for a missing file, and ValueError for a damaged or older one."""
     run, path = read_json_object(output / "summary.json"), output / "galleries.json"
-    if any("acts" not in row for row in run["results"]):
+    if any(not {"acts", "timed"} <= set(row) for row in run["results"]):
         raise ValueError(f"{output / 'summary.json'} lacks fields: an older version wrote it; write it again with --resume")
     try:
         return run, json.loads(path.read_text(encoding="utf-8"))
@@ -193,6 +193,7 @@ def task_report(
         "ablations": ablation_reports(rows, panels, styles),
         "paper": any(row["paper"] for row in rows),
         "notes": list(dict.fromkeys(row["note"] for row in rows if row["note"])),
+        "timed": timed_note(rows),
         "kinds": list(dict.fromkeys(kind for row in rows for kind in row["metrics"] if kind != "score")),
         "bias": {budget: bias_report(bias, budget, styles) for budget in budgets_of(bias)},
         "galleries": [gallery_report(gallery, styles) for gallery in own_galleries],

@@ -25,6 +25,15 @@ def budget_of(row: Row) -> str:
     return PUBLISHED if row["asked_tokens"] is None else f"{row['asked_tokens']:g}"
 
 
+def timed_note(rows: Sequence[Row]) -> str:
+    """Of how many questions a task's times and peak memories are."""
+    counts = sorted({row["timed"] for row in rows if row["timed"]})
+    if not counts:
+        return "times: none were taken"
+    number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"times: of {number} questions, each answered once more by every method alone"
+
+
 def at_budget(rows: Sequence[Row], budget: str) -> list[Row]:
     return [row for row in rows if row["method"] != DENSE and budget_of(row) == budget]
 

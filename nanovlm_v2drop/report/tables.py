@@ -14,7 +14,7 @@ from rich.text import Text
 from ..evaluation.plans import DENSE
 from ..evaluation.position_bias import BINS
 from ..tasks import TASKS
-from .rows import Row, at_budget, budget_of, by_place, leaves_out_zero, met_budget, standing
+from .rows import Row, at_budget, budget_of, by_place, leaves_out_zero, met_budget, standing, timed_note
 
 Cell = Callable[[Row], str]
 Columns = Mapping[str, Cell]
@@ -45,6 +45,7 @@ def print_scores(rows: Sequence[Row], console: Console) -> None:
         if task in TASKS and TASKS[task].score_name:
             console.print(f"score: {TASKS[task].score_name}")
         print_key_metrics(task, own, console)
+        console.print(timed_note(own))
         for note in dict.fromkeys(row["note"] for row in own if row["note"]):
             noted = [f"{label(row)} {asked(row)}".removesuffix(" -") for row in own if row["note"] == note]
             console.print(f"{', '.join(noted)}: {note}")
@@ -72,7 +73,7 @@ def score_columns(rows: Sequence[Row]) -> Columns:
         "score": lambda row: plus_minus(row["score"], row["score_interval"]),
         "% of\ndense": lambda row: plus_minus(row["relative_score"], row["relative_interval"]),
         "prefill\nms": number("prefill_ms", ".1f"),
-        "speed-\nup": lambda row: "-" if dense is None else f"{dense['prefill_ms'] / row['prefill_ms']:.2f}x",
+        "speed-\nup": lambda row: times(dense, row, "prefill_ms"),
     }
 
 
@@ -164,8 +165,15 @@ def asked(row: Row) -> str:
 
 
 def number(name: str, form: str) -> Cell:
-    """A cell that shows the row's field of that name."""
-    return lambda row: format(row[name], form)
+    """A cell that shows the row's field of that name; "-" where it was not measured."""
+    return lambda row: "-" if row[name] is None else format(row[name], form)
+
+
+def times(row: Row | None, other: Row, name: str) -> str:
+    """How many times the field of another row is in that of `row`."""
+    if row is None or row[name] is None or other[name] is None:
+        return "-"
+    return f"{row[name] / other[name]:.2f}x"
 
 
 def with_interval(value: float | None, bounds: Sequence[float] | None) -> str:
@@ -258,4 +266,4 @@ def efficiency_columns(rows: Sequence[Row]) -> Columns:
     dense = next((row for row in rows if row["method"] == DENSE), None)
     if dense is None:
         return TIMES
-    return {**TIMES, "items/s beside dense": lambda row: f"{row['items_per_s'] / dense['items_per_s']:.2f}x"}
+    return {**TIMES, "items/s beside dense": lambda row: times(row, dense, "items_per_s")}

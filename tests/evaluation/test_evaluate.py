@@ -1,9 +1,11 @@
 """Plans, answers on disk, resuming, and rows whose numbers follow from the answers, on a tiny model."""
 
 import json
+import multiprocessing
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,12 +15,16 @@ import pytest
 from PIL import Image
 
 from nanovlm_v2drop.dropping.budget import Budget, Shape
+from nanovlm_v2drop.evaluation import answering
 from nanovlm_v2drop.evaluation import evaluate as module
-from nanovlm_v2drop.evaluation.evaluate import evaluate
+from nanovlm_v2drop.evaluation.batches import BatchSize, form_batches
+from nanovlm_v2drop.evaluation.evaluate import evaluate, timed_places
 from nanovlm_v2drop.evaluation.plans import Plan, equal_budget_plans, prompt_shape
-from nanovlm_v2drop.evaluation.records import read_records
+from nanovlm_v2drop.evaluation.records import TIMES, read_records
 from nanovlm_v2drop.evaluation.summary import run_summary, summarise, summarise_bias
+from nanovlm_v2drop.inference import decode_tokens, decode_until, prefill
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
+from nanovlm_v2drop.models.vlm import Encoded, VisionInput
 from nanovlm_v2drop.tasks import Sample, Task
 
 METHODS = ["dense", "v2drop", "random"]
@@ -72,9 +78,10 @@ def plans() -> list[Plan]:
 
 @pytest.fixture(scope="module")
 def finished(vlm: VisionLanguageModel, plans: list[Plan], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole run, one sample at a time. Read only."""
+    """The folder of a whole run, one sample at a time, two of them timed. Read only."""
     output = tmp_path_factory.mktemp("finished")
-    assert [sample.sample_id for sample in evaluate(vlm, Twins(), plans, output, limit=6)] == [f"sample-{n}" for n in range(6)]
+    samples = evaluate(vlm, Twins(), plans, output, limit=6, batch_size=1, timed=2)
+    assert {sample.sample_id for sample in samples} == {f"sample-{number}" for number in range(6)}
     return output
 
 
@@ -92,7 +99,9 @@ def answers(output: Path) -> dict[tuple[str, str], tuple[str, int, list[list[int
 
 def test_every_plan_answers_a_sample_before_the_next_sample_is_asked(finished: Path, plans: list[Plan]) -> None:
     order = [(record.sample_id, record.plan) for record in read_records(finished)]
-    assert order == [(f"sample-{number}", plan.key) for number in range(6) for plan in plans]
+    samples = list(dict.fromkeys(sample for sample, _ in order))
+    assert len(samples) == 6
+    assert order == [(sample, plan.key) for sample in samples for plan in plans]
 
 
 def test_an_answer_keeps_what_its_schedule_says_and_fills_the_cache_that_the_accounting_says(
@@ -115,30 +124,113 @@ def test_batches_of_three_give_the_answers_of_one_by_one(
     assert answers(tmp_path) == alone
 
 
-def test_resuming_repairs_a_cut_line_and_asks_only_what_is_missing(
+def test_resuming_repairs_a_cut_line_and_writes_only_what_is_missing(
     finished: Path, plans: list[Plan], vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = lines_of(finished)
     (tmp_path / "settings.json").write_bytes((finished / "settings.json").read_bytes())
-    (tmp_path / "samples.jsonl").write_text("\n".join([*lines[:7], lines[7][:25]]))  # 7 plans a sample
-    asked = []
-    answer_batch = module.answer_batch
+    (tmp_path / "samples.jsonl").write_text("\n".join([*lines[:9], lines[9][:25]]))  # 7 plans a sample
+    asked, answer_batch = list[tuple[str, int]](), module.answer_batch
 
-    def recorded(vlm: VisionLanguageModel, task: Task, plan: Plan, prepared: module.Prepared) -> list[module.Record]:
-        asked.extend((plan.key, sample.sample_id) for sample in prepared.samples)
-        return answer_batch(vlm, task, plan, prepared)
+    def recorded(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], packed: Any) -> Any:
+        asked.extend((plan.key, len(packed.seqlens)) for plan in plans)
+        return answer_batch(vlm, task, plans, packed)
 
     monkeypatch.setattr(module, "answer_batch", recorded)
-    given = list(evaluate(vlm, Twins(), plans, tmp_path, limit=3, batch_size=2, resume=True))
-    assert len(given) == 3
-    assert lines_of(tmp_path)[:7] == lines[:7]
-    missing = [(record["plan"], record["sample_id"]) for record in map(json.loads, lines[7:21])]
-    assert Counter(asked) == Counter([*missing, asked[0]])  # the first one also as the uncounted warm-up
-    assert answers(tmp_path) == {key: answers(finished)[key] for key in answers(tmp_path)}
-    assert len(lines_of(tmp_path)) == 21
+    assert len(list(evaluate(vlm, Twins(), plans, tmp_path, limit=6, timed=2, resume=True))) == 6
+    assert lines_of(tmp_path)[:9] == lines[:9]
+    assert Counter(asked) == Counter([(record["plan"], 1) for record in map(json.loads, lines[9:])])
+    assert answers(tmp_path) == answers(finished)
+    assert len(lines_of(tmp_path)) == len(lines)
     asked.clear()
-    list(evaluate(vlm, Twins(), plans, tmp_path, limit=3, resume=True))
+    list(evaluate(vlm, Twins(), plans, tmp_path, limit=6, resume=True))
     assert not asked
+
+
+def test_a_batch_with_a_missing_answer_is_answered_whole_in_the_size_of_the_run_before(
+    plans: list[Plan], vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(evaluate(vlm, Twins(), plans, tmp_path, limit=6, batch_size=4))
+    whole, sizes, share_prefix = lines_of(tmp_path), list[int](), answering.share_prefix
+
+    def recorded(decoder: Any, packed: Any, droppers: Any, **options: Any) -> Any:
+        sizes.append(len(packed.seqlens))
+        return share_prefix(decoder, packed, droppers, **options)
+
+    monkeypatch.setattr(answering, "share_prefix", recorded)
+    del whole[2], whole[-3]
+    (tmp_path / "samples.jsonl").write_text("".join(f"{line}\n" for line in whole))
+    list(evaluate(vlm, Twins(), plans, tmp_path, limit=6, resume=True))
+    assert sizes == [4, 2]
+    assert len(lines_of(tmp_path)) == 42
+    with pytest.raises(ValueError, match="made with batch size of twins 4, not 3; choose another --output"):
+        list(evaluate(vlm, Twins(), plans, tmp_path, limit=6, batch_size=3, resume=True))
+
+
+def test_answers_are_those_of_every_method_and_batch_alone(
+    plans: list[Plan], vlm: VisionLanguageModel, tmp_path: Path
+) -> None:
+    """The oracle of shared layers: prefill and decode of each plan by itself, over batches of the same shapes."""
+    run = BatchSize(4)
+    list(evaluate(vlm, Twins(), plans, tmp_path, limit=6, batch_size=run.prompts, timed=0))
+    found = answers(tmp_path)
+    for batch in form_batches(vlm, Twins().samples(6), run):
+        packed = vlm.prepare([sample.request for sample in batch.samples])
+        for plan in plans:
+            dropper = plan.dropper_for(packed, NUM_LAYERS)
+            prefilled = prefill(vlm.model.language_model, packed, dropper, max_new_tokens=Twins.max_new_tokens)
+            kept = [[stages[index].tolist() for _, stages in prefilled.kept] for index in range(len(batch.samples))]
+            sizes = [prefilled.cache.nbytes_of(index) for index in range(len(batch.samples))]
+            tokens = decode_until(decode_tokens(vlm.model.language_model, prefilled), vlm.config.eos_token_ids, 4)
+            for sample, ids, size, stages in zip(batch.samples, tokens, sizes, kept, strict=True):
+                text = vlm.tokenizer.decode(ids).strip()
+                assert found[plan.key, sample.sample_id] == (text, size, stages)
+
+
+def test_a_picture_of_several_questions_goes_through_the_tower_once(
+    plans: list[Plan], vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, encode = list[int](), vlm.model.encode
+
+    def recorded(media: Sequence[VisionInput]) -> list[Encoded]:
+        encoded.append(len(media))
+        return encode(media)
+
+    monkeypatch.setattr(vlm.model, "encode", recorded)
+    list(evaluate(vlm, Twins(), plans, tmp_path, limit=6, batch_size=4, timed=0))
+    assert encoded == [1, 1, 1]  # three pictures for six questions and seven plans
+
+
+def test_an_answer_ends_where_the_task_needs_no_more_of_it(
+    plans: list[Plan], vlm: VisionLanguageModel, tmp_path: Path
+) -> None:
+    class Settled(Loose):
+        def is_settled(self, text: str) -> bool:
+            return bool(text)
+
+    lengths = dict[str, dict[tuple[str, str], Any]]()
+    for task in (Loose(), Settled()):
+        list(evaluate(vlm, task, plans, tmp_path / type(task).__name__, limit=4, batch_size=2, timed=0))
+        records = read_records(tmp_path / type(task).__name__)
+        lengths[type(task).__name__] = {(record.plan, record.sample_id): record for record in records}
+    shorter = 0
+    for key, settled in lengths["Settled"].items():
+        whole = lengths["Loose"][key]
+        assert whole.text.startswith(settled.text)
+        assert bool(settled.text) == bool(whole.text)
+        assert (settled.kept, settled.kv_cache_bytes) == (whole.kept, whole.kv_cache_bytes)
+        shorter += settled.decode_steps < whole.decode_steps
+    assert shorter > 0
+
+
+def test_times_are_taken_of_as_many_samples_as_asked_each_alone(finished: Path, plans: list[Plan]) -> None:
+    records = read_records(finished)
+    timed = {record.sample_id for record in records if record.prefill_ms is not None}
+    assert timed == {"sample-0", "sample-3"}
+    assert all((record.decode_ms is None) == (record.sample_id not in timed) for record in records)
+    assert timed_places(9000, 3) == {0, 3000, 6000}
+    assert timed_places(2, 8) == {0, 1}
+    assert timed_places(5, 0) == set()
 
 
 def test_a_finished_file_is_neither_overwritten_nor_added_to(
@@ -149,7 +241,8 @@ def test_a_finished_file_is_neither_overwritten_nor_added_to(
     with pytest.raises(ValueError, match=r"samples\.jsonl already holds answers to twins; go on with --resume, or choose"):
         next(evaluate(vlm, Twins(), plans, tmp_path, limit=6))
     assert lines_of(tmp_path) == lines_of(finished)
-    assert len(list(evaluate(vlm, Loose(), plans[:1], tmp_path))) == Loose.default_samples  # another task's answers may follow
+    others = list(evaluate(vlm, Loose(), plans[:1], tmp_path))  # another task's answers may follow
+    assert len(others) == Loose.default_samples
     assert lines_of(tmp_path)[: -Loose.default_samples] == lines_of(finished)
 
 
@@ -216,9 +309,41 @@ def test_a_killed_run_resumes_to_the_very_rows(
         output.mkdir()
         (output / "settings.json").write_bytes((finished / "settings.json").read_bytes())
         (output / "samples.jsonl").write_bytes(whole[:end])
-        list(evaluate(vlm, Twins(), plans, output, limit=6, resume=True))
+        list(evaluate(vlm, Twins(), plans, output, limit=6, timed=2, resume=True))
         assert answers(output) == answers(finished)
         assert len(lines_of(output)) == len(lines_of(finished))
+
+
+def rows_without_times(output: Path) -> list[dict[str, Any]]:
+    records = sorted(map(asdict, read_records(output)), key=lambda record: (record["plan"], record["sample_id"]))
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_twenty_times_has_the_very_rows_of_one_that_was_not(
+    vlm: VisionLanguageModel, plans: list[Plan], tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    list(evaluate(vlm, Twins(), plans, whole, limit=30, batch_size=4, timed=2))
+    file, step = killed / "samples.jsonl", (whole / "samples.jsonl").stat().st_size / 12
+
+    def answer() -> None:
+        list(evaluate(vlm, Twins(), plans, killed, limit=30, batch_size=4, timed=2, resume=True))
+
+    rng, interrupted = np.random.default_rng(0), 0
+    for _ in range(20):
+        end = (file.stat().st_size if file.exists() else 0) + rng.uniform(1, step)
+        process = multiprocessing.get_context("fork").Process(target=answer)
+        process.start()
+        while process.is_alive() and (not file.exists() or file.stat().st_size < end):
+            time.sleep(0.001)
+        interrupted += process.is_alive()
+        process.kill()
+        process.join()
+    answer()
+    assert interrupted >= 10
+    assert rows_without_times(killed) == rows_without_times(whole)
+    assert sum(record.prefill_ms is not None for record in read_records(killed)) == 2 * len(plans)
 
 
 # Rows
@@ -247,9 +372,11 @@ def test_rows_follow_from_the_answers_in_the_file(finished: Path, plans: list[Pl
         assert row["score"] == round(100 * mean((len(record.text) + len(record.question)) % 2 for record in answered), 3)
         assert row["score"] == pytest.approx(mean(row["scores_by_seed"]), abs=1e-3)
         assert row["samples"] * len(own) == len(answered) == 6 * len(own)
-        total = sum(record.vision_ms + record.prefill_ms + record.decode_ms for record in answered)
-        assert row["total_ms"] == pytest.approx(total / len(answered), abs=1e-3)
-        assert row["peak_memory_mb"] == pytest.approx(max(record.peak_memory_mb for record in answered), abs=0.1)
+        timed = [record for record in answered if record.vision_ms is not None]
+        total = sum((record.vision_ms or 0) + (record.prefill_ms or 0) + (record.decode_ms or 0) for record in timed)
+        assert row["timed"] == 2
+        assert row["total_ms"] == pytest.approx(total / len(timed), abs=1e-3)
+        assert row["peak_memory_mb"] == pytest.approx(max(record.peak_memory_mb or 0 for record in timed), abs=0.1)
     assert rows[0]["relative_score"] == 100
     assert rows[0]["relative_interval"] == [100, 100]
     assert len({row["prefill_tflops"] for row in rows}) == 3

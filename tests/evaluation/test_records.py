@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nanovlm_v2drop.evaluation.records import Record, append_records, merge_records, read_records, records_path
+from nanovlm_v2drop.evaluation.records import TIMES, Record, append_records, merge_records, read_records, records_path
 from nanovlm_v2drop.models.parallel import ALONE, Processes
 
-EMPTY = Record("demo", "dense", "0", "", "", "", "", "", 1.0, 1, 1, 1.0, 1.0, 1.0, 1, 1, 1.0)
+EMPTY = Record("demo", "dense", "0", "", "", "", "", "", 1.0, 1, 1, 1, 1, 1.0, 1.0, 1.0, 1.0)
 
 
 def record(sample: str, plan: str = "dense", task: str = "demo", text: str = "") -> Record:
@@ -68,7 +68,7 @@ WHOLE = asdict(replace(EMPTY, vision_tokens=4, kept=[[0, 3], [3]], vision_grids=
 WRONG = [
     *((name, value) for name in ("task", "plan", "sample_id", "text") for value in (None, 1, True, ["x"], {"x": 1})),
     *(("correct", value) for value in ("yes", None, True, -0.5, 1.5, math.nan, math.inf, [1])),
-    *((name, value) for name in ("prefill_ms", "peak_memory_mb") for value in (None, "1", -1, math.nan, math.inf, True)),
+    *((name, value) for name in ("prefill_ms", "peak_memory_mb") for value in ("1", -1, math.nan, math.inf, True)),
     *((name, value) for name in ("text_tokens", "decode_steps") for value in (None, "1", -1, 1.0, True, 10**30)),
     ("vision_tokens", 10**11),
     ("vision_tokens", 3),
@@ -99,11 +99,19 @@ def test_a_whole_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [asdict(found) for found in read_records(tmp_path)] == [WHOLE]
 
 
-@pytest.mark.parametrize("name", ["task", "correct", "peak_memory_mb"])
+@pytest.mark.parametrize("name", ["task", "correct", "kv_cache_bytes"])
 def test_a_missing_field_is_named(name: str, tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_text(json.dumps({key: value for key, value in WHOLE.items() if key != name}) + "\n")
     with pytest.raises(ValueError, match=rf"line 1 of {path} .*field '{name}' is missing"):
+        read_records(tmp_path)
+
+
+def test_a_record_has_all_times_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    without = {**WHOLE, **dict.fromkeys(TIMES)}
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in (without, {**without, "prefill_ms": 1.0})))
+    with pytest.raises(ValueError, match=rf"line 2 of {path} .*some of the fields vision_ms, prefill_ms, .* and not all"):
         read_records(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """The invariants of the prefill loop, each against its slow twin: one masked full forward."""
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,7 @@ from nanovlm_v2drop.inference import (
     decoding,
     prefill,
     prefill_loop,
+    share_prefix,
 )
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -52,6 +54,65 @@ def test_keeping_everything_is_bit_identical_to_no_dropper(name, family):
     dense = prefill(decoder, packed)
     kept_all = prefill(decoder, packed, make(name, share=1.0))
     assert torch.equal(dense.logits, kept_all.logits)
+
+
+def answered(decoder, packed, dropper, prefix=None):
+    """Everything that a run leaves, with the logits of two decoded tokens."""
+    out = prefill(decoder, packed, dropper, max_new_tokens=3, prefix=prefix)
+    sizes = [out.cache.nbytes_of(index) for index in range(len(packed.seqlens))]
+    steps = [decode_one_token(decoder, torch.full((len(packed.seqlens),), token), out.cache) for token in (3, 4)]
+    return [out.logits, *steps], out.kept, sizes
+
+
+@every_family
+@pytest.mark.filterwarnings("ignore:.*dropped nothing")
+def test_runs_that_share_the_layers_before_their_drop_points_are_bit_identical_to_runs_of_their_own(family):
+    decoder, packed = tiny_decoder(**FAMILIES[family]), pack_together(tiny_prompts(family=family))
+    late = [DROPPERS[name](DropSchedule({3: 0.4})) for name in DROPPERS if DROPPERS[name].latest_layer != 0]
+    droppers = [None, *map(make, DROPPERS), *late, make("random", seed=1), make("v2drop", share=1.0), None]
+    prefix = share_prefix(decoder, packed, droppers, max_new_tokens=3)
+    assert len(prefix.states) >= 3
+    for dropper in droppers:
+        own, shared = answered(decoder, packed, dropper), answered(decoder, packed, dropper, prefix)
+        assert all(map(torch.equal, own[0], shared[0]))
+        assert own[2] == shared[2]
+        for (layer, kept), (shared_layer, shared_kept) in zip(own[1], shared[1], strict=True):
+            assert layer == shared_layer
+            assert all(map(torch.equal, kept, shared_kept))
+
+
+@every_method
+def test_a_prefix_that_was_made_for_other_droppers_changes_nothing(name):
+    decoder, packed = tiny_decoder(), pack_together(tiny_prompts())
+    for droppers in ([make("v2drop")], [make("pdrop")], [None], []):
+        prefix = share_prefix(decoder, packed, droppers, max_new_tokens=3)
+        assert all(map(torch.equal, answered(decoder, packed, make(name))[0], answered(decoder, packed, make(name), prefix)[0]))
+
+
+def test_a_method_that_changes_rows_before_layer_0_shares_no_layer():
+    class Halved(DROPPERS["v2drop"]):
+        def begin(self, state):
+            return replace(state, hidden_states=state.hidden_states / 2)
+
+    decoder, packed, dropper = tiny_decoder(), one_prompt(5, 24, 7), Halved(SCHEDULE)
+    prefix = share_prefix(decoder, packed, [dropper], max_new_tokens=3)
+    own = answered(decoder, packed, dropper)
+    assert all(map(torch.equal, own[0], answered(decoder, packed, dropper, prefix)[0]))
+    assert not torch.equal(own[0][0], answered(decoder, packed, make("v2drop"), prefix)[0][0])
+
+
+def test_shared_layers_run_once(monkeypatch):
+    decoder, packed, ran = tiny_decoder(), one_prompt(5, 24, 7), []
+    droppers = [None, make("v2drop"), make("random"), make("random", seed=1)]
+    for number, layer in enumerate(decoder.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    prefix = share_prefix(decoder, packed, droppers)
+    for dropper in droppers:
+        prefill(decoder, packed, dropper, prefix=prefix)
+    first = next(iter(SCHEDULE))
+    assert [ran.count(number) for number in range(len(decoder.layers))] == [
+        1 if number < first else len(droppers) for number in range(len(decoder.layers))
+    ]
 
 
 @every_family

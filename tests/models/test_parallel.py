@@ -25,7 +25,7 @@ from nanovlm_v2drop.models.parallel import ALONE, Processes, join_processes
 ROOT = Path(__file__).parents[2]
 PICTURE = str(ROOT / "weights" / "demo" / "report.png")
 TOLERANCE = 1e-4  # share of the largest logit in float32; only the order of sums differs
-OPTIONS = ("--methods", "dense,v2drop,random", "--tokens", "32", "--seeds", "2", "--limit", "5")
+OPTIONS = ("--methods", "dense,v2drop,random", "--tokens", "32", "--seeds", "2", "--limit", "5", "--batch-size", "1")
 
 
 def torchrun(*command: object, processes: int = 2) -> subprocess.CompletedProcess[str]:

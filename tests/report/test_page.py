@@ -39,8 +39,9 @@ def make_row(task: str, method: str, asked: float | None, score: float, **change
         "note": "", "score": score, "score_interval": [score - 2.5, score + 1.5], "relative_score": score + 1.25,
         "relative_interval": [score - 1.25, score + 2.75], "acts": "in the decoder", "difference": score - 90,
         "difference_interval": [score - 95, score - 85], "metrics": {"score": score, "digit": score - 3.21},
-        "samples": 361, "seeds": [0, 1, 2] if method == "random" else [0], "vision_ms": 7.0, "prefill_ms": tokens / 7,
-        "decode_ms": 4.0, "decode_ms_per_token": None if method == "fastv" else 2.34, "total_ms": 11.0 + tokens / 7,
+        "samples": 361, "timed": 8, "seeds": [0, 1, 2] if method == "random" else [0], "vision_ms": 7.0,
+        "prefill_ms": tokens / 7, "decode_ms": 4.0,
+        "decode_ms_per_token": None if method == "fastv" else 2.34, "total_ms": 11.0 + tokens / 7,
         "items_per_s": 43.21, "prefill_tflops": tokens / 1e5, "kv_cache_mb": tokens / 50, "peak_memory_mb": None, "paper": {},
         **changes,
     }  # fmt: skip

@@ -44,7 +44,7 @@ ROW = {
     "method": "v2drop", "label": "v2drop l1", "acts": "in the decoder", "task": "demo", "asked_tokens": 48.0,
     "vision_tokens": 144.0, "mean_vision_tokens": 48.25, "final_vision_tokens": 1.0, "score": 80.0,
     "score_interval": [70.0, 90.0], "relative_score": 97.5, "relative_interval": [95.0, 99.0], "difference": None,
-    "difference_interval": None, "metrics": {"score": 80.0, "digit": 75.0}, "samples": 60,
+    "difference_interval": None, "metrics": {"score": 80.0, "digit": 75.0}, "samples": 60, "timed": 8,
     "seeds": [0], "vision_ms": 3.21, "prefill_ms": 12.34, "decode_ms": 4.56, "total_ms": 20.11, "items_per_s": 50.0,
     "peak_memory_mb": 321.0, "decode_ms_per_token": None, "prefill_tflops": 0.000917, "kv_cache_mb": 1.52, "note": "",
     "paper": {},
