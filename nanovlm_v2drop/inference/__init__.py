@@ -1,17 +1,24 @@
 """The prefill loop with its drop points, decoding, and answers to requests."""
 
+from .chat import Chat, Turn
+from .conversation import HISTORIES, ConversationBatch
 from .decoding import GraphedSteps, decode_one_token, decode_step, decode_steps
 from .generation import Answer, Sampling, check_options, decode_tokens, decode_until, generate, stream
 from .prefill_loop import MAX_NEW_TOKENS, NotFinite, NothingDropped, Prefilled, initial_state, prefill
+from .turn import prefill_turn
 
 __all__ = [
+    "HISTORIES",
     "MAX_NEW_TOKENS",
     "Answer",
+    "Chat",
+    "ConversationBatch",
     "GraphedSteps",
     "NotFinite",
     "NothingDropped",
     "Prefilled",
     "Sampling",
+    "Turn",
     "check_options",
     "decode_one_token",
     "decode_step",
@@ -21,5 +28,6 @@ __all__ = [
     "generate",
     "initial_state",
     "prefill",
+    "prefill_turn",
     "stream",
 ]
