@@ -17,7 +17,7 @@ PUBLIC_NAMES = {
         "PrefillState", "Random", "TokenDropper", "V2Drop",
     ],
     "inference": [
-        "Answer", "NotFinite", "NothingDropped", "Prefilled", "Sampling", "decode_one_token", "generate",
+        "Answer", "Chat", "NotFinite", "NothingDropped", "Prefilled", "Sampling", "decode_one_token", "generate",
         "initial_state", "prefill", "stream",
     ],
     "loading.text_model": ["Droppable", "TextModel", "load_decoder"],

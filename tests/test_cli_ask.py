@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nanovlm_v2drop import Request, cli, load
+from nanovlm_v2drop import Request, cli, generate, load
 from nanovlm_v2drop.cli import chat as chat_module
 from nanovlm_v2drop.cli.arguments import parse_arguments
-from nanovlm_v2drop.cli.chat import Conversation
 from nanovlm_v2drop.evaluation.loading import sampling_of
-from nanovlm_v2drop.processing.prompts import build_prompt
 from nanovlm_v2drop.processing.video import (
     FpsSampling,
     FrameSampling,
@@ -107,23 +105,34 @@ def type_in(monkeypatch, *lines: str) -> None:
     monkeypatch.setattr("builtins.input", read)
 
 
-def test_a_conversation_streams_its_answers_and_keeps_what_was_said(scene, capsys, monkeypatch):
-    requests, stream = [], chat_module.stream
-
-    def noted(vlm, request, dropper):
-        requests.append(request)
-        return stream(vlm, request, dropper)
-
-    monkeypatch.setattr(chat_module, "stream", noted)
+def test_a_conversation_streams_its_answers_and_keeps_its_cache(scene, capsys, monkeypatch):
+    chats, chat = [], chat_module.Chat
+    monkeypatch.setattr(chat_module, "Chat", lambda *options, **more: chats.append(chat(*options, **more)) or chats[-1])
     type_in(monkeypatch, QUESTION, "Is there a red circle in the image?")
     code, out, _ = run(capsys, "--image", scene, "--chat", "--tokens", 60)
     assert code == 0
     first, *answers = [line for line in out.splitlines() if line]
-    assert first.startswith("demo in float32 (auto: only 6.5 M weights) answers with v2drop 60; an empty line or Ctrl-D ends")
+    end = "an empty line or Ctrl-D ends the conversation, /forget begins another"
+    assert first == f"demo in float32 (auto: only 6.5 M weights) answers with v2drop 60; {end}"
     assert re.fullmatch(r"\d", answers[0])
     assert answers[1] in ("yes", "no")
-    assert [len(request.images) for request in requests] == [1, 1]
-    assert requests[1].prompt == f"{requests[0].prompt} {answers[0]}</s>USER: Is there a red circle in the image? ASSISTANT:"
+    one, two = chats[0].turns
+    assert (len(one.question.images), len(two.question.images)) == (1, 0)
+    assert two.cached_tokens > 144 > two.prefilled_tokens
+
+
+@pytest.mark.parametrize("history", ["keep-cache", "cut-cache", "re-prefill"])
+def test_the_history_of_a_conversation_is_chosen_by_its_name(history, scene, capsys, monkeypatch):
+    histories, chat = [], chat_module.Chat
+
+    def made(*options, history):
+        histories.append(history)
+        return chat(*options, history=history)
+
+    monkeypatch.setattr(chat_module, "Chat", made)
+    type_in(monkeypatch, QUESTION)
+    assert run(capsys, "--image", scene, "--chat", "--history", history)[0] == 0
+    assert histories == [history]
 
 
 def test_an_empty_line_ends_a_conversation(scene, capsys, monkeypatch):
@@ -132,44 +141,73 @@ def test_an_empty_line_ends_a_conversation(scene, capsys, monkeypatch):
     assert (code, len(out.splitlines())) == (0, 1)
 
 
-def test_a_question_that_does_not_fit_is_told_and_the_conversation_goes_on_without_it(scene, capsys, monkeypatch):
-    type_in(monkeypatch, "Is <image> like <image>?", "word " * 2000, QUESTION)
+def test_a_question_that_cannot_be_asked_is_told_and_the_conversation_goes_on_without_it(scene, capsys, monkeypatch):
+    type_in(monkeypatch, "Is <image> like <image>?", QUESTION, "word " * 2000, "/forget", QUESTION)
     code, out, _ = run(capsys, "--image", scene, "--chat", "--methods", "dense")
     assert code == 0
-    assert out.count("the conversation starts anew; the picture stays") == 2
+    assert out.count("the conversation is as it was; /forget keeps the pictures and forgets what was said") == 2
     assert "the context of demo holds 1024" in out
-    assert re.fullmatch(r"\d", out.splitlines()[-2])
+    digits = [line for line in out.splitlines() if re.fullmatch(r"\d", line)]
+    assert len(digits) == 2
+    assert digits[0] == digits[1]
 
 
-@pytest.mark.parametrize(
-    ("template", "between", "second"),
-    [
-        ("vicuna_v1", " yes</s>", "USER: And a dog? ASSISTANT:"),
-        ("hub", " yes</s>", "USER: And a dog? ASSISTANT:"),
-        ("qwen_1_5", "yes<|im_end|>\n", "<|im_start|>user\nAnd a dog?<|im_end|>\n<|im_start|>assistant\n"),
-        ("qwen2_vl", "yes<|im_end|>\n", "<|im_start|>user\nAnd a dog?<|im_end|>\n<|im_start|>assistant\n"),
-    ],
-)
-def test_later_turns_have_no_system_sentence_and_no_picture(template, between, second):
-    media = Request(text="placeholder", images=[Image.new("RGB", (4, 4))])
-    conversation = Conversation(media, template)
-    first = conversation.request("A cat?")
-    conversation.remember(first, "yes")
-    own = build_prompt(Request(text="A cat?", images=media.images), template)
-    assert first.prompt == own
-    assert conversation.request("And a dog?").prompt == own + between + second
+def test_with_forget_each_question_is_answered_as_if_it_were_the_first(scene, capsys, monkeypatch):
+    questions = [QUESTION, "Is there a red circle in the image?", QUESTION]
+    type_in(monkeypatch, *questions)
+    code, out, _ = run(capsys, "--image", scene, "--chat", "--methods", "dense", "--forget")
+    (picture,) = load_task("demo").first_sample().images
+    wanted = [generate(load("demo"), [Request(question, images=[picture])])[0].text for question in questions]
+    assert (code, out.splitlines()[1:4]) == (0, wanted)
 
 
-def test_the_second_answer_equals_one_prompt_with_both_turns(scene):
-    vlm = load("demo")
-    conversation = Conversation(Request(text="?", images=[scene]), vlm.template)
-    first = conversation.request(QUESTION)
-    conversation.remember(first, "3")
-    prompt = conversation.request(QUESTION)
-    ids = vlm.token_ids(prompt)
-    assert ids.count(vlm.config.image_token_id) == 144
-    assert ids.count(vlm.tokenizer.bos_token_id) == 1
-    assert ids.count(vlm.tokenizer.eos_token_id) == 1
+def test_an_interrupt_ends_an_answer_and_not_the_conversation(scene, capsys, monkeypatch):
+    stream, calls = chat_module.Chat.stream, []
+
+    def interrupted(self, *question):
+        calls.append(question)
+        pieces = stream(self, *question)
+        if len(calls) > 1:
+            return pieces
+        next(pieces)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_module.Chat, "stream", interrupted)
+    type_in(monkeypatch, QUESTION, QUESTION)
+    code, out, _ = run(capsys, "--image", scene, "--chat", "--methods", "dense")
+    assert code == 0
+    assert out.splitlines()[1] == " (interrupted)"
+    assert out.splitlines()[2]
+
+
+def test_an_interrupt_at_the_prompt_ends_the_conversation(scene, capsys, monkeypatch):
+    def interrupt(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    code, out, _ = run(capsys, "--image", scene, "--chat", "--methods", "dense")
+    assert (code, out.splitlines()[1:]) == (0, [""])
+
+
+def test_a_conversation_that_had_to_be_prefilled_again_says_so(scene, capsys, monkeypatch):
+    note = "the earlier turns or their pictures are written in another way now"
+    monkeypatch.setattr("nanovlm_v2drop.inference.conversation.common_length", lambda *_: 0)
+    type_in(monkeypatch, QUESTION, QUESTION)
+    _, out, _ = run(capsys, "--image", scene, "--chat", "--methods", "dense")
+    assert out.count(f"(the whole conversation was prefilled again: {note})") == 1
+
+
+def test_conversations_are_measured_in_a_table_that_says_what_was_compared(capsys):
+    options = ["--methods", "dense,v2drop,divprune", "--tokens", 48, "--batch-size", 2]
+    code, out, _ = run(capsys, "--conversations", 2, *options)
+    assert code == 0
+    title, *table, last = out.splitlines()
+    assert title == "demo: 2 conversations of 3 questions; later questions see the earlier turns"
+    rows = json.loads(last)["results"]
+    histories = {"dense": 2, "v2drop": 3, "divprune": 2}
+    assert [row["method"] for row in rows] == [name for name, count in histories.items() for _ in range(count)]
+    shown = [line.split()[:3] for line in table if line.startswith(tuple(histories))]
+    assert shown == [[row["method"], row["budget"] or "-", row["history"]] for row in rows]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "loading": (
         "specs", "precision", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo", "text_model",
     ),
-    "inference": ("prefill_loop", "decoding", "generation"),
+    "inference": ("prefill_loop", "decoding", "generation", "turn", "transcript", "conversation", "chat"),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
     "tasks": (),
     "evaluation": (
@@ -35,13 +35,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
     "research": (
-        "ablations", "theory", "findings", "costs", "smollm2", "question_words", "text_questions", "text", "claims",
-        "calibration",
+        "ablations", "theory", "findings", "costs", "smollm2", "question_words", "text_questions", "text", "conversations",
+        "claims", "calibration",
     ),
     "report": ("rows", "figures", "gallery", "watch", "tables", "averages", "results_csv", "page"),
     "cli": (
         "choices", "arguments", "checks", "models", "paper", "planning", "progress", "earlier", "results", "runs", "ask",
-        "chat", "calibrate", "ledger", "text", "compare", "start",
+        "chat", "conversations", "calibrate", "ledger", "text", "compare", "start",
     ),
     "__main__": (),
 }

@@ -7,6 +7,7 @@
     ask, chat   one question, and a conversation          ledger    --claims
     calibrate   --calibrate                               compare   two finished runs
     progress    the plan, the bar, the remaining time     text      --text
+    conversations   what later questions of a conversation can still see
 
 Everything above `start` works without torch, so `--help` and wrong options are answered in a fraction of a second.
 """

@@ -34,6 +34,7 @@ DESCRIPTION = """Measure what dropping vision tokens costs and saves, without an
                                             the same from local folders
   nanovlm-v2drop --image photo.jpg --prompt "What is this?" --tokens 48
   nanovlm-v2drop --image photo.jpg --chat   one question after the other
+  nanovlm-v2drop --conversations 120        what later questions still see
   nanovlm-v2drop --model demo-video --video clip.mp4 --prompt "What moves?"
   nanovlm-v2drop compare results/A results/B
                                             finished runs, paired by question
@@ -58,6 +59,8 @@ IGNORED = {  # option -> options that would have no effect beside it
     "text": ("claims", "calibrate", "prompt", "chat", "image", "video", "methods", "accounting", "ablation", "tasks", "tokens",
              "data", "seed", "seeds", "template", "max_pixels", "sampling", "frames", "image_aspect_ratio", "verbose",
              "compile", "tensor_parallel"),
+    "conversations": ("prompt", "chat", "image", "video", "accounting", "ablation", "claims", "calibrate", "text", "tasks",
+                      "data", "limit", "seed", "seeds", "output", "resume", "history"),
     "calibrate": ("chat", "methods", "accounting", "ablation", "seed", "seeds", "output", "resume", "verbose"),
     "prompt": ("chat", "tasks", "data", "limit", "batch_size", "resume"),
     "chat": ("tasks", "data", "limit", "batch_size", "resume", "accounting", "ablation", "json"),
@@ -65,6 +68,7 @@ IGNORED = {  # option -> options that would have no effect beside it
 LIMITS = {  # option -> smallest and largest value
     "limit": (1, 10_000_000),
     "batch_size": (1, 4096),
+    "conversations": (2, 100_000),
     "seed": (0, 2**62),
     "seeds": (1, 1000),
     "frames": (1, 4096),
@@ -164,6 +168,8 @@ def add_comparison_options(group: argparse._ArgumentGroup) -> None:
         help=f"drop tokens of texts instead: retrieval and prose on a text model ({TEXT_MODEL} by default); from {known}")
     known = ", ".join(choices.texts())
     add("--texts", type=some_of(choices.texts()), default=list(choices.texts()), help=f"kinds of text for --text, from {known}")
+    known = "conversations of three questions on a demo: what later questions can still see"
+    add("--conversations", type=int, metavar="N", help=known)
     tasks, lists = (*choices.tasks(), *PAPER_TASKS), f"{' and '.join(PAPER_TASKS)} are the paper's lists for the model"
     add("--tasks", type=some_of(tasks), help=f"from {', '.join(tasks)}; {lists}; default the demo's own, else pope,mme")
     add("--data", type=path, help="folder with the benchmarks' parquet files, instead of the Hub")
@@ -180,6 +186,10 @@ def add_question_options(group: argparse._ArgumentGroup) -> None:
     add("--video", type=file, metavar="FILE", help="the video that --prompt is about")
     add("--prompt", type=readable, help="the question; answered with and without dropping, with a picture of what was kept")
     add("--chat", action="store_true", help="ask one question after the other about --image or --video; answers are streamed")
+    known = choices.histories()
+    seen = f"what later questions of --chat see; default {known[0]}"
+    add("--history", choices=known, default=known[0], help=seen)
+    add("--forget", action="store_true", help="each question sees the pictures and no earlier question")
 
 
 def add_output_options(group: argparse._ArgumentGroup) -> None:
@@ -204,6 +214,10 @@ def check_conflicts(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         parser.error("--texts names kinds of text for --text; give both")
     if arguments.resume and arguments.output is None:
         parser.error("--resume needs the --output of the run to continue")
+    if not arguments.chat and "history" in given:
+        parser.error("--history belongs together with --chat")
+    if not arguments.chat and arguments.conversations is None and arguments.forget:
+        parser.error("--forget belongs together with --chat or --conversations")
     for name in ("methods", "tokens", "retain"):
         if arguments.chat and len(getattr(arguments, name) or ()) > 1:
             parser.error(f"--chat answers with one method and one budget; give --{name} a single value")

@@ -1,87 +1,61 @@
-"""A conversation about pictures or a video: every question is asked with what was said before, and answers are streamed.
-
-The whole conversation is prefilled anew for every question, pictures included; only the decoded pictures are kept.
-"""
+"""A conversation about pictures or a video: one question after the other, with streamed answers and a KV cache that is kept."""
 
 import argparse
-from dataclasses import dataclass, replace
+from contextlib import suppress
 
 from ..evaluation.loading import load_model
 from ..evaluation.methods import find_methods
 from ..evaluation.plans import Plan, prompt_shape
-from ..inference import stream
-from ..loading.zoo import VisionLanguageModel
-from ..processing.prompts import IMAGE_TOKEN, QWEN_SYSTEM, TEMPLATES, VICUNA_SYSTEM, VIDEO_TOKEN, Request, build_prompt
+from ..inference import Chat
+from ..processing.prompts import Request
 from ..report.tables import printable
 from .ask import beyond_demo, question_about
 from .planning import plans_for
 
-SYSTEMS = (f"{VICUNA_SYSTEM} ", f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n")  # stand before the first turn only
-VICUNA_ANSWER, QWEN_ANSWER = " {answer}</s>", "{answer}<|im_end|>\n"  # between two turns, as in training
 PROMPT = "> "
+FORGET = "/forget"
 FIRST_QUESTION = "What is in the picture?"  # its prompt is as long as any: budgets are solved for its vision tokens
 
 
-@dataclass
-class Conversation:
-    """The prompt so far; empty before the first question."""
-
-    media: Request
-    template: str
-    vision_tokens: tuple[str, ...] = (IMAGE_TOKEN, VIDEO_TOKEN)
-    said: str = ""
-
-    def request(self, question: str) -> Request:
-        """What the model reads for the next question; raises ValueError as `build_prompt`."""
-        first = build_prompt(replace(self.media, text=question), self.template, self.vision_tokens)
-        return replace(self.media, text=None, prompt=self.said + self.turn(question) if self.said else first)
-
-    def turn(self, question: str) -> str:
-        """A question in the conversation's form, without system sentence and pictures."""
-        prompt = TEMPLATES[self.template].wrap(question)
-        for system in SYSTEMS:
-            prompt = prompt.removeprefix(system)
-        return prompt
-
-    def remember(self, request: Request, answer: str) -> None:
-        form = QWEN_ANSWER if "<|im_start|>" in (request.prompt or "") else VICUNA_ANSWER
-        self.said = (request.prompt or "") + form.format(answer=answer)
-
-
 def chat(arguments: argparse.Namespace) -> None:
-    """Read questions from stdin until an empty line, the end of the input or Ctrl-C; stream the answers to stdout."""
+    """Read questions from stdin until an empty line, the end of the input or Ctrl-C; stream the answers to stdout.
+
+    Ctrl-C during an answer ends that answer only. The line `/forget`, or --forget before every question, makes the model forget
+    what was said and keep the pictures.
+    """
     find_methods(arguments.methods)
     media = question_about(arguments, FIRST_QUESTION)
     vlm = load_model(arguments)
     plan = plans_for(prompt_shape(vlm, media), arguments)[0]
-    print(f"{vlm.name} in {vlm.precision} answers with {plan.row}; an empty line or Ctrl-D ends the conversation")
+    conversation = Chat(vlm, plan.dropper, history=arguments.history)
+    end = f"an empty line or Ctrl-D ends the conversation, {FORGET} begins another"
+    print(f"{vlm.name} in {vlm.precision} answers with {plan.row}; {end}")
     if note := beyond_demo(vlm, media, arguments):
         print(note)
-    if vlm.template not in TEMPLATES:
-        raise ValueError(
-            f"{vlm.name} is asked by its own {vlm.template}, which cannot continue a conversation here; "
-            f"give --template NAME, one of: {', '.join(sorted(TEMPLATES))}"
-        )
-    conversation = Conversation(media, vlm.template, tuple(vlm.config.vision_tokens))
-    try:
+    with suppress(EOFError, KeyboardInterrupt):
         while question := input(PROMPT).strip():
-            answer(vlm, plan, conversation, question)
-    except (EOFError, KeyboardInterrupt):
-        print()
-
-
-def answer(vlm: VisionLanguageModel, plan: Plan, conversation: Conversation, question: str) -> None:
-    """Stream one answer; a question that does not fit is told, and the conversation goes back to its beginning."""
-    text = ""
-    try:
-        request = conversation.request(question)
-        with plan.answering():
-            for piece in stream(vlm, request, plan.dropper):
-                print(printable(piece), end="", flush=True)
-                text += piece
-    except ValueError as error:
-        print(f"{error}\nthe conversation starts anew; the picture stays")
-        conversation.said = ""
+            if question == FORGET or arguments.forget:
+                conversation.forget()
+            if question != FORGET:
+                answer(conversation, plan, media, question)
         return
     print()
-    conversation.remember(request, text)
+
+
+def answer(conversation: Chat, plan: Plan, media: Request, question: str) -> None:
+    """Stream one answer. A question that cannot be asked is told and changes nothing; the first one shows the pictures."""
+    shown = conversation.has_media
+    try:
+        with plan.answering():
+            pieces = conversation.stream(question, () if shown else media.images, None if shown else media.video)
+            for piece in pieces:
+                print(printable(piece), end="", flush=True)
+    except ValueError as error:
+        print(f"{error}\nthe conversation is as it was; {FORGET} keeps the pictures and forgets what was said")
+        return
+    except KeyboardInterrupt:
+        conversation.end_stream()
+        print(" (interrupted)", end="")
+    print()
+    if conversation.turns and (note := conversation.turns[-1].note):
+        print(f"(the whole conversation was prefilled again: {note})")

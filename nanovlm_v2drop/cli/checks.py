@@ -90,7 +90,8 @@ def check_takes_video(model: str) -> None:
 
 def check_packages(arguments: argparse.Namespace) -> None:
     """Raise ImportError for a missing package, before minutes of work are lost for it."""
-    asks, own_questions = arguments.prompt is not None or arguments.chat, bool(arguments.claims or arguments.text)
+    asks = arguments.prompt is not None or arguments.chat or arguments.conversations
+    own_questions = bool(arguments.claims or arguments.text)
     needed = {
         "plotly": not asks and not arguments.calibrate and not arguments.text,
         "pyarrow": not asks and not own_questions and any(task not in DEMOS for task in arguments.tasks),

@@ -76,6 +76,10 @@ def texts() -> tuple[str, ...]:
     return listed_in("research/text_questions.py", "TEXTS")
 
 
+def histories() -> tuple[str, ...]:
+    return listed_in("inference/conversation.py", "HISTORIES")
+
+
 def attention_backends() -> tuple[str, ...]:
     return ("auto", *listed_in("models/attention.py", "BACKENDS"))
 

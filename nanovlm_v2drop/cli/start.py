@@ -17,6 +17,7 @@ from ..tasks import DatasetUnavailable
 from .ask import answer_one
 from .calibrate import run_calibration
 from .chat import chat
+from .conversations import run_conversations
 from .ledger import run_claims
 from .runs import evaluate_tasks
 from .text import run_text
@@ -55,7 +56,7 @@ def rank_of(processes: Processes) -> str:
 
 def run_mode(arguments: argparse.Namespace, processes: Processes) -> dict[str, Any] | None:
     """The object that ends a run, of which the first process alone knows the results; None after a conversation."""
-    alone = next((name for name in ("claims", "calibrate", "text", "chat") if getattr(arguments, name)), None)
+    alone = next((name for name in ("claims", "calibrate", "conversations", "text", "chat") if getattr(arguments, name)), None)
     if arguments.prompt is None and alone is None:
         return evaluate_tasks(arguments, processes)
     if processes.world_size > 1 and alone is not None:
@@ -71,6 +72,8 @@ def run_mode(arguments: argparse.Namespace, processes: Processes) -> dict[str, A
         return run_calibration(arguments)
     if arguments.text:
         return run_text(arguments)
+    if arguments.conversations:
+        return run_conversations(arguments)
     if arguments.chat:
         chat(arguments)
         return None

@@ -1,5 +1,7 @@
 """The prefill loop with its drop points, decoding, and answers to requests."""
 
+from .chat import Chat, Turn
+from .conversation import HISTORIES, ConversationBatch
 from .decoding import GraphedSteps, decode_one_token, decode_step, decode_steps
 from .generation import Answer, Sampling, check_options, decode_tokens, decode_until, generate, stream
 from .prefill_loop import (
@@ -12,16 +14,21 @@ from .prefill_loop import (
     prefill,
     share_prefix,
 )
+from .turn import prefill_turn
 
 __all__ = [
+    "HISTORIES",
     "MAX_NEW_TOKENS",
     "Answer",
+    "Chat",
+    "ConversationBatch",
     "GraphedSteps",
     "NotFinite",
     "NothingDropped",
     "Prefilled",
     "Sampling",
     "SharedPrefix",
+    "Turn",
     "check_options",
     "decode_one_token",
     "decode_step",
@@ -31,6 +38,7 @@ __all__ = [
     "generate",
     "initial_state",
     "prefill",
+    "prefill_turn",
     "share_prefix",
     "stream",
 ]

@@ -92,7 +92,7 @@ class TextModel:
         template = read_chat_template(self.folder, TEMPLATES[DEFAULT_TEMPLATE])
         if template is None:
             raise ValueError(f"{self.folder} holds no chat template; write the whole prompt and use `prompt`")
-        before, found, behind = template.render(MESSAGE).partition(MESSAGE)
+        before, found, behind = template.render([{"role": "user", "content": MESSAGE}]).partition(MESSAGE)
         if not found or MESSAGE in behind:
             raise ValueError(f"{template.file}: the chat template does not write the user's message once")
         return self.prompt([before, *pieces, behind])

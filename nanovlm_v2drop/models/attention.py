@@ -85,29 +85,38 @@ def cumulative(seqlens: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], backend: str, *, causal: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqlens: Sequence[int],
+    backend: str,
+    *,
+    causal: bool = True,
+    key_seqlens: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention inside each packed sequence: q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim).
 
-    Without `causal`, as in a vision tower, every row sees its whole sequence.
+    Without `causal`, as in a vision tower, every row sees its whole sequence. With `key_seqlens`, a sequence has more keys than
+    queries, and its queries are those of its last keys.
     """
+    key_seqlens = seqlens if key_seqlens is None else key_seqlens
     if backend == "sdpa":
-        return sdpa_attention(q, k, v, seqlens, causal)
+        return sdpa_attention(q, k, v, seqlens, causal, key_seqlens)
     if backend in ("eager", "blockwise"):
         on_one = eager_attention if backend == "eager" else blockwise_attention
-        parts = zip(*(packed.split(tuple(seqlens)) for packed in (q, k, v)), strict=True)
+        lengths = (seqlens, key_seqlens, key_seqlens)
+        parts = zip(*(packed.split(tuple(own)) for packed, own in zip((q, k, v), lengths, strict=True)), strict=True)
         return joined([on_one(q_part, k_part, v_part, causal) for q_part, k_part, v_part in parts])
-    cu_seqlens, longest = cumulative(tuple(seqlens), q.device), max(seqlens)
+    starts = (cumulative(tuple(seqlens), q.device), cumulative(tuple(key_seqlens), q.device))
+    longest = (max(seqlens), max(key_seqlens))
     if backend == "flash-attn":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=causal)
+        return flash_attn_varlen_func(q, k, v, *starts, *longest, causal=causal)
     from torch.nn.attention.varlen import varlen_attn
 
     window_size, enable_gqa = (-1, 0 if causal else -1), q.shape[1] != k.shape[1]
-    attended = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window_size, enable_gqa=enable_gqa
-    )
+    attended = varlen_attn(q, k, v, *starts, *longest, window_size=window_size, enable_gqa=enable_gqa)
     return cast(Tensor, attended)  # a pair only where the log-sum-exp is asked for
 
 
@@ -116,23 +125,40 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], causal: bool = True) -> Tensor:
+def sdpa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqlens: Sequence[int],
+    causal: bool = True,
+    key_seqlens: Sequence[int] | None = None,
+) -> Tensor:
     """The back end that runs everywhere. Neighbours of equal length, such as a video's frames, share one call."""
-    runs = [(length, len(list(run))) for length, run in groupby(seqlens)]
-    parts = zip(*(packed.split([length * count for length, count in runs]) for packed in (q, k, v)), strict=True)
+    runs = [(*pair, len(list(run))) for pair, run in groupby(zip(seqlens, key_seqlens or seqlens, strict=True))]
+    queries = q.split([length * count for length, _, count in runs])
+    keys, values = (packed.split([length * count for _, length, count in runs]) for packed in (k, v))
     attended = []
-    for (length, _), part in zip(runs, parts, strict=True):
-        query, key, value = (packed.unflatten(0, (-1, length)).transpose(1, 2) for packed in part)  # (count, heads, length, d)
-        # is_causal is correct here because the numbers of queries and keys are equal.
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    for (rows, slots, _), *part in zip(runs, queries, keys, values, strict=True):
+        shapes = zip(part, (rows, slots, slots), strict=True)
+        query, key, value = (packed.unflatten(0, (-1, length)).transpose(1, 2) for packed, length in shapes)
+        # (count, heads, length, head_dim) each; is_causal is correct where the numbers of queries and keys are equal.
+        mask = later_rows_mask(rows, slots, q.device) if causal and rows != slots else None
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
         attended.append(out.transpose(1, 2).flatten(0, 1))
     return joined(attended)
 
 
+def later_rows_mask(rows: int, slots: int, device: torch.device) -> Tensor:
+    """(rows, slots) True for what the last `rows` of `slots` tokens see."""
+    return torch.ones(rows, slots, dtype=torch.bool, device=device).tril_(slots - rows)
+
+
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
     """One sequence, with all attention weights (H, T, T) in memory at once."""
-    rows = torch.arange(len(q), device=q.device)
-    weights = attention_weights(q, k, rows if causal else rows.fill_(len(q) - 1)).to(v.dtype)
+    rows = torch.arange(len(k) - len(q), len(k), device=q.device)
+    weights = attention_weights(q, k, rows if causal else rows.fill_(len(k) - 1)).to(v.dtype)
     return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(q.shape[1] // k.shape[1], 1))
 
 
@@ -143,10 +169,10 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) ->
     before the softmax, as in transformers' eager attention; the softmax itself sums in float32.
     """
     k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()  # (K, T, head_dim)
-    attended = torch.empty_like(q)
+    attended, earlier = torch.empty_like(q), k.shape[1] - len(q)
     for start in range(0, len(q), QUERY_BLOCK):
         block = slice(start, min(start + QUERY_BLOCK, len(q)))
-        rows, visible = block.stop - start, block.stop if causal else len(q)
+        rows, visible = block.stop - start, earlier + block.stop if causal else k.shape[1]
         queries = grouped(q[block] * q.shape[-1] ** -0.5, len(k))  # (K, rows * G, head_dim)
         bias = causal_bias(rows, q) if causal else None
         at_once = max(1, SCORES // (queries.shape[1] * visible))

@@ -5,6 +5,7 @@ Shapes: L layers, B sequences, T prompt tokens packed, H query heads, K key/valu
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from operator import add, sub
 
 import torch
 from torch import Tensor
@@ -47,12 +48,8 @@ class KVCache:
 
     def fill(self, k: Tensor, v: Tensor, seqlens: tuple[int, ...]) -> None:
         """Add the next layer with the packed keys and values (T, K, head_dim) of its prompt tokens."""
-        for caches, packed in ((self.keys, k), (self.values, v)):
-            cache = self.allocate(packed, len(seqlens), max(seqlens) + self.max_new_tokens)
-            for slots, rows in zip(cache, packed.split(seqlens), strict=True):
-                slots[: len(rows)] = rows
-                slots[len(rows) :] = 0  # attention multiplies a masked slot by zero, and 0 * NaN is NaN
-            caches.append(cache)
+        self.keys.append(self.padded(k, seqlens))
+        self.values.append(self.padded(v, seqlens))
         self.seqlens.append(seqlens)
 
     def first_layers(self, count: int) -> "KVCache":
@@ -60,6 +57,14 @@ class KVCache:
         first = KVCache(self.max_new_tokens, self.heads_first)
         first.keys, first.values, first.seqlens = self.keys[:count], self.values[:count], self.seqlens[:count]
         return first
+
+    def padded(self, packed: Tensor, seqlens: tuple[int, ...]) -> Tensor:
+        """Packed rows (T, K, head_dim) as slots (B, S, K, head_dim), with room for `max_new_tokens` more."""
+        cache = self.allocate(packed, len(seqlens), max(seqlens) + self.max_new_tokens)
+        for slots, rows in zip(cache, packed.split(seqlens), strict=True):
+            slots[: len(rows)] = rows
+            slots[len(rows) :] = 0  # attention multiplies a masked slot by zero, and 0 * NaN is NaN
+        return cache
 
     def keep_rows(self, rows: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Cut every layer so far to the packed `rows` of sequences that had `before` rows each and now have `after`."""
@@ -70,6 +75,29 @@ class KVCache:
         for keys, values in held:
             k, v = (torch.cat([cache[index, own] for index, own in enumerate(slots)]) for cache in (keys, values))
             self.fill(k, v, after)
+
+    def followed_by(
+        self, layer_idx: int, k: Tensor, v: Tensor, seqlens: Sequence[int]
+    ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """The filled slots of a layer and behind them more rows, k and v (T, K, head_dim), packed; and their numbers."""
+        held = self.seqlens[layer_idx]
+        pairs = ((self.keys[layer_idx], k), (self.values[layer_idx], v))
+        keys, values = (
+            torch.cat([part for slots, count, rows in zip(cache, held, new.split(tuple(seqlens)), strict=True)
+                       for part in (slots[:count], rows)])
+            for cache, new in pairs
+        )  # fmt: skip
+        return keys, values, tuple(map(add, held, seqlens))
+
+    def extend(self, later: "KVCache") -> None:
+        """Put the rows of `later`, whose positions begin at zero, behind the rows of each layer."""
+        for layer_idx, seqlens in enumerate(later.seqlens):
+            caches = (later.keys[layer_idx], later.values[layer_idx])
+            k, v = (torch.cat([slots[:count] for slots, count in zip(cache, seqlens, strict=True)]) for cache in caches)
+            k, v, together = self.followed_by(layer_idx, k, v, seqlens)
+            self.keys[layer_idx], self.values[layer_idx] = self.padded(k, together), self.padded(v, together)
+            self.seqlens[layer_idx] = together
+        self.finish(self.position_ids + later.position_ids, self.pruning)
 
     def allocate(self, like: Tensor, batch: int, slots: int) -> Tensor:
         """Memory (B, S, K, head_dim) for heads like those of `like`."""
@@ -112,10 +140,20 @@ class KVCache:
         self.lengths += count
         self.position_ids += count
 
-    def crop(self, count: int) -> None:
-        """Remove the last `count` decoded tokens."""
-        self.advance(-count)
-        self.advance_on_device(-count)
+    def crop(self, count: int | Sequence[int]) -> None:
+        """Remove the last `count` text tokens of every sequence, or of each sequence its own number, from all layers.
+
+        Raises ValueError for a number that is negative or above the tokens of a sequence.
+        """
+        counts = [count] * len(self.sequences) if isinstance(count, int) else list(count)
+        shortest = [min(lengths) for lengths in zip(*self.seqlens, strict=True)]
+        if any(not 0 <= own <= length for own, length in zip(counts, shortest, strict=True)):
+            raise ValueError(f"cannot remove {counts} tokens from sequences of {shortest} tokens")
+        self.seqlens = [tuple(map(sub, lengths, counts)) for lengths in self.seqlens]
+        removed = sent(torch.tensor(counts), self.slots.device)
+        self.slots -= removed
+        self.lengths -= removed.int()
+        self.position_ids -= removed
 
     def visible_on_device(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All slots of a layer, and the filled ones (B,) on the device: for a CUDA graph, whose shapes never change."""

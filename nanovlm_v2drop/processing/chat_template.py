@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from ..models.config import read_json_object
-from .prompts import Content, Medium, Template
+from .prompts import Content, Earlier, Medium, Template
 from .tokenizer import SPECIAL_TOKENS, tokenizer_settings
 
 MAX_SOURCE, MAX_OUTPUT = 100_000, 1_000_000  # characters
@@ -230,19 +230,17 @@ class ChatTemplate:
     def name(self) -> str:
         return self.file.name
 
-    def write(self, leading: Content, question: Content, vision_tokens: Collection[str]) -> str:
-        """The prompt; raises ValueError where the template fails, or loses the question or a picture.
+    def write(self, leading: Content, question: Content, vision_tokens: Collection[str], earlier: Earlier = ()) -> str:
+        """The prompt; raises ValueError where the template fails, or loses a question, an answer or a picture.
 
         Most templates take the pieces of a message one by one. Some of them move pictures to the front; they get a placed
         picture as a token in the text. Those of plain language models take no pieces at all, but a text.
         """
-        parts = [*leading, *question]
-        before = "".join(self.spelling.spell(medium) + self.spelling.separator for medium in leading)
-        text = before + "".join(map(self.spelling.spell, question))
-        errors = []
-        for content in ([part_of(part) for part in parts], [part_of(text)], text):
+        said = [part for turn in earlier for part in (*turn.leading, *turn.question, turn.answer)]
+        parts, errors = [*said, *leading, *question], []
+        for form in range(len(self.contents([], []))):
             try:
-                prompt = self.render(content)
+                prompt = self.render(self.messages(leading, question, earlier, form))
             except TemplateBudgetError as error:
                 raise ValueError(f"{self.file}: the chat template is stopped: {error}; give --template NAME") from error
             except Exception as error:  # a template may raise any
@@ -251,11 +249,25 @@ class ChatTemplate:
             if holds_all(prompt, parts, vision_tokens):
                 return prompt
             errors.append("its prompt does not hold the question with every picture and video in order")
-        raise ValueError(f"{self.file}: the chat template cannot ask this question: {errors[0]}; give --template NAME")
+        what = "continue this conversation" if earlier else "ask this question"
+        raise ValueError(f"{self.file}: the chat template cannot {what}: {errors[0]}; give --template NAME")
 
-    def render(self, content: Any) -> str:
+    def messages(self, leading: Content, question: Content, earlier: Earlier, form: int) -> list[dict[str, Any]]:
+        """All turns, with their contents in one of the forms of `contents`."""
+        messages = []
+        for turn in earlier:
+            messages.append({"role": "user", "content": self.contents(turn.leading, turn.question)[form]})
+            messages.append({"role": "assistant", "content": self.contents([], [turn.answer])[form]})
+        return [*messages, {"role": "user", "content": self.contents(leading, question)[form]}]
+
+    def contents(self, leading: Content, question: Content) -> tuple[list[dict[str, str]], list[dict[str, str]], str]:
+        """The content of a message in three forms: its pieces, one piece of text with tokens in it, and that text."""
+        before = "".join(self.spelling.spell(medium) + self.spelling.separator for medium in leading)
+        text = before + "".join(map(self.spelling.spell, question))
+        return [part_of(part) for part in (*leading, *question)], [part_of(text)], text
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         self.sandbox.budget = Budget()
-        messages = [{"role": "user", "content": content}]
         values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
         return self.compiled.render(**{**self.special_tokens, **values})
 

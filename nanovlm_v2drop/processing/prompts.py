@@ -21,6 +21,7 @@ IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"  # how a request marks where its
 NANOVLM_IMAGE = "<|image|>"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif", ".mpo")
 QWEN_SYSTEM = "You are a helpful assistant."
+QWEN_SYSTEM_TURN = f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n"
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -107,11 +108,26 @@ def split_question(text: str, media: Collection[Medium]) -> list[str | Medium]:
     return [Medium(piece) if index % 2 else piece for index, piece in enumerate(pieces) if piece]
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """An earlier turn of a conversation: what stands before the question, the question and the answer."""
+
+    leading: Content
+    question: Content
+    answer: str
+
+
+Earlier = Sequence[Exchange]
+
+
 class Conversation(Protocol):
     """How a model is asked: what stands around the question, and how a picture is written in it."""
 
-    def write(self, leading: Content, question: Content, vision_tokens: Collection[str]) -> str:
-        """The prompt of a question whose pictures and videos come before it (`leading`) or have a place in it."""
+    def write(self, leading: Content, question: Content, vision_tokens: Collection[str], earlier: Earlier = ()) -> str:
+        """The prompt of a question whose pictures and videos come before it (`leading`) or have a place in it.
+
+        `earlier` are the turns before it. Raises ValueError where a template cannot write several turns.
+        """
 
 
 def vicuna_v1(text: str) -> str:
@@ -131,7 +147,7 @@ def mistral_instruct(text: str) -> str:
 
 def qwen_1_5(text: str) -> str:
     """Qwen2's conversation with its system sentence, as the original LLaVA-OneVision and Qwen2-VL are asked."""
-    return f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n{qwen_hub(text)}"
+    return QWEN_SYSTEM_TURN + qwen_hub(text)
 
 
 def smolvlm(text: str) -> str:
@@ -161,20 +177,34 @@ def qwen_hub(text: str) -> str:
 
 @dataclass(frozen=True)
 class Template:
-    """A conversation of a paper; a picture or video before the question ends with `separator`."""
+    """A conversation of a paper; a picture or video before the question ends with `separator`.
+
+    `wrap` writes the first turn. Later turns leave out `system`, with which the first one begins. `answer` is the form of an
+    answer that another turn follows; None is for models that know single questions only.
+    """
 
     wrap: Callable[[str], str]
     image: str = IMAGE_TOKEN
     video: str = VIDEO_TOKEN
     separator: str = "\n"
+    system: str = ""
+    answer: str | None = None
 
     def __call__(self, text: str) -> str:
         """`text` in a conversation, its placeholders written as the model reads them."""
         return self.write([], split_question(text, list(Medium)))
 
-    def write(self, leading: Content, question: Content, vision_tokens: Collection[str] = ()) -> str:
+    def write(self, leading: Content, question: Content, vision_tokens: Collection[str] = (), earlier: Earlier = ()) -> str:
+        if earlier and self.answer is None:
+            raise ValueError("this template is for single questions; forget the earlier turns, or give --template NAME")
+        form = self.answer or ""
+        said = [self.turn(turn.leading, turn.question) + form.format(answer=turn.answer) for turn in earlier]
+        return self.system + "".join(said) + self.turn(leading, question)
+
+    def turn(self, leading: Content, question: Content) -> str:
+        """One question without the system sentence."""
         before = "".join(self.spell(medium) + self.separator for medium in leading)
-        return self.wrap(before + "".join(map(self.spell, question)))
+        return self.wrap(before + "".join(map(self.spell, question))).removeprefix(self.system)
 
     def spell(self, piece: str | Medium) -> str:
         """Text as it is, a picture or video as the model's own tokens."""
@@ -184,20 +214,18 @@ class Template:
 
 
 DEFAULT_TEMPLATE = "vicuna_v1"
+QWEN_ANSWER = "{answer}<|im_end|>\n"
+QWEN_IMAGE, QWEN_VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
 TEMPLATES: dict[str, Template] = {
-    "vicuna_v1": Template(vicuna_v1),
-    "hub": Template(hub),
-    "mistral_instruct": Template(mistral_instruct),
-    "qwen_1_5": Template(qwen_1_5),
-    "qwen_hub": Template(qwen_hub),
-    "qwen2_vl": Template(
-        qwen_1_5, "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>", ""
-    ),
-    "qwen3_vl": Template(
-        qwen_hub, "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>", ""
-    ),
-    "smolvlm": Template(smolvlm, separator=""),
-    "nanovlm": Template(nanovlm, NANOVLM_IMAGE, separator=""),
+    "vicuna_v1": Template(vicuna_v1, system=f"{VICUNA_SYSTEM} ", answer=" {answer}</s>"),
+    "hub": Template(hub, answer=" {answer} "),
+    "mistral_instruct": Template(mistral_instruct, answer=" {answer} </s>"),
+    "qwen_1_5": Template(qwen_1_5, system=QWEN_SYSTEM_TURN, answer=QWEN_ANSWER),
+    "qwen_hub": Template(qwen_hub, answer=QWEN_ANSWER),
+    "qwen2_vl": Template(qwen_1_5, QWEN_IMAGE, QWEN_VIDEO, separator="", system=QWEN_SYSTEM_TURN, answer=QWEN_ANSWER),
+    "qwen3_vl": Template(qwen_hub, QWEN_IMAGE, QWEN_VIDEO, separator="", answer=QWEN_ANSWER),
+    "smolvlm": Template(smolvlm, separator="", system="<|im_start|>", answer=" {answer}<end_of_utterance>\n"),
+    "nanovlm": Template(nanovlm, NANOVLM_IMAGE, separator="", answer=QWEN_ANSWER),
     "nanovlm_222m": Template(nanovlm_222m, NANOVLM_IMAGE, separator=""),
 }
 
@@ -213,8 +241,9 @@ def build_prompt(
     request: Request,
     template: str | Conversation = DEFAULT_TEMPLATE,
     vision_tokens: Collection[str] = (IMAGE_TOKEN, VIDEO_TOKEN),
+    earlier: Earlier = (),
 ) -> str:
-    """Write the string that the model reads; `request.prompt` is returned as it is.
+    """Write the string that the model reads, behind `earlier` turns; `request.prompt` is returned as it is.
 
     `vision_tokens`: the names of the model's own tokens for pictures and videos. Where `<image>` or `<video>` is not one of
     them and no picture or video is given, it is ordinary text.
@@ -222,15 +251,21 @@ def build_prompt(
     but not once per picture or video.
     """
     conversation = named_template(template) if isinstance(template, str) else template
+    leading, question = content_of(request, vision_tokens)
+    return conversation.write(leading, question, vision_tokens, earlier) if request.prompt is None else request.prompt
+
+
+def content_of(request: Request, vision_tokens: Collection[str]) -> tuple[Content, Content]:
+    """The pictures and videos that come before a question, and the pieces of the question; raises as `build_prompt`."""
     question = request.prompt or request.text or ""
     if not question.strip():
         raise ValueError(f"the request is blank ({question!r}); give it a text to answer")
     if request.prompt is not None:
-        return request.prompt
+        return [], [request.prompt]
     counts = {Medium.IMAGE: len(request.images), Medium.VIDEO: len(request.videos)}
     placed = [medium for medium, count in counts.items() if has_places(question, medium, count, vision_tokens)]
     leading = [medium for medium, count in counts.items() if medium not in placed for _ in range(count)]
-    return conversation.write(leading, split_question(question, placed), vision_tokens)
+    return leading, split_question(question, placed)
 
 
 def has_places(text: str, medium: Medium, count: int, vision_tokens: Collection[str]) -> bool:

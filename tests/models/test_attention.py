@@ -48,6 +48,22 @@ def test_packed_attention_equals_a_naive_softmax_inside_each_sequence(
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "blockwise"])
 @settings(deadline=None, max_examples=40)
+@given(pairs=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=4), heads=heads)
+@example(pairs=[(4, 3), (4, 3), (4, 0)], heads=(4, 2))
+def test_queries_of_a_later_turn_see_all_earlier_keys_of_their_sequence_and_their_own_up_to_themselves(
+    backend: str, pairs: list[tuple[int, int]], heads: tuple[int, int]
+) -> None:
+    seqlens, key_seqlens = [rows for rows, _ in pairs], [rows + earlier for rows, earlier in pairs]
+    q = random_heads(sum(seqlens), heads[0], HEAD_DIM, seed=0)
+    k, v = (random_heads(sum(key_seqlens), heads[1], HEAD_DIM, seed=seed) for seed in (1, 2))
+    parts = zip(q.split(seqlens), k.split(key_seqlens), v.split(key_seqlens), strict=True)
+    wanted = torch.cat([naive_attention(*part) for part in parts])
+    attended = attention(q, k, v, seqlens, backend, key_seqlens=key_seqlens)
+    torch.testing.assert_close(attended.double(), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "blockwise"])
+@settings(deadline=None, max_examples=40)
 @given(seqlens=lengths)
 def test_without_a_causal_mask_every_row_sees_its_whole_sequence_and_no_other(backend: str, seqlens: list[int]) -> None:
     q, k, v = (random_heads(sum(seqlens), 3, HEAD_DIM, seed=i) for i in range(3))
@@ -102,6 +118,10 @@ def test_queries_in_several_blocks_see_what_queries_in_one_see(heads: tuple[int,
     monkeypatch.setattr(module, "QUERY_BLOCK", 8)
     torch.testing.assert_close(attention(q, k, v, seqlens, "blockwise"), wanted, atol=1e-6, rtol=0)
     torch.testing.assert_close(attention(q, k, v, seqlens, "blockwise", causal=False), unmasked, atol=1e-6, rtol=0)
+    later = [4, 17, 16]  # the last queries of each sequence
+    some = torch.cat([part[-length:] for part, length in zip(q.split(seqlens), later, strict=True)])
+    wanted = torch.cat([part[-length:] for part, length in zip(wanted.split(seqlens), later, strict=True)])
+    torch.testing.assert_close(attention(some, k, v, later, "blockwise", key_seqlens=seqlens), wanted, atol=1e-6, rtol=0)
 
 
 def test_auto_on_a_cpu_is_blockwise_in_bfloat16_and_else_sdpa() -> None:
@@ -175,6 +195,10 @@ def test_cuda_back_ends_agree_with_sdpa_in_bfloat16(backend: str, seqlens: list[
     for causal in (True, False):
         ours, twin = (attention(q, k, v, seqlens, name, causal=causal) for name in (backend, "sdpa"))
         torch.testing.assert_close(ours, twin, atol=2e-2, rtol=2e-2)
+    later = [length // 2 + 1 for length in seqlens]
+    some = torch.cat([part[-length:] for part, length in zip(q.split(seqlens), later, strict=True)])
+    ours, twin = (attention(some, k, v, later, name, key_seqlens=seqlens) for name in (backend, "sdpa"))
+    torch.testing.assert_close(ours, twin, atol=2e-2, rtol=2e-2)
     caches = [tensor.new_zeros(len(seqlens), max(seqlens) + 3, 2, 64) for tensor in (k, v)]
     for cache, packed in zip(caches, (k, v), strict=True):
         for slots, rows in zip(cache, packed.split(seqlens), strict=True):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nanovlm_v2drop.processing.chat_template import ChatTemplate, read_chat_template
-from nanovlm_v2drop.processing.prompts import TEMPLATES, Request, build_prompt
+from nanovlm_v2drop.processing.prompts import TEMPLATES, Exchange, Medium, Request, build_prompt
 
 LLAVA, QWEN2_VL = ("<image>", "<video>"), ("<|image_pad|>", "<|video_pad|>")
 # Templates in the forms that are in circulation, written anew: media first, pieces in order, and text only.
@@ -74,8 +74,11 @@ def prompt_of(source: str, request: Request, tokens: tuple[str, ...] = LLAVA) ->
 
 
 def transformers_prompt(source: str, content: Any) -> str:
+    return rendered_by_transformers(source, [{"role": "user", "content": content}])
+
+
+def rendered_by_transformers(source: str, messages: list[dict[str, Any]]) -> str:
     utilities = pytest.importorskip("transformers.utils.chat_template_utils")
-    messages = [{"role": "user", "content": content}]
     rendered = utilities.render_jinja_template([messages], chat_template=source, add_generation_prompt=True, **SPECIAL)
     return (rendered[0] if isinstance(rendered, tuple) else rendered)[0]
 
@@ -107,6 +110,41 @@ def test_a_placed_picture_stays_in_its_place_where_the_template_would_move_it_to
 def test_two_videos_are_two_parts() -> None:
     ours = prompt_of(IN_ORDER, Request(text="Which?", video=["a.mp4", "b.mp4"]), QWEN2_VL)
     assert ours == transformers_prompt(IN_ORDER, [{"type": "video"}, {"type": "video"}, {"type": "text", "text": "Which?"}])
+
+
+@pytest.mark.parametrize("name", ["media first", "llama 3", "in order"])
+def test_later_turns_are_those_of_transformers(name: str) -> None:
+    source, tokens = TEMPLATES_WITH_PARTS[name]
+    said = [("user", "A cat?"), ("assistant", "yes"), ("user", "Two?"), ("assistant", "no"), ("user", "Old?")]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+    for message in messages[:3:2]:
+        message["content"].insert(0, {"type": "image"})
+    earlier = [Exchange([Medium.IMAGE], ["A cat?"], "yes"), Exchange([Medium.IMAGE], ["Two?"], "no")]
+    template = chat_template(source, "qwen2_vl" if tokens == QWEN2_VL else "hub")
+    assert build_prompt(Request(text="Old?"), template, tokens, earlier) == rendered_by_transformers(source, messages)
+
+
+def test_later_turns_of_a_template_for_plain_language_models_are_texts() -> None:
+    earlier = [Exchange([Medium.IMAGE], ["A cat?"], "yes")]
+    said = [("user", "<image>\nA cat?"), ("assistant", "yes"), ("user", "Old?")]
+    wanted = rendered_by_transformers(TEXT_ONLY, [{"role": role, "content": text} for role, text in said])
+    assert build_prompt(Request(text="Old?"), chat_template(TEXT_ONLY), LLAVA, earlier) == wanted
+
+
+@pytest.mark.parametrize("name", ["hub", "qwen_1_5", "qwen2_vl"])
+def test_the_papers_later_turns_are_those_of_the_hubs_template(name: str) -> None:
+    source, tokens = (MEDIA_FIRST, LLAVA) if name == "hub" else (IN_ORDER, QWEN2_VL)
+    earlier = [Exchange([Medium.IMAGE] if name != "qwen_1_5" else [], ["A cat?"], "yes")]
+    hub = build_prompt(Request(text="Old?"), chat_template(source, name), tokens, earlier)
+    assert build_prompt(Request(text="Old?"), name, tokens, earlier) == hub
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"), [(MISTRAL, "Only users may ask"), ("{{ messages[-1].content[0].text }}<image>", "does not hold")]
+)
+def test_a_template_that_refuses_or_loses_earlier_turns_cannot_continue_a_conversation(source: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"the chat template cannot continue this conversation: .*{reason}.*--template NAME"):
+        build_prompt(Request(text="Old?"), chat_template(source), LLAVA, [Exchange([Medium.IMAGE], ["A cat?"], "yes")])
 
 
 def test_transformers_options_and_functions_work_the_same() -> None:

@@ -12,7 +12,16 @@ from llama import IMAGE_TOKEN_ID, llama_tokenizer, train_sentencepiece
 from PIL import Image
 
 from nanovlm_v2drop.models.vlm import VisionInput
-from nanovlm_v2drop.processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, build_prompt, encode_prompt, write_media
+from nanovlm_v2drop.processing.prompts import (
+    DEFAULT_TEMPLATE,
+    TEMPLATES,
+    Exchange,
+    Medium,
+    Request,
+    build_prompt,
+    encode_prompt,
+    write_media,
+)
 from nanovlm_v2drop.processing.tokenizer import JsonTokenizer
 
 
@@ -276,3 +285,45 @@ def test_smolvlms_conversation_is_that_of_transformers(content):
     message = {"role": "user", "content": [kinds.get(piece, {"type": "text", "text": piece}) for piece in content]}
     official = jinja2.Template(module.DEFAULT_CHAT_TEMPLATE).render(messages=[message], add_generation_prompt=True)
     assert TEMPLATES["smolvlm"]("".join(content)) == official
+
+
+# Several turns
+
+EARLIER = [Exchange([Medium.IMAGE], ["A cat?"], "yes"), Exchange([], ["Two?"], "no")]
+QWEN_TURNS = (
+    "A cat?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
+    "no<|im_end|>\n<|im_start|>user\nOld?<|im_end|>\n<|im_start|>assistant\n"
+)
+LATER = {
+    "vicuna_v1": "A cat? ASSISTANT: yes</s>USER: Two? ASSISTANT: no</s>USER: Old? ASSISTANT:",
+    "hub": "A cat? ASSISTANT: yes USER: Two? ASSISTANT: no USER: Old? ASSISTANT:",
+    **dict.fromkeys(["qwen_1_5", "qwen_hub", "qwen2_vl", "nanovlm"], QWEN_TURNS),
+    "smolvlm": "A cat?<end_of_utterance>\nAssistant: yes<end_of_utterance>\nUser: Two?<end_of_utterance>\nAssistant: no"
+    "<end_of_utterance>\nUser: Old?<end_of_utterance>\nAssistant:",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_later_turns_follow_the_first_without_its_system_sentence(name):
+    first = TEMPLATES[name].write([Medium.IMAGE], ["A cat?"])
+    whole = build_prompt(Request(text="Old?"), name, earlier=EARLIER)
+    assert whole == first.partition("A cat?")[0] + LATER[name]
+    assert whole.startswith(first)
+
+
+def test_a_model_of_single_questions_has_no_second_turn():
+    with pytest.raises(ValueError, match="for single questions; forget the earlier turns, or give --template NAME"):
+        build_prompt(Request(text="Old?"), "nanovlm_222m", earlier=EARLIER)
+
+
+def test_braces_in_an_answer_are_text():
+    assert "{answer} {}</s>" in build_prompt(Request(text="Old?"), earlier=[Exchange([], ["A cat?"], "{answer} {}")])
+
+
+def test_smolvlms_later_turns_are_those_of_transformers():
+    module = pytest.importorskip("transformers.models.smolvlm.processing_smolvlm")
+    said = [("user", "A cat?"), ("assistant", "yes"), ("user", "Two?"), ("assistant", "no"), ("user", "Old?")]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+    messages[0]["content"].insert(0, {"type": "image"})
+    official = jinja2.Template(module.DEFAULT_CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=True)
+    assert build_prompt(Request(text="Old?"), "smolvlm", earlier=EARLIER) == official
