@@ -1,11 +1,14 @@
 """Made-up rows of every benchmark in the official shape, and answers of every kind to them: plain, odd and adversarial."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from tiny_tasks import mme_rows, picture_bytes, pope_rows, write_shards
+
+from nanovlm_v2drop.tasks.mvbench import FOLDERS
 
 Row = dict[str, Any]
 WORDS = (
@@ -91,6 +94,7 @@ SIGNS = (" ", " ", " ", "", ". ", ", ", "? ", "! ", "\n", "\t", "; ", " - ", "/"
 MMSTAR_KINDS = tuple(f"kind {number}" for number in range(18))
 MMBENCH_KINDS = ("ocr", "object_localization", "social_relation")
 VIDEO_KINDS = ("short", "medium", "long")
+VIDEO_TASKS = ("mvbench", "videomme", "longvideobench", "mlvu")
 
 
 def words(rng: Random, most: int) -> str:
@@ -126,8 +130,10 @@ def truth_of(rng: Random, row: Row) -> str:
     """A right answer: a letter where the row has options."""
     if "answers" in row:
         return str(rng.choice(row["answers"]))
-    found = row["answer"]
-    return chr(ord("A") + int(found)) if "choices" in row or "options" in row else str(found)
+    if "candidates" in row:
+        return "ABCDEFGH"[row["candidates"].index(row["answer"])]
+    found = row.get("correct_choice", row.get("answer"))
+    return chr(ord("A") + int(found)) if str(found).isdecimal() else str(found)
 
 
 def texts_in(row: Row) -> list[str]:
@@ -205,15 +211,46 @@ def seed_image(rng: Random, number: int) -> Row:
     return {**found, "data_type": kind, "image": [picture(number)] * (2 if kind == "video" else 1)}
 
 
+def mvbench(rng: Random, number: int) -> Row:
+    """A row with its kind, which in the data is the name of the file."""
+    candidates = options(rng, 2, 5)
+    found = {"video": f"clip{number % 7}.mp4", "question": words(rng, 5), "candidates": candidates}
+    return {**found, "answer": rng.choice(candidates), "kind": tuple(FOLDERS)[number % 20], "start": 1.0, "end": 2.5}
+
+
+def videomme(rng: Random, number: int) -> Row:
+    lettered = [f"{letter}. {text}" for letter, text in zip("ABCD", options(rng, 4, 4), strict=True)]
+    found = {"videoID": f"clip{number // 3}", "question": words(rng, 5), "options": lettered, "answer": rng.choice("ABCD")}
+    kind = {"duration": VIDEO_KINDS[number % 3], "domain": "Knowledge", "sub_category": "Law", "task_type": "OCR Problems"}
+    return {**found, **kind, "question_id": f"{number:03}-1"}
+
+
+def longvideobench(rng: Random, number: int) -> Row:
+    given = options(rng, 2, 5)
+    found = {"id": f"clip{number // 2}_{number % 2}", "video_path": f"clip{number // 2}.mp4", "question": words(rng, 5)}
+    texts = {f"option{place}": given[place] if place < len(given) else "N/A" for place in range(5)}
+    groups = {"duration_group": (15, 60, 600, 3600)[number % 4], "question_category": f"category {number % 17}"}
+    return {**found, **texts, "correct_choice": rng.randrange(len(given)), **groups}
+
+
+def mlvu(rng: Random, number: int) -> Row:
+    question = f"{words(rng, 4)}?\n" + "\n".join(f"({letter}) {words(rng, 2)}" for letter in "ABCD")
+    kind = ("anomaly_reco", "count", "ego", "needle", "order", "plotQA")[number % 6]  # the seventh is missing: it counts as 0
+    return {"video_name": f"{kind}/clip{number}.mp4", "question": question, "answer": rng.choice("ABCD"), "task_type": kind}
+
+
 MAKERS: dict[str, Callable[[Random, int], Row]] = {
     "gqa": gqa, "scienceqa": scienceqa, "textvqa": textvqa, "textvqa-ocr": textvqa, "vizwiz": vizwiz, "mmbench": mmbench,
     "ai2d": ai2d, "mmstar": mmstar, "seed-image": seed_image,
+    "mvbench": mvbench, "videomme": videomme, "longvideobench": longvideobench, "mlvu": mlvu,
 }  # fmt: skip
 PLACES = {  # folder below the data set's own, and split
     "gqa": ("testdev_balanced_instructions", "testdev"), "scienceqa": ("ScienceQA-IMG", "test"),
     "textvqa": ("data", "validation"), "textvqa-ocr": ("data", "validation"),
     "vizwiz": ("data", "val"), "mmbench": ("en", "dev"), "ai2d": ("data", "test"),
     "mmstar": ("data", "val"), "seed-image": ("data", "test"), "pope": ("data", "test"), "mme": ("data", "test"),
+    "mvbench": ("json", ""), "videomme": ("videomme", "test"), "longvideobench": ("data", "validation"),
+    "mlvu": ("mlvu", "test"),
 }  # fmt: skip
 
 
@@ -222,12 +259,36 @@ def rows_of(task: str, number: int, seed: int = 0) -> list[Row]:
     if task in ("pope", "mme"):
         return (pope_rows(8) if task == "pope" else mme_rows(3))[:number]
     rng = Random(f"{task} {seed}")
-    return [MAKERS[task](rng, index) for index in range(number)]
+    rows = [MAKERS[task](rng, index) for index in range(number)]
+    return sorted(rows, key=lambda row: str(row["kind"])) if task == "mvbench" else rows
 
 
-def write_rows(folder: Path, task: str, rows: list[Row], shards: int = 2) -> Path:
-    """Write rows as the official parquet files of a benchmark; returns the folder."""
+def video_of(task: str, row: Row) -> str:
+    """Where lmms-eval looks for the video of a row, below the folder of the data."""
+    match task:
+        case "mvbench":
+            return f"{FOLDERS[row['kind']]}/{row['video']}"
+        case "videomme":
+            return f"data/{row['videoID']}.mp4"
+        case "longvideobench":
+            return f"videos/{row['video_path']}"
+        case _:
+            return str(row["video_name"])
+
+
+def write_rows(folder: Path, task: str, rows: list[Row], shards: int = 2, clip: bytes = b"") -> Path:
+    """Write rows as the official files of a benchmark, those of videos with `clip` for every video; returns the folder."""
     place, split = PLACES[task]
+    if task in VIDEO_TASKS:
+        for file in (folder / video_of(task, row) for row in rows):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(clip)
+    if task == "mvbench":
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for kind in FOLDERS:
+            own = [{name: value for name, value in row.items() if name != "kind"} for row in rows if row["kind"] == kind]
+            (folder / place / f"{kind}.json").write_text(json.dumps(own), encoding="utf-8")
+        return folder
     write_shards(folder, rows, shards, split=split, place=place)
     if task == "gqa":
         pictures = [{"id": f"n{number}", "image": picture(number)} for number in range(3)]

@@ -109,6 +109,25 @@ def test_the_papers_benchmarks_run_from_local_files_and_end_with_their_average(t
     assert "the paper has no line for demo with these methods and budgets (see --paper)" in table
 
 
+@pytest.mark.slow
+def test_the_papers_video_benchmarks_run_from_local_files_and_end_with_their_average(tmp_path, capsys):
+    pytest.importorskip("av")
+    clip = (ROOT / "weights" / "demo-video" / "clip.mp4").read_bytes()
+    for task, folder in (("mvbench", "MVBench"), ("videomme", "Video-MME")):
+        write_rows(tmp_path / "data" / folder, task, rows_of(task, 20), clip=clip)
+    options = ["--model", "demo-video", "--tasks", "paper-video", "--data", tmp_path / "data", "--methods", "dense,v2drop"]
+    code, out, error = run(capsys, *options, "--retain", "0.25", "--limit", 4, "--output", tmp_path / "run")
+    assert code == 0, error
+    rows = json.loads(out.splitlines()[-1])["results"]
+    assert [(row["task"], row["method"], row["samples"]) for row in rows] == [
+        (task, method, 4) for task in ("mvbench", "videomme") for method in ("dense", "v2drop")
+    ]
+    assert set(rows[2]["metric_intervals"]) == {"short", "medium", "long"}
+    assert rows[0]["vision_tokens"] > rows[1]["mean_vision_tokens"] > 0
+    table = out.partition("paper-video: 2 benchmarks; average of the percentages of dense")[2]
+    assert [line.split()[0] for line in table.splitlines()[1:] if line[:6] in ("dense ", "v2drop")] == ["dense", "v2drop"]
+
+
 def test_the_papers_tables_are_printed_alone(capsys):
     assert run(capsys, "--paper", "--model", "qwen2-vl-7b")[1].count("Qwen2-VL-7B") == 2
     code, out, _ = run(capsys, "--paper")
@@ -266,6 +285,7 @@ def test_missing_weights_end_in_two_lines_and_exit_code_2(tmp_path, monkeypatch,
         (["--attention", "varlen"], "needs a CUDA device"),
         (["--max-pixels", "100"], "max_pixels 100 has no meaning for demo"),
         (["--frames", "3"], "demo takes pictures only"),
+        (["--tasks", "videomme"], "--tasks videomme: demo takes pictures only; models that take a video: demo-video"),
         (["--image", str(ROOT / "weights/demo/report.png"), "--prompt", " "], "--prompt ' ' is blank"),
         (["--image", str(ROOT / "weights/demo/config.json"), "--prompt", "What?"], "cannot read"),
     ],

@@ -23,7 +23,7 @@ def check_files_and_packages(arguments: argparse.Namespace) -> None:
         arguments.image = pictures_of(arguments.image)
     if arguments.video is not None:
         check_file(arguments.video, "--video")
-        check_takes_video(arguments.model)
+        check_takes_video(arguments.model, "--video")
     for name in ("weights", "data"):
         if (folder := getattr(arguments, name)) is not None:
             check_folder(folder, f"--{name}")
@@ -82,10 +82,10 @@ def check_output(output: Path) -> None:
         raise PermissionError(f"--output {output}: no permission to write in {existing}")
 
 
-def check_takes_video(model: str) -> None:
+def check_takes_video(model: str, option: str) -> None:
     if model in MODELS and VIDEO not in MODELS[model].takes:
         able = ", ".join(name for name, spec in MODELS.items() if VIDEO in spec.takes)
-        raise ValueError(f"--video: {model} takes pictures only; models that take a video: {able}")
+        raise ValueError(f"{option}: {model} takes pictures only; models that take a video: {able}")
 
 
 def check_packages(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from ..models.parallel import Processes
 from ..processing.prompts import Request
 from ..research.ablations import ABLATIONS
 from ..tasks import Task, load_task
+from .checks import check_takes_video
 from .earlier import earlier_plans, note_plans
 from .planning import output_folder, plans_for
 from .progress import RunProgress, answered_before, plan_line, resume_command
@@ -66,6 +67,8 @@ def check_before_loading(tasks: Sequence[Task], output: Path, arguments: argpars
     find_methods(arguments.methods)
     for task in tasks:
         check_resumable(task, output, arguments.resume)
+    if videos := [task.name for task in tasks if task.about_videos]:
+        check_takes_video(arguments.model, f"--tasks {videos[0]}")  # before videos are fetched
     return {task.name: task.first_sample().request for task in tasks}
 
 

@@ -7,21 +7,28 @@ from .base import Sample, Task
 from .demo import Demo
 from .demo_video import DemoVideo
 from .gqa import Gqa
+from .longvideobench import LongVideoBench
+from .mlvu import Mlvu
 from .mmbench import MmBench
 from .mme import Mme
 from .mmstar import MmStar
+from .mvbench import MvBench
 from .parquet import DatasetUnavailable
 from .pope import Pope
 from .scienceqa import ScienceQa
 from .seed_image import SeedImage
 from .textvqa import TextVqa, TextVqaOcr
+from .videomme import VideoMme
 from .vizwiz import VizWiz
 
 __all__ = ["TASKS", "DatasetUnavailable", "Demo", "DemoVideo", "Mme", "Pope", "Sample", "Task", "load_task"]
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (Demo, DemoVideo, Gqa, ScienceQa, TextVqa, TextVqaOcr, Pope, Mme, MmBench, Ai2d, MmStar, SeedImage, VizWiz)
+    for task in (
+        *(Demo, DemoVideo, Gqa, ScienceQa, TextVqa, TextVqaOcr, Pope, Mme, MmBench, Ai2d, MmStar, SeedImage, VizWiz),
+        *(MvBench, VideoMme, LongVideoBench, Mlvu),
+    )
 }
 
 

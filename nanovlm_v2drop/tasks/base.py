@@ -46,6 +46,7 @@ class Task(ABC):
     name: str
     max_new_tokens: int
     until: ClassVar[tuple[str, ...]] = ()  # an answer ends before the first of these
+    about_videos: ClassVar[bool] = False
     smallest_limit: ClassVar[int] = 1  # more where several samples are scored as one
     default_samples: int | None = None  # what a run without a limit takes; None is everything
     score_name: ClassVar[str] = ""  # what the headline counts, where readings of one benchmark differ

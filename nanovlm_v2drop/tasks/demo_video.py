@@ -18,6 +18,7 @@ class DemoVideo(SyntheticTask):
     """
 
     name = "demo-video"
+    about_videos = True
     kinds = clips.KINDS
     default_samples = 320
 

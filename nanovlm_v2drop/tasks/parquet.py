@@ -4,9 +4,9 @@ import importlib
 import re
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -102,7 +102,7 @@ def dataset_files(repo_id: str, split: str, local_dir: Path | None, config: str 
         DatasetUnavailable: the Hub cannot be reached or does not give the dataset.
     """
     if local_dir is None:
-        return files_in(download(repo_id, split, config), split, config)
+        return files_from_hub(repo_id, patterns_of(split, config), partial(files_in, split=split, config=config))
     return files_in(dataset_folder(repo_id, split, local_dir, config), split, config)
 
 
@@ -216,24 +216,53 @@ def require_all_shards(files: Sequence[Path]) -> None:
             raise FileNotFoundError(f"{folder} holds {found} of {expected} parquet shards; finish the download first")
 
 
-def download(repo_id: str, split: str, config: str = "") -> Path:
-    """The folder of a split in the Hub's cache. The network is asked only where the cache does not hold all shards."""
-    hub = imported("huggingface_hub")
+def patterns_of(split: str, config: str = "") -> list[str]:
+    """What the files of a split are called on the Hub."""
     anywhere = [f"{split}-*.parquet", f"*/{split}-*.parquet"]
-    patterns = anywhere if not config else [*anywhere, config] if is_file(config) else [f"{config}/{split}-*.parquet"]
-    options = {"repo_type": "dataset", "allow_patterns": patterns}
+    return anywhere if not config else [*anywhere, config] if is_file(config) else [f"{config}/{split}-*.parquet"]
+
+
+def files_from_hub(
+    repo_id: str, patterns: Sequence[str], files_of: Callable[[Path], list[Path]], revision: str = "main"
+) -> list[Path]:
+    """What `files_of` finds in the data set's folder in the Hub's cache. It raises FileNotFoundError for a missing file.
+
+    The network is asked only where the cache does not hold all of them. Raises DatasetUnavailable.
+    """
+    hub = imported("huggingface_hub")
+    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": list(patterns)}
     try:
-        folder = Path(hub.snapshot_download(repo_id, local_files_only=True, **options))
-        files_in(folder, split, config)
-        return folder
+        return files_of(Path(hub.snapshot_download(repo_id, local_files_only=True, **options)))
     except (FileNotFoundError, ValueError):  # the library's LocalEntryNotFoundError is a FileNotFoundError
-        pass
+        return files_of(fetch(repo_id, patterns, revision))
+
+
+def fetch(repo_id: str, patterns: Sequence[str], revision: str = "main") -> Path:
+    """Fetch the files of a data set that match; returns its folder in the Hub's cache. Raises DatasetUnavailable."""
+    hub = imported("huggingface_hub")
+    with told_as_unavailable(repo_id):
+        return Path(hub.snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=list(patterns)))
+
+
+def fetch_file(repo_id: str, name: str, revision: str = "main") -> None:
+    """Fetch one file of a data set into the Hub's cache; none where the data set has no such file.
+
+    Raises DatasetUnavailable.
+    """
+    hub = imported("huggingface_hub")
+    with told_as_unavailable(repo_id), suppress(hub.errors.EntryNotFoundError):
+        hub.hf_hub_download(repo_id, name, repo_type="dataset", revision=revision)
+
+
+@contextmanager
+def told_as_unavailable(repo_id: str) -> Iterator[None]:
+    """In here any error becomes a DatasetUnavailable that says what to do."""
     try:
-        return Path(hub.snapshot_download(repo_id, **options))
+        yield
     except Exception as error:  # the library's HTTP client, and so its errors, changed from release to release
-        reason = str(error).strip().partition("\n")[0]
+        endpoint, reason = imported("huggingface_hub").constants.ENDPOINT, str(error).strip().partition("\n")[0]
         raise DatasetUnavailable(
-            f"dataset {repo_id} is not available from {hub.constants.ENDPOINT}: {type(error).__name__}: {reason}\n"
+            f"dataset {repo_id} is not available from {endpoint}: {type(error).__name__}: {reason}\n"
             f"fetch it where there is a network (hf download {repo_id} --repo-type dataset --local-dir DIR), "
             "then pass --data DIR; or set HF_ENDPOINT to a mirror"
         ) from error

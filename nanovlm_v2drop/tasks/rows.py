@@ -1,5 +1,7 @@
 """One row of a data set, and what its cells hold; a cell of another kind is an error that names its place."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,23 @@ class Row:
         if not isinstance(cells, list) or not cells:
             raise ValueError(f"{self.place}: the {column} is {shown(cells)}, not a list of pictures")
         return tuple(decode_picture(cell, f"{self.place}, column {column}") for cell in cells)
+
+
+def json_rows(file: Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a JSON file that holds a list of objects, with these columns; others are left out.
+
+    Raises ValueError with the file, and the row, for anything else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({str(error).partition(chr(10))[0]}); fetch it again") from error
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise ValueError(f"{file} is no list of objects; fetch it again")
+    for number, one in enumerate(found):
+        if missing := [column for column in columns if column not in one]:
+            raise ValueError(f"{file}, row {number} has no column {', '.join(missing)}; it has: {', '.join(one)}")
+    return [Row({column: one[column] for column in columns}, file, number) for number, one in enumerate(found)]
 
 
 def decode_picture(cell: object, place: str) -> Image.Image:

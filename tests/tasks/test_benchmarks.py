@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
-from benchmark_rows import answer, picture, rows_of, write_rows
+from benchmark_rows import VIDEO_TASKS, answer, picture, rows_of, video_of, write_rows
 from lmms_eval_oracle import GOLDENS, Official, is_asked
+from tiny_tasks import write_shards
 
 from nanovlm_v2drop.tasks import Sample, Task, load_task
 from nanovlm_v2drop.tasks.base import NO_LIMIT
@@ -16,7 +19,8 @@ from nanovlm_v2drop.tasks.base import NO_LIMIT
 STORED = json.loads(GOLDENS.read_text(encoding="utf-8"))
 NAMES = tuple(STORED)
 LIVE_ROWS, LIVE_ANSWERS = 40, 2000
-SETTLING = ("scienceqa", "ai2d", "mmstar", "seed-image", "mme")  # tasks that tell when the rest of an answer does not count
+# Tasks that tell when the rest of an answer does not count.
+SETTLING = ("scienceqa", "ai2d", "mmstar", "seed-image", "mme", "videomme", "mlvu")
 TAILS = ("", " ", ".", "\n\n", "a", "A", "no", "yes")
 
 
@@ -32,8 +36,8 @@ def records(task: Task, samples: list[Sample], texts: list[str]) -> list[dict[st
 
 
 def with_pictures(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Stored rows have no pictures; those of GQA are a set of their own."""
-    if name == "gqa":
+    """Stored rows have no pictures; those of GQA are a set of their own, and videos are files."""
+    if name == "gqa" or name in VIDEO_TASKS:
         return rows
     cells = [[picture(0)] if name == "seed-image" else picture(0) for _ in rows]
     return [{**row, "image": cell} for row, cell in zip(rows, cells, strict=True)]
@@ -47,11 +51,17 @@ def our_score(task: Task, sample: Sample, text: str) -> float:
 
 
 def our_summary(task: Task, samples: list[Sample], texts: list[str]) -> float:
-    """The number that lmms-eval gives, in its unit: MME's points, else a share."""
+    """The number that lmms-eval gives, in its unit: MME's points, else a share; LongVideoBench's with 5 digits."""
     summary = task.summary(records(task, samples, texts))
-    return (
-        summary["score"] if task.name == "mme" else summary["exact_accuracy"] if task.name == "pope" else summary["score"] / 100
-    )
+    match task.name:
+        case "mme":
+            return summary["score"]
+        case "pope":
+            return summary["exact_accuracy"]
+        case "longvideobench":
+            return round(summary["score"] / 100, 5)
+        case _:
+            return summary["score"] / 100
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,6 +129,9 @@ def test_an_answer_that_is_settled_scores_alike_however_it_goes_on(name: str, tm
         ("ai2d", "answer", "-1", r"the answer is '-1', no number of one of the \d options"),
         ("mmstar", "answer", "AB", r"the answer is 'AB', none of the letters"),
         ("seed-image", "image", [], r"the image is \[\], not a list of pictures"),
+        ("mvbench", "answer", "none of them", r"the answer 'none of them' is none of the candidates"),
+        ("longvideobench", "correct_choice", 5, r"the correct_choice is 5, no number of one of the \d options"),
+        ("mlvu", "task_type", "other", r"the task_type 'other' is none of MLVU's; is this sy1998/MLVU_dev"),
     ],
 )
 def test_a_cell_of_another_kind_is_an_error_of_one_line_with_its_place(
@@ -136,7 +149,7 @@ def test_a_cell_of_another_kind_is_an_error_of_one_line_with_its_place(
 def test_a_missing_column_is_named_with_those_that_are_there(name: str, tmp_path: Path) -> None:
     rows = [{column: value for column, value in row.items() if column != "question"} for row in rows_of(name, 4)]
     task = load_task(name, write_rows(tmp_path, name, rows))
-    with pytest.raises(ValueError, match=r"\.parquet has no column question; it has: "):
+    with pytest.raises(ValueError, match=r"\.(parquet|json, row 0) has no column question; it has: "):
         list(task.samples())
 
 
@@ -189,3 +202,86 @@ def test_an_answer_ends_before_the_strings_that_lmms_eval_names(tmp_path: Path) 
     assert load_task("mme").cut(" Yes\n\nBecause no ") == "Yes"
     assert load_task("textvqa").cut("cat\n\ndog ASSISTANT: x") == "cat\n\ndog"
     assert load_task("demo").cut("a\n\nb") == "a\n\nb"
+
+
+@pytest.mark.parametrize("name", VIDEO_TASKS)
+def test_a_missing_video_is_named_with_the_row_that_asks_for_it(name: str, tmp_path: Path) -> None:
+    rows = rows_of(name, 2)
+    task, samples = loaded(name, tmp_path, rows)
+    assert [sample.video for sample in samples] == [tmp_path / video_of(name, row) for row in rows]
+    (tmp_path / video_of(name, rows[0])).unlink()
+    with pytest.raises(FileNotFoundError, match=r"row 0.*: .* holds no .*, and no zip file with it; fetch the ") as caught:
+        list(task.samples())
+    assert video_of(name, rows[0]) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def zipped(folder: Path, name: str, content: bytes) -> Path:
+    archive = folder / "videos_chunked_01.zip"
+    with ZipFile(archive, "w") as opened:
+        opened.writestr(name, content)
+    return archive
+
+
+def test_a_video_in_a_zip_file_is_extracted_once_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    rows, data = rows_of("videomme", 1), tmp_path / "data"
+    write_rows(data, "videomme", rows, shards=1)
+    (data / "data" / "clip0.mp4").unlink()
+    for content in (b"first", b"other"):
+        archive = zipped(data, "data/clip0.mp4", content)
+        (sample,) = load_task("videomme", data).samples()
+        assert isinstance(sample.video, Path)
+        assert tmp_path / "assets" in sample.video.parents
+        assert sample.video.read_bytes() == content
+        times = sample.video.stat().st_mtime_ns
+        assert next(load_task("videomme", data).samples()).video == sample.video
+        assert sample.video.stat().st_mtime_ns == times
+    archive.write_bytes(archive.read_bytes().replace(b"other", b"Other"))
+    shutil.rmtree(tmp_path / "assets")
+    with pytest.raises(ValueError, match=r"data/clip0.mp4 cannot be read from .*videos_chunked_01.zip .*; fetch it again"):
+        list(load_task("videomme", data).samples())
+    archive.write_bytes(b"none")
+    with pytest.raises(ValueError, match=r"videos_chunked_01.zip is no complete zip file"):
+        list(load_task("videomme", data).samples())
+
+
+def test_a_folder_of_frames_is_a_video_in_the_order_of_their_names(tmp_path: Path) -> None:
+    rows = rows_of("mvbench", 20)
+    task, _ = loaded("mvbench", tmp_path, rows)
+    folder = tmp_path / video_of("mvbench", rows[8])
+    folder.unlink()
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"clip\d.mp4 holds no frame \(.jpg, .png\)"):
+        list(task.samples())
+    for name in ("00002.jpg", "00010.jpg", "00001.jpg", "subtitles.txt"):
+        (folder / name).write_bytes(b"")
+    assert list(task.samples())[8].video == [folder / name for name in ("00001.jpg", "00002.jpg", "00010.jpg")]
+
+
+def test_a_video_outside_the_folder_of_the_data_is_not_opened(tmp_path: Path) -> None:
+    write_rows(tmp_path, "mlvu", [{**rows_of("mlvu", 1)[0], "video_name": "inside.mp4"}], shards=1)
+    (tmp_path / "inside.mp4").rename(tmp_path.parent / "outside.mp4")
+    row = {**rows_of("mlvu", 1)[0], "video_name": "../outside.mp4"}
+    write_shards(tmp_path, [row], 1, split="test", place="mlvu")
+    with pytest.raises(ValueError, match=r"the video '../outside.mp4' is outside the folder of the data; it is not opened"):
+        list(load_task("mlvu", tmp_path).samples())
+
+
+def test_mvbench_needs_the_file_of_every_kind_and_leaves_empty_answers_out(tmp_path: Path) -> None:
+    rows = rows_of("mvbench", 40)
+    task, samples = loaded("mvbench", tmp_path, rows)
+    right = [sample.answer for sample in samples]
+    assert task.summary(records(task, samples, ["", *right[1:]]))["score"] == 100
+    assert task.summary(records(task, samples, ["", "", *right[2:]]))["score"] == 95
+    assert [sample.sample_id for sample in samples[:3]] == ["action_antonym-0", "action_antonym-1", "action_count-0"]
+    (tmp_path / "json" / "state_change.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"json holds no state_change.json; fetch the branch video of OpenGVLab"):
+        list(load_task("mvbench", tmp_path).samples())
+
+
+def test_longvideobench_draws_the_same_option_for_an_answer_without_a_letter_in_every_run(tmp_path: Path) -> None:
+    task, samples = loaded("longvideobench", tmp_path, rows_of("longvideobench", 200))
+    drawn = [task.correct("no idea", sample) for sample in samples]
+    assert drawn == [task.correct("", sample) for sample in samples]
+    assert 0.15 < sum(drawn) / len(drawn) < 0.5  # two to five options

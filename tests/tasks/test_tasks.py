@@ -11,10 +11,11 @@ import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
+from zipfile import ZipFile
 
 import pytest
-from benchmark_rows import rows_of, write_rows
+from benchmark_rows import rows_of, video_of, write_rows
 from PIL import Image
 from tiny_tasks import mme_rows, picture_bytes, pope_rows, write_shards
 
@@ -497,13 +498,21 @@ class FakeHub(BaseHTTPRequestHandler):
     def do_GET(self):
         path = urlsplit(self.path).path
         self.server.requests.append((self.command, path))
-        files = {str(f.relative_to(self.server.folder)): f.read_bytes() for f in self.server.folder.rglob("*.parquet")}
+        files = {str(f.relative_to(self.server.folder)): f.read_bytes() for f in self.server.folder.rglob("*") if f.is_file()}
         if "/revision/" in path:
             return self.reply(json.dumps({"id": "any/name", "sha": COMMIT, "siblings": []}).encode())
         if "/tree/" in path:
             tree = [{"type": "file", "path": n, "size": len(d), "oid": f"oid-{n}"} for n, d in files.items()]
             return self.reply(json.dumps(tree).encode())
-        return self.reply(files[path.split(f"/resolve/{COMMIT}/")[1]])
+        name = unquote(path.partition("/resolve/")[2].partition("/")[2])
+        return self.reply(files[name]) if name in files else self.send_missing()
+
+    def send_missing(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     do_HEAD = do_GET
 
@@ -531,10 +540,10 @@ def hub(tmp_path):
     server.server_close()
 
 
-def sample_ids_from(endpoint, cache, task="pope"):
+def sample_ids_from(endpoint, cache, task="pope", limit=None):
     """Load a task in a fresh process: huggingface_hub reads its environment when it is imported."""
     pytest.importorskip("huggingface_hub")
-    script = f"from nanovlm_v2drop.tasks import load_task; print(*(s.sample_id for s in load_task('{task}').samples()))"
+    script = f"from nanovlm_v2drop.tasks import load_task; print(*(s.sample_id for s in load_task('{task}').samples({limit})))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "PYTHONPATH": str(ROOT), "no_proxy": "*"}
     return subprocess.run(
@@ -572,6 +581,39 @@ def test_mmstar_is_one_file_on_the_hub(hub, tmp_path):
     hub.folder.mkdir()
     (tmp_path / "made" / "data" / "val-00000-of-00001.parquet").rename(hub.folder / "mmstar.parquet")
     assert sample_ids_from(hub.endpoint, tmp_path, "mmstar").stdout.split() == ["0", "1", "2", "3", "4"]
+
+
+def test_of_mvbench_only_the_videos_of_the_questions_asked_are_fetched(hub, tmp_path):
+    rows = rows_of("mvbench", 20)
+    write_rows(hub.folder, "mvbench", rows)
+    (hub.folder / "data0613").mkdir()
+    moved = video_of("mvbench", rows[5])
+    (hub.folder / "data0613" / moved).parent.mkdir(parents=True)
+    (hub.folder / moved).rename(hub.folder / "data0613" / moved)
+    fetched = sample_ids_from(hub.endpoint, tmp_path, "mvbench", limit=7)
+    assert len(fetched.stdout.split()) == 7, fetched.stderr
+    videos = {path.partition("/resolve/")[2].partition("/")[2] for _, path in hub.requests if path.endswith(".mp4")}
+    assert videos == {video_of("mvbench", row) for row in rows[:7]} | {f"data0613/{moved}"}
+    before = len(hub.requests)
+    assert sample_ids_from(hub.endpoint, tmp_path, "mvbench", limit=7).stdout == fetched.stdout
+    assert len(hub.requests) == before
+
+
+def test_of_videomme_the_zip_files_are_fetched_where_a_video_is_missing(hub, tmp_path):
+    write_rows(hub.folder, "videomme", rows_of("videomme", 3), shards=1)
+    with ZipFile(hub.folder / "videos_chunked_01.zip", "w") as archive:
+        archive.write(hub.folder / "data" / "clip0.mp4", "data/clip0.mp4")
+    (hub.folder / "data" / "clip0.mp4").unlink()
+    assert sample_ids_from(hub.endpoint, tmp_path, "videomme").stdout.split() == ["0", "1", "2"]
+    hub.shutdown()
+    hub.server_close()
+    assert sample_ids_from(hub.endpoint, tmp_path, "videomme").stdout.split() == ["0", "1", "2"]
+
+
+def test_of_longvideobench_the_videos_are_to_be_unpacked_by_hand(hub, tmp_path):
+    write_rows(hub.folder, "longvideobench", rows_of("longvideobench", 2), shards=1)
+    refused = sample_ids_from(hub.endpoint, tmp_path, "longvideobench").stderr.splitlines()[-1]
+    assert "cat videos.tar.part.* | tar -x, then pass --data DIR" in refused
 
 
 def test_an_unreachable_hub_says_in_two_lines_what_was_tried_and_what_to_do(tmp_path, monkeypatch):
