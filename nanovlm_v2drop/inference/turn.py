@@ -5,17 +5,16 @@ Shapes: T tokens of the turn packed, B sequences, D hidden_size, H query heads, 
 
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..dropping.base import PrefillState, TokenDropper
 from ..models.attention import attention, resolve_backend
-from ..models.decoder import Decoder, DecoderLayer, Rotary
+from ..models.decoder import Decoder, Rotary
 from ..models.kv_cache import KVCache
 from ..models.vlm import PackedInputs
-from .prefill_loop import Prefilled, begin, drop, rotary_of, warn_if_nothing_dropped
+from .prefill_loop import Prefilled, begin, drop, enter, rotary_of, warn_if_nothing_dropped
 
 
 @torch.no_grad()
@@ -30,12 +29,12 @@ def prefill_turn(decoder: Decoder, packed: PackedInputs, cache: KVCache, dropper
     graph. An error leaves the cache as it was.
     """
     check_turn(decoder, packed, cache)
-    state = begin(decoder, packed, dropper)
+    state = begin(decoder, enter(decoder, packed), dropper)
     turn, positions, survivors = KVCache(0, cache.heads_first), [], []
     for layer_idx, layer in enumerate(decoder.layers):
         state.layer_idx = layer_idx
         if dropper is not None and layer_idx in dropper.schedule:
-            state = drop(decoder, cast(DecoderLayer, layer), dropper, state, rotary_behind(decoder, cache, state), turn)
+            state = drop(decoder, dropper, state, rotary_behind(decoder, cache, state), turn)
             survivors.append((layer_idx, state.vision_indices.split(state.seqlens)))
         positions.append(state.next_position)
         rotary, attend = rotary_behind(decoder, cache, state), partial(attend_behind, decoder, cache, turn, dropper, state)

@@ -18,7 +18,7 @@ from ..dropping import TokenDropper
 from ..dropping.budget import Budget
 from ..dropping.schedule import OutOfReach
 from ..evaluation.bootstrap import BOOTSTRAP_DRAWS, interval
-from ..evaluation.evaluate import timestamp
+from ..evaluation.machine import timestamp
 from ..evaluation.methods import naming_errors
 from ..inference import HISTORIES, ConversationBatch, decode_tokens, decode_until
 from ..loading.zoo import VisionLanguageModel
