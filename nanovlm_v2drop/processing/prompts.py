@@ -126,7 +126,7 @@ class Conversation(Protocol):
     def write(self, leading: Content, question: Content, vision_tokens: Collection[str], earlier: Earlier = ()) -> str:
         """The prompt of a question whose pictures and videos come before it (`leading`) or have a place in it.
 
-        `earlier` are the turns before it. Raises ValueError where a template cannot write several turns.
+        Raises ValueError where a template cannot write the `earlier` turns too.
         """
 
 
@@ -197,14 +197,13 @@ class Template:
     def write(self, leading: Content, question: Content, vision_tokens: Collection[str] = (), earlier: Earlier = ()) -> str:
         if earlier and self.answer is None:
             raise ValueError("this template is for single questions; forget the earlier turns, or give --template NAME")
-        form = self.answer or ""
-        said = [self.turn(turn.leading, turn.question) + form.format(answer=turn.answer) for turn in earlier]
+        said = [self.turn(turn.leading, turn.question) + str(self.answer).format(answer=turn.answer) for turn in earlier]
         return self.system + "".join(said) + self.turn(leading, question)
 
     def turn(self, leading: Content, question: Content) -> str:
         """One question without the system sentence."""
-        before = "".join(self.spell(medium) + self.separator for medium in leading)
-        return self.wrap(before + "".join(map(self.spell, question))).removeprefix(self.system)
+        before = [self.spell(medium) + self.separator for medium in leading]
+        return self.wrap("".join([*before, *map(self.spell, question)])).removeprefix(self.system)
 
     def spell(self, piece: str | Medium) -> str:
         """Text as it is, a picture or video as the model's own tokens."""
