@@ -50,6 +50,7 @@ last line of stdout is one JSON object with all numbers.
 ACCOUNTINGS = ("equal", "official")
 FORMATS = ("table", "markdown", "latex", "csv")  # of a comparison
 DEMOS = ("demo", "demo-video")
+TOGETHER = 8  # prompts of --text, --calibrate and --conversations, whose prompts are much alike
 SEEDS_OF_DEMOS, SEEDS = 3, 1  # a real model takes hours, so it draws once
 IGNORED = {  # option -> options that would have no effect beside it
     "accounting": ("tokens", "retain"),
@@ -98,6 +99,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     asked = arguments.tasks or ([Path(arguments.model).name] if demo else ["pope", "mme"])
     arguments.tasks = expanded(asked, arguments.model)
     arguments.seeds = arguments.seeds or (SEEDS_OF_DEMOS if demo else SEEDS)
+    if arguments.text or arguments.calibrate or arguments.conversations:
+        arguments.batch_size = arguments.batch_size or TOGETHER
     return arguments
 
 

@@ -105,7 +105,7 @@ def test_demo_summary_scores_each_kind_by_hand():
     assert task.correct("no", sample) == 0.0
     records = [{"kind": "digit", "correct": 1.0}, {"kind": "digit", "correct": 0.0}, {"kind": "color", "correct": 1.0}]
     assert task.summary(records) == pytest.approx({"score": 200 / 3, "color": 100.0, "digit": 50.0})
-    with pytest.raises(ValueError, match="no records to score"):
+    with pytest.raises(ValueError, match="no record to score"):
         task.summary([])
 
 

@@ -182,7 +182,7 @@ def test_summary_scores_each_kind_by_hand():
     assert (task.correct(f" {sample.answer.title()} ", sample), task.correct("purple", sample)) == (1.0, 0.0)
     records = [{"kind": "order", "correct": 1.0}, {"kind": "order", "correct": 0.0}, {"kind": "half", "correct": 1.0}]
     assert task.summary(records) == pytest.approx({"score": 200 / 3, "order": 50.0, "half": 100.0})
-    with pytest.raises(ValueError, match="no records to score"):
+    with pytest.raises(ValueError, match="no record to score"):
         task.summary([])
 
 
