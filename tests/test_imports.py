@@ -36,7 +36,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
     "research": (
         "ablations", "theory", "findings", "costs", "smollm2", "question_words", "text_questions", "text", "conversations",
-        "claims", "calibration",
+        "claims", "claims_on_benchmarks", "calibration",
     ),
     "report": ("rows", "figures", "gallery", "watch", "tables", "averages", "results_csv", "page"),
     "cli": (
