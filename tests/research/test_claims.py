@@ -103,7 +103,7 @@ def test_a_folder_named_demo_that_is_another_model_is_refused_before_anything_is
 def test_a_copy_of_the_demo_is_the_demo():
     shape = prompt_shape(load(ROOT / "weights" / "demo"), load_task("demo").first_sample().request)
     check_shape("copy", shape)
-    with pytest.raises(ValueError, match="not for copy"):
+    with pytest.raises(ValueError, match="not those of copy"):
         check_shape("copy", replace(shape, num_vision_tokens=145))
 
 

@@ -59,11 +59,12 @@ def row(label: str, tokens: int) -> str:
 
 
 ASKED = [(load_task("gqa"), PLANS), (load_task("scienceqa"), PLANS)]
+TWO = replace(TABLES[0], columns=("GQA", "SQA"))  # a table over two benchmarks
 FOUND: Any = {"command": "python x", "machine": "a GPU", "on_gpu": True}
 
 
 def verdicts(records: list[Record]) -> dict[str, str]:
-    return {finding.claim: finding.verdict for finding in find_on_benchmarks(TABLES[0], ASKED, records, **FOUND)}
+    return {finding.claim: finding.verdict for finding in find_on_benchmarks(TWO, ASKED, records, **FOUND)}
 
 
 def test_the_plans_have_every_budget_of_the_paper_once_at_the_depths_of_the_model() -> None:
@@ -101,6 +102,13 @@ def test_a_share_is_kept_where_its_interval_is_above_the_papers_share_less_a_poi
     draws = [bounds[0]] * 50 + [bounds[1]] * 50
     finding = kept_finding(v2drop_rows(TABLES[0])[0], "table", Resampled([], 97.0, draws), "gqa", "x")
     assert (finding.claim, finding.verdict) == ("97.6 % of the score is kept at 192 of 576 tokens", verdict)
+
+
+def test_a_share_over_some_of_the_papers_benchmarks_is_not_decided() -> None:
+    records = records_of({})
+    for table, verdict in ((TWO, HOLDS), (TABLES[0], OPEN)):
+        shares = [finding for finding in find_on_benchmarks(table, ASKED, records, **FOUND) if "is kept at" in finding.claim]
+        assert [finding.verdict for finding in shares] == [verdict] * 3
 
 
 def test_claims_hold_where_v2drop_keeps_all_and_the_others_lose_much() -> None:
