@@ -103,7 +103,7 @@ def refused(arguments, capsys) -> str:
         (["--resume"], "--resume needs the --output"),
         (["--methods", ""], "argument --methods: nothing is named"),
         (["--methods", "nowhere.py:Own"], "there is no file nowhere.py"),
-        (["--tasks", "chess"], "unknown name 'chess'; choose from: ai2d, demo, demo-video, gqa, longvideobench, mlvu, mmbench, "),
+        (["--tasks", "chess"], "unknown name 'chess'; choose from: ai2d, demo, demo-video, gqa, longvideobench, mlvu, "),
         (["--ablation", "size"], "unknown name 'size'; choose from: metric, layers, steps, schedules, ranking"),
         (["--model", "gpt"], "unknown model 'gpt'; choose one of: demo, "),
         (["--retain", " , "], "argument --retain: nothing is named"),

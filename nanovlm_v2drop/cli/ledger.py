@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..dropping.budget import Shape
-from ..evaluation.evaluate import machine_name
 from ..evaluation.loading import load_model
+from ..evaluation.machine import machine_name
 from ..evaluation.output import claimed
 from ..evaluation.plans import prompt_shape
 from ..evaluation.records import read_records

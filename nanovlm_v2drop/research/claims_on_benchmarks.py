@@ -133,25 +133,27 @@ def mean_bits(asked: Asked, records: Sequence[Record]) -> dict[str, float]:
 
 
 def time_finding(asked: Asked, records: Sequence[Record], command: str, machine: str, on_gpu: bool) -> Finding:
-    """Prefill and decoding of V2Drop at 128 tokens beside dense, over the same questions; a verdict on a GPU only."""
+    """Prefill and decoding of V2Drop at 128 tokens beside dense, over the questions that were timed; a verdict on a GPU only."""
     tasks = {task.name for task, _ in asked}
     tasks = {TIMED} if TIMED in tasks else tasks
     own = generation_ms(records, tasks, f"v2drop {share_of_paper(128)}")
     dense = generation_ms(records, tasks, DENSE)
-    saved, bounds = saved_percent([(own[key], dense[key]) for key in sorted(own.keys() & dense.keys())])
-    return Finding(
-        f"{SAVED} % less generation time at 128 of 576 tokens",
-        "MMBench, A100",
-        f"{saved:.1f} % [{bounds[0]:.1f}, {bounds[1]:.1f}] less on {', '.join(sorted(tasks))}, {machine}",
-        is_kept(bounds, SAVED) if on_gpu else NEEDS_GPU,
-        command if on_gpu else f"{command} --device cuda",
-    )
+    pairs = [(own[key], dense[key]) for key in sorted(own.keys() & dense.keys())]
+    finding = Finding(f"{SAVED} % less generation time at 128 of 576 tokens", "MMBench, A100", "-", NEEDS_GPU, command)
+    if not pairs:
+        return replace(finding, measured="no question was timed (--timed)", verdict=OPEN)
+    saved, bounds = saved_percent(pairs)
+    measured = f"{saved:.1f} % [{bounds[0]:.1f}, {bounds[1]:.1f}] less over {len(pairs)} questions of {', '.join(sorted(tasks))}, {machine}"
+    if not on_gpu:
+        return replace(finding, measured=measured, decides=f"{command} --device cuda")
+    return replace(finding, measured=measured, verdict=is_kept(bounds, SAVED))
 
 
 def generation_ms(records: Sequence[Record], tasks: set[str], plan: str) -> dict[tuple[str, str], float]:
     """Prefill and decoding of each question that was timed, in milliseconds."""
-    own = [record for record in records if record.plan == plan and record.task in tasks and record.prefill_ms is not None]
-    return {(record.task, record.sample_id): record.prefill_ms + record.decode_ms for record in own}
+    own = [record for record in records if record.plan == plan and record.task in tasks]
+    times = {(record.task, record.sample_id): (record.prefill_ms, record.decode_ms) for record in own}
+    return {key: prefill + decode for key, (prefill, decode) in times.items() if prefill is not None and decode is not None}
 
 
 def saved_percent(pairs: Sequence[tuple[float, float]]) -> tuple[float, list[float]]:

@@ -4,7 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from benchmark_rows import rows_of, write_rows
@@ -133,8 +133,11 @@ def test_time_is_paired_by_question_and_has_a_verdict_on_a_gpu_only() -> None:
     records = records_of({}, faster=2.0)
     assert time_finding(ASKED, records, "x", "m", on_gpu=True).verdict == HOLDS
     assert time_finding(ASKED, records, "x", "m", on_gpu=False).verdict == NEEDS_GPU
-    untimed = [replace(one, prefill_ms=cast(float, None)) if one.sample_id != "3" else one for one in records]
-    assert "50.0 % [50.0, 50.0] less on gqa, scienceqa, m" in time_finding(ASKED, untimed, "x", "m", on_gpu=True).measured
+    untimed = [replace(one, prefill_ms=None, decode_ms=None) if one.sample_id != "3" else one for one in records]
+    timed = time_finding(ASKED, untimed, "x", "m", on_gpu=True)
+    assert timed.measured == "50.0 % [50.0, 50.0] less over 2 questions of gqa, scienceqa, m"
+    none = time_finding(ASKED, [one for one in untimed if one.sample_id != "3"], "x", "m", on_gpu=True)
+    assert (none.measured, none.verdict) == ("no question was timed (--timed)", OPEN)
 
 
 def test_a_dense_model_that_knows_nothing_has_no_percentages() -> None:
