@@ -133,7 +133,7 @@ def mean_bits(asked: Asked, records: Sequence[Record]) -> dict[str, float]:
 
 
 def time_finding(asked: Asked, records: Sequence[Record], command: str, machine: str, on_gpu: bool) -> Finding:
-    """Prefill and decoding of V2Drop at 128 tokens beside dense, over the questions that were timed; a verdict on a GPU only."""
+    """Prefill and decoding of V2Drop at 128 tokens beside dense, over timed questions; a verdict on a GPU only."""
     tasks = {task.name for task, _ in asked}
     tasks = {TIMED} if TIMED in tasks else tasks
     own = generation_ms(records, tasks, f"v2drop {share_of_paper(128)}")
@@ -141,9 +141,10 @@ def time_finding(asked: Asked, records: Sequence[Record], command: str, machine:
     pairs = [(own[key], dense[key]) for key in sorted(own.keys() & dense.keys())]
     finding = Finding(f"{SAVED} % less generation time at 128 of 576 tokens", "MMBench, A100", "-", NEEDS_GPU, command)
     if not pairs:
-        return replace(finding, measured="no question was timed (--timed)", verdict=OPEN)
+        return replace(finding, measured="no question was timed", verdict=OPEN)
     saved, bounds = saved_percent(pairs)
-    measured = f"{saved:.1f} % [{bounds[0]:.1f}, {bounds[1]:.1f}] less over {len(pairs)} questions of {', '.join(sorted(tasks))}, {machine}"
+    over = f"{len(pairs)} questions of {', '.join(sorted(tasks))}, {machine}"
+    measured = f"{saved:.1f} % [{bounds[0]:.1f}, {bounds[1]:.1f}] less over {over}"
     if not on_gpu:
         return replace(finding, measured=measured, decides=f"{command} --device cuda")
     return replace(finding, measured=measured, verdict=is_kept(bounds, SAVED))
