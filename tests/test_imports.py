@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tasks": (),
     "evaluation": (
         "machine", "records", "method_names", "paper", "methods", "plans", "features", "batches", "fingerprints", "output",
-        "position_bias", "bootstrap", "summary", "comparison", "answering", "evaluate", "loading", "lmms_eval",
+        "position_bias", "bootstrap", "summary", "averages", "comparison", "answering", "evaluate", "loading", "lmms_eval",
     ),
     "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
     "research": (

@@ -8,13 +8,13 @@ interval resamples the questions of each benchmark, paired between rows. finding
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import nan
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from ..dropping.budget import Budget, Shape
+from ..evaluation.averages import average_draws, percentage
 from ..evaluation.bootstrap import BOOTSTRAP_DRAWS, Resampled, interval, resample
 from ..evaluation.paper import COLUMNS, TABLES, PaperRow, PaperTable
 from ..evaluation.plans import DENSE, Plan, equal_budget_plans
@@ -101,14 +101,8 @@ def in_paper(task: Task, by_seed: list[list[dict[str, Any]]]) -> Resampled:
 
 def average(pairs: Sequence[tuple[Resampled, Resampled]]) -> Resampled:
     """The mean percentage of dense over (own, dense) of each task, draw by draw."""
-    draws = [
-        fmean(percentage(own.draws[draw], dense.draws[draw]) for own, dense in pairs) for draw in range(len(pairs[0][0].draws))
-    ]
+    draws = average_draws([(own.draws, dense.draws) for own, dense in pairs])
     return Resampled([], fmean(percentage(own.score, dense.score) for own, dense in pairs), draws)
-
-
-def percentage(own: float, dense: float) -> float:
-    return 100 * own / dense if dense else nan
 
 
 def kept_finding(row: PaperRow, title: str, measured: Resampled, over: str, command: str) -> Finding:

@@ -88,7 +88,8 @@ def test_the_average_is_that_of_the_table_over_the_papers_benchmarks() -> None:
     found = average_scores([scores_by_row(task, plans, records) for task, plans in ASKED])
     assert found[row("v2drop", 192)].score == pytest.approx((50 + 100) / 2)
     assert found["dense"].draws == [100.0] * len(found["dense"].draws)
-    rows = [{"task": task, "label": label, "method": label, "asked_share": share, "asked_tokens": share, "vision_tokens": 576,
+    rows = [{"task": task, "label": label, "method": label, "plans": [label], "asked_share": share,
+             "asked_tokens": share, "vision_tokens": 576,
              "metrics": {"score": score, "f1_mean_of_categories": score}}
             for task in ("gqa", "scienceqa", "textvqa-ocr", "pope", "mme", "mmbench")
             for label, share, score in (("dense", None, 80.0), ("v2drop", 0.5, 80.0 if task != "gqa" else 40.0))]  # fmt: skip
