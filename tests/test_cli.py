@@ -106,6 +106,11 @@ def test_the_papers_benchmarks_run_from_local_files_and_end_with_their_average(t
     assert set(rows[6]["metric_intervals"]) >= {"f1_mean_of_categories", "exact_accuracy"}
     table = out.partition("paper-image: 6 benchmarks; average of the percentages of dense")[2]
     assert [line.split()[0] for line in table.splitlines()[1:] if line[:6] in ("dense ", "v2drop")] == ["dense", "v2drop"]
+    (averaged,) = json.loads(out.splitlines()[-1])["averages"]
+    assert [(line["label"], line["interval"] is None) for line in averaged["rows"]] == [
+        (line["label"], line["average"] is None) for line in averaged["rows"]
+    ]
+    assert f"{averaged['name']}: average of the percentages of dense" in (tmp_path / "run" / "report.html").read_text()
     assert "the paper has no line for demo with these methods and budgets (see --paper)" in table
 
 
@@ -126,6 +131,11 @@ def test_the_papers_video_benchmarks_run_from_local_files_and_end_with_their_ave
     assert rows[0]["vision_tokens"] > rows[1]["mean_vision_tokens"] > 0
     table = out.partition("paper-video: 2 benchmarks; average of the percentages of dense")[2]
     assert [line.split()[0] for line in table.splitlines()[1:] if line[:6] in ("dense ", "v2drop")] == ["dense", "v2drop"]
+    (averaged,) = json.loads(out.splitlines()[-1])["averages"]
+    assert [(line["label"], line["interval"] is None) for line in averaged["rows"]] == [
+        (line["label"], line["average"] is None) for line in averaged["rows"]
+    ]
+    assert f"{averaged['name']}: average of the percentages of dense" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_the_papers_tables_are_printed_alone(capsys):

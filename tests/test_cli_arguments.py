@@ -87,6 +87,7 @@ def refused(arguments, capsys) -> str:
     [
         (["--accounting", "official", "--tokens", "32"], "beside --accounting --tokens would be ignored; leave one"),
         (["--ablation", "metric", "--methods", "fastv", "--seeds", "2"], "beside --ablation --methods, --seeds would be"),
+        (["--claims", "--tasks", "pope"], "beside --claims --tasks would be ignored for the demo; leave it out, or name"),
         (["--claims", "--image", "a.png", "--prompt", "b"], "beside --claims --prompt, --image would be ignored"),
         (["--image", "a.png", "--prompt", "b", "--limit", "3", "--tasks", "pope"], "beside --prompt --tasks, --limit"),
         (["--image", "a.png", "--chat", "--limit", "3"], "beside --chat --limit would be ignored"),

@@ -31,12 +31,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tasks": (),
     "evaluation": (
         "machine", "records", "method_names", "paper", "methods", "plans", "features", "batches", "fingerprints", "output",
-        "position_bias", "bootstrap", "summary", "comparison", "answering", "evaluate", "loading", "lmms_eval",
+        "position_bias", "bootstrap", "summary", "averages", "comparison", "answering", "evaluate", "loading", "lmms_eval",
     ),
     "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
     "research": (
         "ablations", "theory", "findings", "costs", "smollm2", "question_words", "text_questions", "text", "conversations",
-        "claims", "calibration",
+        "claims", "claims_on_benchmarks", "calibration",
     ),
     "report": ("rows", "figures", "gallery", "watch", "tables", "averages", "results_csv", "page"),
     "cli": (

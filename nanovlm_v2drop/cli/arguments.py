@@ -24,6 +24,8 @@ DESCRIPTION = """Measure what dropping vision tokens costs and saves, without an
   nanovlm-v2drop --ablation metric,layers,steps,schedules
                                             the paper's ablations
   nanovlm-v2drop --claims                   the paper's claims with verdicts
+  nanovlm-v2drop --claims --model llava-1.5-7b
+                                            those on the paper's benchmarks
   nanovlm-v2drop --calibrate                drop layers for a model, measured
   nanovlm-v2drop --text                     the same question for the tokens of texts
   nanovlm-v2drop --model llava-1.5-7b --tasks pope,mme
@@ -55,8 +57,8 @@ SEEDS_OF_DEMOS, SEEDS = 3, 1  # a real model takes hours, so it draws once
 IGNORED = {  # option -> options that would have no effect beside it
     "accounting": ("tokens", "retain"),
     "ablation": ("methods", "accounting", "tokens", "retain", "seed", "seeds"),
-    "claims": ("prompt", "chat", "image", "video", "methods", "accounting", "ablation", "tasks", "tokens", "retain", "seed",
-               "seeds", "calibrate"),
+    "claims": ("prompt", "chat", "image", "video", "methods", "accounting", "ablation", "tokens", "retain", "seed", "seeds",
+               "calibrate"),
     "text": ("claims", "calibrate", "prompt", "chat", "image", "video", "methods", "accounting", "ablation", "tasks", "tokens",
              "data", "seed", "seeds", "template", "max_pixels", "sampling", "frames", "image_aspect_ratio", "verbose",
              "compile", "tensor_parallel"),
@@ -95,13 +97,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.text and arguments.model == parser.get_default("model"):
         arguments.model = TEXT_MODEL
     demo = Path(arguments.model).name in DEMOS
+    if arguments.claims and arguments.tasks and is_demo(arguments.model):
+        parser.error("beside --claims --tasks would be ignored for the demo; leave it out, or name another --model")
     arguments.methods = arguments.methods or default_methods(arguments)
-    asked = arguments.tasks or ([Path(arguments.model).name] if demo else ["pope", "mme"])
+    usual = [Path(arguments.model).name] if demo else ["paper-image"] if arguments.claims else ["pope", "mme"]
+    asked = arguments.tasks or usual
     arguments.tasks = expanded(asked, arguments.model)
     arguments.seeds = arguments.seeds or (SEEDS_OF_DEMOS if demo else SEEDS)
     if arguments.text or arguments.calibrate or arguments.conversations:
         arguments.batch_size = arguments.batch_size or TOGETHER
     return arguments
+
+
+def is_demo(model: str) -> bool:
+    """Whether a model is the demo, whose claims have questions of their own."""
+    return Path(model).name == "demo"
 
 
 def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
@@ -163,7 +173,7 @@ def add_comparison_options(group: argparse._ArgumentGroup) -> None:
     shares = "budgets as shares of the prompt's vision tokens; default 1/3, 2/9, 1/9, and 0.25, 0.15 for video"
     budget.add_argument("--retain", type=retained_shares, help=shares)
     add("--ablation", type=some_of(choices.ablations()), help=f"the paper's ablations, from {', '.join(choices.ablations())}")
-    add("--claims", action="store_true", help="put the paper's claims to the test on the demo; takes some minutes")
+    add("--claims", action="store_true", help="put the paper's claims to the test: the demo in minutes, others on --tasks")
     add("--calibrate", action="store_true", help="propose drop layers from a few prompts: of --tasks, or --image and --prompt")
     add("--paper", action="store_true", help="print the paper's result tables (of --model, if given), and nothing else")
     known = ", ".join(choices.text_methods())

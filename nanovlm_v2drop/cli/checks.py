@@ -91,10 +91,9 @@ def check_takes_video(model: str, option: str) -> None:
 def check_packages(arguments: argparse.Namespace) -> None:
     """Raise ImportError for a missing package, before minutes of work are lost for it."""
     asks = arguments.prompt is not None or arguments.chat or arguments.conversations
-    own_questions = bool(arguments.claims or arguments.text)
     needed = {
         "plotly": not asks and not arguments.calibrate and not arguments.text,
-        "pyarrow": not asks and not own_questions and any(task not in DEMOS for task in arguments.tasks),
+        "pyarrow": not asks and not arguments.text and any(task not in DEMOS for task in arguments.tasks),
         "av": arguments.video is not None,
         "flash_attn": arguments.attention == "flash-attn",
     }

@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.averages import average_tables
 from ..evaluation.machine import machine_name
 from ..evaluation.output import write_whole
-from ..evaluation.paper import averages
 from ..evaluation.plans import Plan, first_seeds
 from ..evaluation.records import Record, read_records
-from ..evaluation.summary import run_summary, summarise, summarise_bias
+from ..evaluation.summary import resample_rows, run_summary, summarise, summarise_bias
 from ..loading.text_model import TextModel
 from ..loading.zoo import VisionLanguageModel
 from ..models.parallel import Processes
@@ -48,9 +48,11 @@ def write_results(
     """
     records = read_records(output, {own.task.name: own.sample_ids for own in answered})
     galleries = [gallery for own in answered for gallery in describe_galleries(vlm, own, records)]
-    rows = [row for own in answered for row in summarise(vlm, own.task, own.plans, records)]
+    resampled = {own.task.name: resample_rows(own.task, own.plans, records) for own in answered}
+    rows = [row for own in answered for row in summarise(vlm, own.task, own.plans, records, resampled[own.task.name])]
+    tables = average_tables(rows, vlm.name, [plan for own in answered for plan in own.plans], resampled)
     bias = [entry for own in answered for entry in summarise_bias(own.task, own.plans, records)]
-    run = {**run_summary(vlm, rows), **about, "position_bias": bias, "output": str(output)}
+    run = {**run_summary(vlm, rows), **about, "averages": tables, "position_bias": bias, "output": str(output)}
     for name, content in (("summary.json", run), ("galleries.json", galleries)):
         write_whole(output / name, json.dumps(content, indent=1) + "\n")
     write_csv(rows, output / "results.csv")
@@ -62,7 +64,7 @@ def print_results(run: Mapping[str, Any], verbose: bool) -> None:
     """The scores, every other table with `verbose`, and last the path of the report."""
     console = console_for(verbose)
     print_scores(run["results"], console)
-    print_averages(run, averages(run["results"], run["model"]), console)
+    print_averages(run, console)
     if verbose:
         print_details(run["results"], run["position_bias"], console)
     print(f"report: {Path(run['output']) / 'report.html'}")

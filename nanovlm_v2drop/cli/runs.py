@@ -50,16 +50,29 @@ def run_tasks(
     """Answer every task; the first process prints the tables and writes the results."""
     shapes = {task.name: prompt_shape(vlm, requests[task.name]) for task in tasks}
     plans = {name: plans_for(shape, arguments) for name, shape in shapes.items()}
-    progress = announce(vlm, tasks, plans, output, arguments, processes)
-    with progress.continued_with(resume_command(arguments.typed, output, processes.world_size)):
-        run = BenchmarkRun(vlm, output, arguments, processes, progress)
-        answered = [run.answer(task, shapes[task.name], plans[task.name]) for task in tasks]
+    answered = answer_tasks(vlm, tasks, shapes, plans, output, arguments, processes)
     if not processes.is_first:
         return run_summary(vlm, [])
     about = {**provenance(vlm, arguments, processes), "panels": ablation_panels(arguments, shapes)}
     summary = write_results(vlm, answered, output, about)
     print_results(summary, arguments.verbose)
     return summary
+
+
+def answer_tasks(
+    vlm: VisionLanguageModel,
+    tasks: Sequence[Task],
+    shapes: Mapping[str, Shape],
+    plans: dict[str, list[Plan]],
+    output: Path,
+    arguments: argparse.Namespace,
+    processes: Processes,
+) -> list[Answered]:
+    """Answer every task with its plans; what an interruption leaves is continued with the command that is printed."""
+    progress = announce(vlm, tasks, plans, output, arguments, processes)
+    with progress.continued_with(resume_command(arguments.typed, output, processes.world_size)):
+        run = BenchmarkRun(vlm, output, arguments, processes, progress)
+        return [run.answer(task, shapes[task.name], plans[task.name]) for task in tasks]
 
 
 def check_before_loading(tasks: Sequence[Task], output: Path, arguments: argparse.Namespace) -> dict[str, Request]:

@@ -193,12 +193,13 @@ def expanded(names: Sequence[str], model: str) -> list[str]:
 
 @dataclass(frozen=True)
 class AverageRow:
-    """One line over all benchmarks of a list: ours, or the paper's for the same model, method and budget."""
+    """One line over all benchmarks of a list: ours, with the key of its first plan, or the paper's for the same one."""
 
     label: str
     asked: str
     numbers: Numbers
     average: float | None
+    plan: str = ""
 
 
 def averages(rows: Sequence[Mapping[str, Any]], model: str) -> dict[str, list[AverageRow]]:
@@ -220,7 +221,7 @@ def average_rows(rows: Sequence[Mapping[str, Any]], model: str, columns: tuple[s
     found = []
     for own in complete:
         first, numbers = own[tasks[0]], numbers_of(own, columns)
-        found.append(AverageRow(first["label"], budget_of(first), numbers, relative_average(numbers, dense)))
+        found.append(AverageRow(first["label"], budget_of(first), numbers, relative_average(numbers, dense), first["plans"][0]))
         found += paper_rows(first, model, columns)
     return found
 

@@ -21,12 +21,30 @@ from .records import Record
 TIME_FIELDS = ("vision_ms", "prefill_ms", "decode_ms", "decode_ms_per_token", "total_ms", "items_per_s", "peak_memory_mb")
 
 
-def summarise(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> list[dict[str, Any]]:
+def summarise(
+    vlm: VisionLanguageModel,
+    task: Task,
+    plans: Sequence[Plan],
+    records: Sequence[Record],
+    resampled: Mapping[str, Resampled] | None = None,
+) -> list[dict[str, Any]]:
     """One row for each method and budget: scores with 95 % bootstrap intervals, cost by the one accounting, measured times.
 
     The seeds of a method share a row, whose score is their mean. `relative_score` is the percentage of the dense score; None
-    unless dense answered the same samples. `difference` is the score minus that of V2Drop at the same budget.
+    unless dense answered the same samples. `difference` is the score minus that of V2Drop at the same budget. `resampled` is
+    what `resample_rows` gives, where that is known.
     """
+    rows, answers = answered_rows(task, plans, records)
+    resampled = resample_rows(task, plans, records) if resampled is None else resampled
+    dense, v2drop = resampled.get(DENSE), {row: beside(own[0], rows, resampled) for row, own in rows.items()}
+    scores = {row: score_fields(own, dense) | difference_fields(own, v2drop[row]) for row, own in resampled.items()}
+    return [summary_row(vlm, task, own, [answers[plan.key] for plan in own], scores[row]) for row, own in rows.items()]
+
+
+def answered_rows(
+    task: Task, plans: Sequence[Plan], records: Sequence[Record]
+) -> tuple[dict[str, list[Plan]], dict[str, list[dict[str, Any]]]]:
+    """The plans that have answers, by row, and the answers by plan."""
     answers = defaultdict[str, list[dict[str, Any]]](list)
     for record in records:
         if record.task == task.name:
@@ -35,10 +53,13 @@ def summarise(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], recor
     for plan in plans:
         if plan.key in answers:
             rows.setdefault(plan.row, []).append(plan)
-    resampled = {row: resample(task, [answers[plan.key] for plan in own]) for row, own in rows.items()}
-    dense, v2drop = resampled.get(DENSE), {row: beside(own[0], rows, resampled) for row, own in rows.items()}
-    scores = {row: score_fields(own, dense) | difference_fields(own, v2drop[row]) for row, own in resampled.items()}
-    return [summary_row(vlm, task, own, [answers[plan.key] for plan in own], scores[row]) for row, own in rows.items()]
+    return rows, answers
+
+
+def resample_rows(task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> dict[str, Resampled]:
+    """The resampled score of each row that has answers, over all its seeds."""
+    rows, answers = answered_rows(task, plans, records)
+    return {row: resample(task, [answers[plan.key] for plan in own]) for row, own in rows.items()}
 
 
 def beside(plan: Plan, rows: Mapping[str, Sequence[Plan]], resampled: Mapping[str, Resampled]) -> Resampled | None:

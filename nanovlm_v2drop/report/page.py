@@ -20,6 +20,7 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from ..evaluation.plans import DENSE
 from ..models.config import read_json_object
+from .averages import cells
 from .figures import (
     Style,
     accuracy_figure,
@@ -148,7 +149,8 @@ def render_page(
     runs = [run for run, _ in reported]
     styles = method_styles([row["method"] for run in runs for row in run["results"]])
     return environment.get_template("page.html").render(
-        runs=[{"claims": [], **run} for run in runs],
+        runs=[{"claims": [], "averages": [], **run} for run in runs],
+        average_cells=cells,
         models=listed(list(dict.fromkeys(run["model"] for run in runs))),
         devices=listed(list(dict.fromkeys(f"{run['device']}, {run['dtype']}" for run in runs))),
         styles=styles,

@@ -107,15 +107,10 @@ def answers(vlm: VisionLanguageModel, task: Task, plans: Sequence[Plan], output:
 def check_shape(name: str, shape: Shape) -> None:
     """Raise ValueError unless a picture has as many vision tokens as the demo's scenes have labelled patches."""
     if shape.num_vision_tokens != VISION.num_patches:
-        raise not_the_demo(name)
-
-
-def not_the_demo(name: str) -> ValueError:
-    """The error that names the model and what to do instead."""
-    return ValueError(
-        f"--claims is for the demo, whose pictures are {VISION.num_patches} labelled patches, not for {name}: leave --model "
-        "out, or test single claims with --methods and --ablation"
-    )
+        raise ValueError(
+            f"the demo's claims need pictures of {VISION.num_patches} labelled patches, not those of {name}: leave --model "
+            "out, or rename the model's folder, which tests the claims on benchmarks"
+        )
 
 
 def scores_by_label(task: Task, plans: Sequence[Plan], records: Sequence[Record]) -> dict[str, Resampled]:
@@ -126,9 +121,9 @@ def scores_by_label(task: Task, plans: Sequence[Plan], records: Sequence[Record]
     return {label: resample(task, answers) for label, answers in by_label.items()}
 
 
-def ledger_plans(shape: Shape) -> list[Plan]:
+def ledger_plans(shape: Shape, seeds: Sequence[int] = range(3)) -> list[Plan]:
     """The ablations, and V2Drop beside two other methods at the paper's share of 128 of 576 tokens."""
-    others = equal_budget_plans(["v2drop", "random", "fastv"], [share_of_paper(128)], shape, seeds=range(3))
+    others = equal_budget_plans(["v2drop", "random", "fastv"], [share_of_paper(128)], shape, seeds)
     return [*ablation_plans(["metric", "layers", "steps"], shape), *others]
 
 

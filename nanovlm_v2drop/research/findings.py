@@ -4,6 +4,7 @@ The rules, with 95 % intervals everywhere:
 
 - "better" holds where the whole interval of the difference is above zero.
 - "hardly matters" holds where the whole interval of the difference is within HARDLY points.
+- "is kept" holds where the whole interval is above the paper's share less KEPT points.
 - "two rankings agree" holds where the whole interval of Spearman's correlation is above AGREES.
 
 No verdict is written down in advance.
@@ -17,6 +18,7 @@ HOLDS, FAILS, OPEN = "holds here", "does not hold here", "not decided here"
 NEEDS, NEEDS_GPU = "needs the official weights", "needs a GPU"
 NEEDS_TEXT = "needs the weights of a text model"
 HARDLY = 5.0  # points of score
+KEPT = 1.0  # points of a share
 AGREES = 0.5  # Spearman's rank correlation
 COLUMNS = ("claim", "paper", "measured here", "verdict", "decided by")
 
@@ -47,6 +49,12 @@ def hardly_matters(bounds: Sequence[Sequence[float]]) -> str:
     if any(low > HARDLY or high < -HARDLY for low, high in bounds):
         return FAILS
     return HOLDS if all(low >= -HARDLY and high <= HARDLY for low, high in bounds) else OPEN
+
+
+def is_kept(bounds: Sequence[float], share: float) -> str:
+    """The verdict on "is kept" from the interval (low, high) of what was measured and the paper's share, in percent."""
+    least = share - KEPT
+    return HOLDS if bounds[0] > least else FAILS if bounds[1] < least else OPEN
 
 
 def agrees(bounds: Sequence[float]) -> str:

@@ -51,7 +51,8 @@ def test_a_list_of_the_paper_is_its_tasks_for_the_model_and_each_task_is_asked_o
 def row(task: str, label: str, share: float | None, value: float, tokens: float | None = None) -> dict[str, object]:
     _, metric, times = next(place for place in COLUMNS.values() if place[0] == task)
     return {
-        "task": task, "label": label, "method": label, "asked_share": share, "asked_tokens": tokens or (share and share * 576),
+        "task": task, "label": label, "method": label, "plans": [label], "asked_share": share,
+        "asked_tokens": tokens or (share and share * 576),
         "vision_tokens": 576, "metrics": {"score": -1.0, metric: value / times},
     }  # fmt: skip
 
