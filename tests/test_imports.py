@@ -33,7 +33,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "records", "method_names", "paper", "methods", "plans", "fingerprints", "output", "position_bias", "bootstrap",
         "summary", "comparison", "evaluate", "loading", "lmms_eval",
     ),
-    "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
+    "benchmark": (
+        "workload", "checkpoint", "contenders", "measure", "loading", "gguf_file", "llama_cpp", "memory", "run", "picture",
+        "__main__",
+    ),
     "research": (
         "ablations", "theory", "findings", "costs", "smollm2", "question_words", "text_questions", "text", "claims",
         "calibration",

@@ -87,6 +87,10 @@ class Int4Linear(QuantisedLinear):
             numbers.sub_(OFFSET).unflatten(0, (-1, GROUP)).mul_(own)
         return unpacked
 
+    @property
+    def read_bytes(self) -> int:
+        return self.nibbles.nbytes + self.scales_and_zeros.nbytes
+
     def read(self, values: Tensor) -> Tensor | QuantisedRows:
         return values if values.numel() <= FEW_ROWS * self.in_features else quantise_rows(values)
 

@@ -76,6 +76,10 @@ class Int8Linear(QuantisedLinear):
         """(N, K) float32: what the quantised weight means."""
         return self.q.float() * self.scale[:, None]
 
+    @property
+    def read_bytes(self) -> int:
+        return self.out_features * self.in_features + self.scale.nbytes
+
     def read(self, values: Tensor) -> QuantisedRows:
         return quantise_rows(values)
 
