@@ -24,7 +24,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("tokenizer", "prompts", "chat_template"),
     ),
     "loading": (
-        "specs", "precision", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo", "text_model",
+        "specs", "precision", "tensor_parallel", "uninitialised", "files", "checkpoint", "quantised", "families", "in_memory",
+        "hub", "zoo", "saving", "text_model",
     ),
     "inference": ("prefill_loop", "decoding", "generation"),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
@@ -39,7 +40,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "research": (
         "ablations", "theory", "findings", "costs", "smollm2", "question_words", "text_questions", "text", "claims",
-        "calibration",
+        "calibration", "precision",
     ),
     "report": ("rows", "figures", "gallery", "watch", "tables", "averages", "results_csv", "page"),
     "cli": (

@@ -59,6 +59,12 @@ def named_precision(dtype: str | torch.dtype, device: torch.device) -> Precision
     return Precision(name, computing_dtype(name, device))
 
 
+def check_not_split(precision: Precision, is_split: bool) -> None:
+    """Raise ValueError where several processes would share quantised weights."""
+    if is_split and precision.is_quantised:
+        raise ValueError(f"tensor_parallel with {precision.name} weights is not possible; use bfloat16, or one process")
+
+
 def computing_dtype(name: str, device: torch.device) -> torch.dtype:
     """What is computed with weights stored as `name`."""
     if name not in QUANTISED and name != "bfloat16":
