@@ -44,8 +44,8 @@ def own_memory(options: Mapping[str, Any]) -> dict[str, float]:
     return resident(os.getpid())
 
 
-def resident(process_id: int) -> dict[str, float]:
-    """MB of a process that are resident now."""
+def resident(process_id: int | str) -> dict[str, float]:
+    """MB of a process (its number, or "self") that are resident now."""
     lines = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8").splitlines()
     kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if name in MARKS}
     return {MARKS[name]: size * 1024 / 1e6 for name, size in kilobytes.items()}
