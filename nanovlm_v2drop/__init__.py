@@ -21,6 +21,7 @@ PUBLIC_NAMES = {
         "initial_state", "prefill", "stream",
     ],
     "loading.text_model": ["Droppable", "TextModel", "load_decoder"],
+    "loading.saving": ["save_quantised"],
     "loading.specs": ["MODELS"],
     "loading.zoo": ["VisionLanguageModel", "load"],
     "models.config": [

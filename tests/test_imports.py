@@ -24,7 +24,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("tokenizer", "prompts", "chat_template"),
     ),
     "loading": (
-        "specs", "precision", "tensor_parallel", "files", "checkpoint", "families", "in_memory", "hub", "zoo", "text_model",
+        "specs", "precision", "tensor_parallel", "uninitialised", "files", "checkpoint", "quantised", "families", "in_memory",
+        "hub", "zoo", "saving", "text_model",
     ),
     "inference": ("prefill_loop", "decoding", "generation", "turn", "transcript", "conversation", "chat"),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),
@@ -33,10 +34,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "machine", "records", "method_names", "paper", "methods", "plans", "features", "batches", "fingerprints", "output",
         "position_bias", "bootstrap", "summary", "averages", "comparison", "answering", "evaluate", "loading", "lmms_eval",
     ),
-    "benchmark": ("workload", "checkpoint", "contenders", "measure", "loading", "run", "picture", "__main__"),
+    "benchmark": (
+        "workload", "checkpoint", "contenders", "measure", "loading", "gguf_file", "llama_cpp", "memory", "run", "picture",
+        "__main__",
+    ),
     "research": (
         "ablations", "theory", "findings", "costs", "smollm2", "question_words", "text_questions", "text", "conversations",
-        "claims", "claims_on_benchmarks", "calibration",
+        "claims", "claims_on_benchmarks", "calibration", "precision",
     ),
     "report": ("rows", "figures", "gallery", "watch", "tables", "averages", "results_csv", "page"),
     "cli": (

@@ -16,6 +16,8 @@ from nanovlm_v2drop import cli
 from nanovlm_v2drop.benchmark.run import build_parser
 from nanovlm_v2drop.cli.arguments import parse_arguments, parse_comparison
 from nanovlm_v2drop.evaluation.lmms_eval.arguments import parse_model_arguments
+from nanovlm_v2drop.loading import saving
+from nanovlm_v2drop.research import precision
 from nanovlm_v2drop.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +52,10 @@ def parse(command: str) -> None:
         build_parser().parse_args(words[3:])
     elif words[1:3] == ["-m", "nanovlm_v2drop.research.smollm2"]:
         assert len(words) == 4
+    elif words[1:3] == ["-m", "nanovlm_v2drop.research.precision"]:
+        precision.build_parser().parse_args(words[3:])
+    elif words[1:3] == ["-m", "nanovlm_v2drop.loading.saving"]:
+        saving.build_parser().parse_args(words[3:])
     elif words[1] == "-c":
         exec(words[2], {})
     elif words[1:] in (["-m", "pytest", "-n", "auto"], ["lab", "notebooks"]):

@@ -1,4 +1,7 @@
-"""What is timed side by side: our dense model, our methods at every budget, and transformers on the same tensors."""
+"""What is timed side by side: our dense model, our methods at every budget, and transformers on the same tensors.
+
+llama.cpp is in llama_cpp.py.
+"""
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +22,9 @@ Run = Callable[[], Any]
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # names of transformers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contender:
-    """One program that is timed.
+    """One program that is timed with the prompt of `workload`. A decoded token reads `weight_bytes` of weights.
 
     `decoding` takes the result of `prefill` and returns the function that is timed. That function decodes and then rewinds the
     cache, so that every round starts from the same cache. `model_schedule` is the schedule of the whole model; the dropper has
@@ -29,8 +32,10 @@ class Contender:
     """
 
     name: str
+    workload: Workload
     prefill: Run
     decoding: Callable[[Any], Run]
+    weight_bytes: int
     dropper: TokenDropper | None = None
     model_schedule: DropSchedule | None = None
 
@@ -61,18 +66,22 @@ def at_same_depths(schedule: DropSchedule, model_layers: int, layers: int) -> Dr
 
 
 def our_contenders(workload: Workload, methods: Sequence[str], budgets: Mapping[str, float]) -> list[Contender]:
-    """Dense, then every method at every budget. Raises ValueError for an unknown method or a budget that it cannot reach."""
+    """Dense, then every method at every budget. Raises ValueError for an unknown method or a budget that it cannot reach.
+
+    The names of a second or later dtype begin with it.
+    """
     run = partial(prefill, workload.decoder, workload.packed, max_new_tokens=workload.decode_steps)
     decoding = partial(decode_and_rewind, workload)
-    contenders = [Contender(DENSE, run, decoding)]
+    weight_bytes = workload.decode_weight_bytes
+    contenders = [Contender(workload.prefix + DENSE, workload, run, decoding, weight_bytes)]
     for label, budget in budgets.items():
         for method in filter(None, find_methods(methods)):
-            name = f"{method.name}@{label}"
+            name = f"{workload.prefix}{method.name}@{label}"
             try:
                 dropper, whole = dropper_at(method, budget, workload)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            contenders.append(Contender(name, partial(run, dropper), decoding, dropper, whole))
+            contenders.append(Contender(name, workload, partial(run, dropper), decoding, weight_bytes, dropper, whole))
     return contenders
 
 
@@ -100,9 +109,7 @@ def decode_and_rewind(workload: Workload, prefilled: Prefilled) -> Run:
 
 
 def transformers_contenders(workload: Workload, attentions: Sequence[str]) -> list[Contender]:
-    """transformers with these attentions, without flash-attn if that cannot run. Raises ValueError for an unknown attention."""
-    if unknown := set(attentions) - set(ATTENTIONS):
-        raise ValueError(f"transformers has no attention {', '.join(sorted(unknown))}; choose from {', '.join(ATTENTIONS)}")
+    """transformers with these attentions, without flash-attn if that cannot run."""
     has_flash = workload.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     return [transformers_contender(workload, name) for name in attentions if has_flash or name != "flash_attention_2"]
 
@@ -136,7 +143,8 @@ def transformers_contender(workload: Workload, attention: str) -> Contender:
             model(input_ids=token_ids, past_key_values=output.past_key_values, use_cache=True)
         output.past_key_values.crop(-workload.decode_steps)
 
-    return Contender(f"transformers {attention}", run, lambda output: partial(decode, output))
+    weight_bytes = sum(tensor.nbytes for name, tensor in workload.plain.items() if "embed" not in name)
+    return Contender(f"transformers {attention}", workload, run, lambda output: partial(decode, output), weight_bytes)
 
 
 def check_logits(workload: Workload, reference: Contender) -> dict[str, float]:
@@ -163,9 +171,7 @@ def decoding_contenders(contenders: Sequence[Contender]) -> list[Contender]:
     def kind(contender: Contender) -> str:
         dropper = contender.dropper
         hides = dropper is not None and type(dropper).decode_pruning is not TokenDropper.decode_pruning
-        return contender.name if dropper is None or hides else str(contender.schedule)
+        return contender.name if dropper is None or hides else f"{contender.workload.prefix}{contender.schedule}"
 
     firsts = {kind(contender): contender.name for contender in reversed(contenders)}
     return [contender for contender in contenders if contender.name in firsts.values()]
-
-

@@ -29,8 +29,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..loading.checkpoint import Uninitialised, load_model
+from ..loading.checkpoint import load_model
 from ..loading.precision import named_precision
+from ..loading.uninitialised import Uninitialised
 from ..models.config import LlavaConfig, TextConfig, VisionConfig, VLMConfig
 from ..models.linear import PrepackedLinear
 from ..models.vlm import LlavaModel

@@ -5,22 +5,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..dropping import DropSchedule, PrefillState, TokenDropper
 from ..evaluation.machine import peak_memory_mb, reset_peak_memory, timestamp
 from ..evaluation.plans import DENSE
 from ..inference import prefill
 from ..models.decoder import Decoder
-from ..models.linear import PrepackedLinear, QuantisedLinear
+from ..models.linear import QuantisedLinear
 from .contenders import Contender, Run
-from .workload import Workload
+from .workload import Linear, Workload
 
-Linear = nn.Linear | PrepackedLinear | QuantisedLinear
 READ_BYTES = 2**30  # the bandwidth is measured with this many bytes, which no cache can hold
 
 
@@ -32,13 +32,21 @@ def gemm_products(decoder: Decoder, tokens_per_layer: Sequence[int]) -> list[tup
 
 
 def gemm_run(products: Sequence[tuple[Linear, int]], like: Tensor) -> Run:
-    """The products alone, in the dtype and on the device of `like`. Inputs of the same shape share one tensor."""
-    shapes = {(rows, module.in_features) for module, rows in products}
-    inputs = {shape: torch.randn(shape, dtype=like.dtype, device=like.device) for shape in shapes}
+    """The products alone, in the dtype and on the device of `like`. Inputs of the same shape share one tensor.
+
+    The inputs of quantised layers are quantised before.
+    """
+    inputs: dict[tuple[int, int, type], Any] = {}
+    calls: list[Run] = []
+    for module, rows in products:
+        if (key := (rows, module.in_features, type(module))) not in inputs:
+            values = torch.randn(rows, module.in_features, dtype=like.dtype, device=like.device)
+            inputs[key] = module.read(values) if isinstance(module, QuantisedLinear) else values
+        calls.append(partial(module.product if isinstance(module, QuantisedLinear) else module, inputs[key]))
 
     def run() -> None:
-        for module, rows in products:
-            module(inputs[rows, module.in_features])
+        for call in calls:
+            call()
 
     return run
 
@@ -108,24 +116,29 @@ def peak_of(run: Run, device: torch.device) -> float:
     return peak_memory_mb(device)
 
 
-def prefill_rows(workload: Workload, contenders: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
+def prefill_rows(contenders: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
     """Time the contenders, the matrix products of each schedule and the drop points of each method."""
-    peaks = {contender.name: peak_of(contender.prefill, workload.device) for contender in contenders}
+    first = contenders[0].workload
+    peaks = {contender.name: peak_of(contender.prefill, first.device) for contender in contenders}
     runs: dict[str, Run] = {contender.name: contender.prefill for contender in contenders}
     for each in contenders:
-        products = gemm_products(workload.decoder, workload.tokens_per_layer(each.schedule))
-        runs.setdefault(f"products {each.schedule}", gemm_run(products, workload.packed.inputs_embeds))
-        runs[f"drop points {each.name}"] = drop_points_run(workload, each.dropper) if each.dropper else list
-    if workload.plain is not None:
-        runs["plain products"] = plain_gemm_run(workload.plain, workload.packed.inputs_embeds)
-    seconds = time_rounds(runs, repeats, workload.device)
+        products = gemm_products(each.workload.decoder, each.workload.tokens_per_layer(each.schedule))
+        runs.setdefault(products_name(each), gemm_run(products, each.workload.packed.inputs_embeds))
+        runs[f"drop points {each.name}"] = drop_points_run(each.workload, each.dropper) if each.dropper else list
+    if first.plain is not None:
+        runs["plain products"] = plain_gemm_run(first.plain, first.packed.inputs_embeds)
+    seconds = time_rounds(runs, repeats, first.device)
     plain_ms = 1e3 * median(seconds["plain products"]) if "plain products" in seconds else None
     shared = {"plain_gemm_ms": plain_ms}
-    return [{**prefill_row(workload, each, seconds), "peak_memory_mb": peaks[each.name], **shared} for each in contenders]
+    return [{**prefill_row(each, seconds), "peak_memory_mb": peaks[each.name], **shared} for each in contenders]
 
 
-def prefill_row(workload: Workload, contender: Contender, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
-    names = contender.name, DENSE, f"drop points {contender.name}", f"products {contender.schedule}"
+def products_name(contender: Contender) -> str:
+    return f"products {contender.workload.prefix}{contender.schedule}"
+
+
+def prefill_row(contender: Contender, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    names, workload = (contender.name, DENSE, f"drop points {contender.name}", products_name(contender)), contender.workload
     own, dense, drop_points, products = (seconds[name] for name in names)
     flops, dense_flops = (each.prefill_flops(*workload.sizes) for each in (contender.schedule, DropSchedule({})))
     config, _, vision_tokens = workload.sizes
@@ -134,6 +147,7 @@ def prefill_row(workload: Workload, contender: Contender, seconds: Mapping[str, 
         "schedule": {str(layer): ratio for layer, ratio in contender.schedule.items()},
         "mean_vision_tokens": contender.schedule.mean_tokens(vision_tokens, config.num_hidden_layers),
         "prefill_ms": 1e3 * median(own),
+        "fastest_ms": 1e3 * min(own),
         "gemm_ms": 1e3 * median(products),
         "gemm_percent": 100 * median_ratio(products, own),
         "tflop_per_s": flops / median(own) / 1e12,
@@ -147,22 +161,25 @@ def prefill_row(workload: Workload, contender: Contender, seconds: Mapping[str, 
     }
 
 
-def decode_rows(workload: Workload, contenders: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
-    """Time the decoding of each contender from the cache of its own prefill, and one reading of the weights."""
+def decode_rows(contenders: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
+    """Time the decoding of each contender from the cache of its own prefill, and one reading of the first one's weights."""
     runs: dict[str, Run] = {contender.name: contender.decoding(contender.prefill()) for contender in contenders}
-    runs["read"] = read_run(min(workload.decode_weight_bytes, READ_BYTES), workload.device)
-    seconds = time_rounds(runs, repeats, workload.device)
-    return [decode_row(workload, contender, seconds) for contender in contenders]
+    read_bytes, device = min(contenders[0].weight_bytes, READ_BYTES), contenders[0].workload.device
+    runs["read"] = read_run(read_bytes, device)
+    seconds = time_rounds(runs, repeats, device)
+    return [decode_row(contender, seconds, read_bytes) for contender in contenders]
 
 
-def decode_row(workload: Workload, contender: Contender, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+def decode_row(contender: Contender, seconds: Mapping[str, list[float]], read_bytes: int) -> dict[str, Any]:
+    workload = contender.workload
     own = [value / workload.decode_steps for value in seconds[contender.name]]
-    weight_bytes, read_bytes = workload.decode_weight_bytes, min(workload.decode_weight_bytes, READ_BYTES)
     # The cache grows by one token per step, so the mean over all steps is the mean of the first and the last step.
-    touched = weight_bytes + fmean(workload.cache_bytes(contender.schedule, step) for step in (1, workload.decode_steps))
+    cache = fmean(workload.cache_bytes(contender.schedule, step) for step in (1, workload.decode_steps))
+    touched = contender.weight_bytes + cache
     return {
         "decode": contender.name,
         "decode_ms_per_token": 1e3 * median(own),
+        "fastest_ms": 1e3 * min(own),
         "touched_mb": touched / 1e6,
         "gb_per_s": touched / median(own) / 1e9,
         "read_gb_per_s": read_bytes / median(seconds["read"]) / 1e9,
@@ -170,5 +187,3 @@ def decode_row(workload: Workload, contender: Contender, seconds: Mapping[str, l
         "speedup": median_ratio(seconds[DENSE], seconds[contender.name]),
         "rounds_ms": [1e3 * value for value in own],
     }
-
-

@@ -1,15 +1,21 @@
-"""How fast prefill and decode are, compared with transformers, with the limits of the machine, and with the FLOPs formula.
+r"""How fast prefill and decode are, compared with transformers, llama.cpp, the limits of the machine, and the FLOPs formula.
 
     python -m nanovlm_v2drop.benchmark                                    # 4 layers of LLaVA-1.5-7B, bfloat16, CPU
     python -m nanovlm_v2drop.benchmark --layers 32 --device cuda --repeats 21
     python -m nanovlm_v2drop.benchmark --model llava-1.5-13b --layers 2 --tokens 192 --json > speed.json
-    python -m nanovlm_v2drop.benchmark --model llava-onevision-qwen2-7b-ov --frames 32 --retain 0.25 --transformers sdpa
+    python -m nanovlm_v2drop.benchmark --model llava-onevision-qwen2-7b-ov --frames 32 --retain 0.25 \
+        --peers transformers:sdpa
+    python -m nanovlm_v2drop.benchmark --dtype bfloat16,int8,int4 --peers llama.cpp
     python -m nanovlm_v2drop.benchmark --loading
 
 The weights are random, at the official layer shapes, so nothing is downloaded. Before the timing starts, our dense logits
 must equal those of LlamaForCausalLM or Qwen2ForCausalLM of transformers on the same tensors. Both count positions 0, 1, 2 and
 so on in this check, also for Qwen2-VL; the cost is the same. The speed of a machine drifts, so each round runs everything once,
 in an order that rotates. Times are medians over the rounds. Speed-ups and shares are medians of the ratios within a round.
+
+With several dtypes, the same decoder runs in each of them in the same rounds, and every speed-up refers to the first dtype. A
+peer that cannot run here is left out, and a note says why. The rows of transformers and llama.cpp are compared with the matrix
+products of the first dtype. llama.cpp runs weights of noise of the same shape, see llama_cpp.py.
 
 Budgets are means over all layers of the model. If --layers runs fewer layers, the drop points are placed at the same depths and
 keep the same shares. The mean is then another one, and a note above the table states it.
@@ -23,6 +29,8 @@ drop_points: scoring, selecting and gathering alone, on tensors of the same shap
 peak_memory: includes the weights, which are in memory twice if transformers runs beside prepacked weights. On a CPU it is the
     memory of the whole process, and the mark is reset before each run where Linux allows it.
 touched: the bytes that one token reads in decode, weights and cache.
+fastest_ms: the minimum over the rounds.
+memory: of processes that hold one model each, see memory.py. It is measured where llama.cpp is a peer.
 bandwidth_percent: compared with reading the same number of bytes (a float32 sum over at most READ_BYTES).
 """
 
@@ -33,6 +41,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -44,13 +53,17 @@ from ..dropping import DropSchedule
 from ..dropping.schedule import PAPER_VISION_TOKENS
 from ..evaluation.machine import processor_name
 from .contenders import ATTENTIONS, Contender, check_logits, decoding_contenders, our_contenders, transformers_contenders
+from .llama_cpp import QUANTISATIONS, LlamaCpp, PeerUnavailable, llama_cpp_contenders
 from .loading import LOADERS, import_row, loading_rows
 from .measure import decode_rows, prefill_rows
-from .workload import Workload, make_workload, shape_of
+from .memory import memory_rows
+from .workload import Workload, make_workloads, shape_of
 
 CPU = torch.device("cpu")
 PICTURE_TOKENS, VIDEO_SHARES = "192,128,64", "0.25,0.2,0.15"  # budgets where none are given
-JSON_ONLY = ("gemm_ms", "plain_gemm_ms", "drop_points_ms", "peak_memory_mb", "touched_mb", "read_gb_per_s")
+TRANSFORMERS, LLAMA_CPP, NO_PEERS = "transformers", "llama.cpp", "none"
+PEERS = {TRANSFORMERS: ATTENTIONS, LLAMA_CPP: QUANTISATIONS}  # and what can be chosen of each
+JSON_ONLY = ("fastest_ms", "gemm_ms", "plain_gemm_ms", "drop_points_ms", "peak_memory_mb", "touched_mb", "read_gb_per_s")
 
 
 def budgets_of(args: argparse.Namespace, vision_tokens: int) -> dict[str, float]:
@@ -63,34 +76,90 @@ def budgets_of(args: argparse.Namespace, vision_tokens: int) -> dict[str, float]
     return {f"{100 * share:.4g}%": share * vision_tokens for share in map(float, shares.split(","))}
 
 
-@torch.inference_mode()
-def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Check, then measure. Raises ValueError for impossible options and RuntimeError if the logits differ."""
+def named_peers(text: str) -> dict[str, list[str]]:
+    """What of each peer runs, from "PEER,PEER:CHOICE,...". Raises ValueError for an unknown peer or choice."""
+    peers: dict[str, list[str]] = {}
+    for item in text.split(",") if text != NO_PEERS else ():
+        name, _, choice = item.partition(":")
+        if name not in PEERS:
+            raise ValueError(f"unknown peer {name!r}; choose from {', '.join(PEERS)}, or {NO_PEERS}")
+        if choice and choice not in PEERS[name]:
+            raise ValueError(f"{name} has no choice {choice!r}; choose from {', '.join(PEERS[name])}")
+        peers[name] = [*peers.get(name, ()), *([choice] if choice else PEERS[name])]
+    return peers
+
+
+def installed_peers(text: str, notes: list[str]) -> dict[str, list[str]]:
+    """The peers that were asked for, without transformers if that is not installed; a note says so. Raises as `named_peers`."""
+    peers = named_peers(text)
+    if TRANSFORMERS in peers and importlib.util.find_spec(TRANSFORMERS) is None:
+        notes.append(f"{TRANSFORMERS} was left out: it is not installed")
+        del peers[TRANSFORMERS]
+    return peers
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers below one and for graphs without a GPU."""
     sizes = args.layers, args.repeats, args.decode_steps, args.text_tokens, args.vision_tokens, args.frames
     if min(size for size in sizes if size is not None) < 1:
         raise ValueError("layers, repeats, decode steps, frames and numbers of tokens must be at least 1")
     if args.cuda_graph and args.device == "cpu":
         raise ValueError("--cuda-graph needs --device cuda")
-    workload = make_workload(args)
-    _, _, vision_tokens = workload.sizes
-    contenders = our_contenders(workload, args.methods.split(","), budgets_of(args, vision_tokens))
-    notes, check = list(depth_notes(workload, contenders)), None
-    if workload.plain is not None:
-        references = transformers_contenders(workload, args.transformers.split(","))
-        check = check_logits(workload, references[0])
-        contenders += references
-        notes += position_notes(workload)
-    return {
-        **vars(args),
-        "vision_tokens": vision_tokens,
-        "model_layers": workload.model_layers,
-        "attention": workload.decoder.attention,
-        "notes": notes,
-        "logits_check": check,
-        "prefill": prefill_rows(workload, contenders, args.repeats),
-        "decode": decode_rows(workload, decoding_contenders(contenders), args.repeats),
-        "machine": describe_machine(workload.device),
-    }
+
+
+@torch.inference_mode()
+def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Check, then measure. Raises ValueError for impossible options and RuntimeError if the logits differ."""
+    check_sizes(args)
+    notes: list[str] = []
+    peers = installed_peers(args.peers, notes)
+    workloads = make_workloads(args, TRANSFORMERS in peers)
+    first = workloads[0]
+    _, _, vision_tokens = first.sizes
+    methods, budgets = args.methods.split(","), budgets_of(args, vision_tokens)
+    contenders = [each for workload in workloads for each in our_contenders(workload, methods, budgets)]
+    notes += depth_notes(first, contenders)
+    check, references = checked_transformers(first, peers.get(TRANSFORMERS, []), notes)
+    with ExitStack() as stack:
+        running = running_llama_cpp(first, peers.get(LLAMA_CPP, []), stack, notes)
+        contenders += [*references, *running]
+        timed = {
+            "prefill": prefill_rows(contenders, args.repeats),
+            "decode": decode_rows(decoding_contenders(contenders), args.repeats),
+            **({"memory": memory_rows(vars(args), running)} if running and sys.platform == "linux" else {}),
+        }
+    about = {"vision_tokens": vision_tokens, "model_layers": first.model_layers, "attention": first.decoder.attention}
+    machine = describe_machine(first.device)
+    return {**vars(args), **about, "notes": notes, "logits_check": check, **timed, "machine": machine}
+
+
+def checked_transformers(
+    workload: Workload, attentions: Sequence[str], notes: list[str]
+) -> tuple[dict[str, float] | None, list[Contender]]:
+    """How far our dense logits are from those of transformers, and its contenders. Quantised weights are not compared."""
+    if not attentions:
+        return None, []
+    references = transformers_contenders(workload, attentions)
+    notes += position_notes(workload)
+    if workload.precision.is_quantised:
+        notes.append(f"the logits of {workload.precision.name} weights were not compared with those of {TRANSFORMERS}")
+        return None, references
+    return check_logits(workload, references[0]), references
+
+
+def running_llama_cpp(
+    workload: Workload, quantisations: Sequence[str], stack: ExitStack, notes: list[str]
+) -> dict[Contender, LlamaCpp]:
+    """llama.cpp's contenders and their processes, which end with the stack. A note says why they are left out."""
+    if not quantisations:
+        return {}
+    try:
+        running = stack.enter_context(llama_cpp_contenders(workload, quantisations))
+    except PeerUnavailable as reason:
+        notes.append(f"{LLAMA_CPP} was left out: {reason}")
+        return {}
+    notes += {f"{LLAMA_CPP}: {process.about}" for process in running.values()}
+    return running
 
 
 def depth_notes(workload: Workload, contenders: Sequence[Contender]) -> Iterator[str]:
@@ -117,12 +186,23 @@ def position_notes(workload: Workload) -> list[str]:
 def describe_machine(device: torch.device) -> dict[str, Any]:
     return {
         "cpu": processor_name(),
+        "instructions": instruction_sets(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "torch": torch.__version__,
         "transformers": getattr(sys.modules.get("transformers"), "__version__", None),
     }
+
+
+def instruction_sets() -> list[str]:
+    """What decides the speed of products on this processor."""
+    known = {
+        "VNNI": torch.cpu._is_vnni_supported(),
+        "AVX512_BF16": torch.cpu._is_avx512_bf16_supported(),
+        "AMX": torch.cpu._is_amx_tile_supported(),
+    }
+    return [torch.backends.cpu.get_cpu_capability(), *(name for name, has in known.items() if has)]
 
 
 def make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -140,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m nanovlm_v2drop.benchmark", description=__doc__, formatter_class=raw)
     sizes = {"layers": 4, "text-tokens": 64, "repeats": 7, "decode-steps": 16}
     names = {"model": "llava-1.5-7b", "methods": "v2drop,random"}
-    places = {"dtype": "bfloat16", "device": "cpu", "attention": "auto"}
+    places = {"dtype": "bfloat16", "device": "cpu", "attention": "auto", "peers": TRANSFORMERS}
     for name, default in {**names, **places, **sizes, "threads": torch.get_num_threads()}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     prompt, budget = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
@@ -150,8 +230,6 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--retain", help=f"shares of the vision tokens; default for a video: {VIDEO_SHARES}")
     parser.add_argument("--cuda-graph", action="store_true", help="decode our models by a CUDA graph; needs --device cuda")
     parser.add_argument("--compile", action="store_true", help="compile the layers of our models with torch.compile")
-    parser.add_argument("--transformers", default=",".join(ATTENTIONS), help="its attentions; default: %(default)s")
-    parser.add_argument("--no-transformers", dest="transformers", action="store_const", const="")
     parser.add_argument("--loading", action="store_true", help="measure import and loading of 1 GB instead")
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
     return parser
@@ -159,11 +237,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_loading(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds for importing and loading, for us and for transformers. Raises what `loading_rows` raises."""
-    loaders = LOADERS if args.transformers else LOADERS[:1]
+    notes: list[str] = []
+    loaders = LOADERS if TRANSFORMERS in installed_peers(args.peers, notes) else LOADERS[:1]
     importing, rows = import_row(args.repeats), loading_rows(shape_of(args.model), loaders=loaders, repeats=args.repeats)
     beyond, torchs = importing["beyond_torch_seconds"], importing["torch_seconds"]
-    note = f"importing takes {beyond:.2f} s beyond torch's own {torchs:.2f} s"
-    return {**vars(args), "notes": [note], "importing": importing, "loads": rows, "machine": describe_machine(CPU)}
+    notes.append(f"importing takes {beyond:.2f} s beyond torch's own {torchs:.2f} s")
+    return {**vars(args), "notes": notes, "importing": importing, "loads": rows, "machine": describe_machine(CPU)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -172,14 +251,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     try:
         torch.set_num_threads(args.threads)
-        args.transformers = args.transformers if importlib.util.find_spec("transformers") else ""
         report = (run_loading if args.loading else run_benchmark)(args)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     report["command"] = " ".join([parser.prog, *map(shlex.quote, sys.argv[1:] if argv is None else argv)])
     if not args.json:
         console = Console(width=None if sys.stdout.isatty() else 160)
-        tables = [make_table(report[name]) for name in ("loads", "prefill", "decode") if name in report]
+        tables = [make_table(report[name]) for name in ("loads", "prefill", "decode", "memory") if name in report]
         console.print(*report["notes"], *tables, sep="\n", highlight=False)
     if args.json or not sys.stdout.isatty():
         print(json.dumps(report))

@@ -7,17 +7,19 @@ from functools import partial
 from math import ceil, isqrt, prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dropping import DropSchedule
-from ..loading.precision import named_precision, pack
+from ..loading.precision import Precision, named_precision, pack
 from ..loading.zoo import as_device
 from ..models.attention import resolve_backend
 from ..models.config import LengthScaling, TextConfig
 from ..models.decoder import Decoder
+from ..models.linear import PrepackedLinear, QuantisedLinear
 from ..models.vision_qwen2 import multimodal_positions
 from ..models.vlm import PackedInputs
 
+Linear = nn.Linear | PrepackedLinear | QuantisedLinear
 Grids = tuple[tuple[int, int, int], ...]  # frames, rows and columns of vision tokens
 
 VICUNA_7B = TextConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
@@ -173,13 +175,16 @@ class Workload:
     """One prompt through one decoder, followed by `decode_steps` tokens. The whole model has `model_layers` layers.
 
     `plain` holds the decoder's tensors by name, in plain order, for transformers. It is None if transformers does not run.
+    `prefix` tells several dtypes apart; it is empty for the first.
     """
 
     decoder: Decoder
     packed: PackedInputs
     decode_steps: int
     model_layers: int
+    precision: Precision
     plain: Mapping[str, Tensor] | None = None
+    prefix: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -198,10 +203,10 @@ class Workload:
     @property
     def decode_weight_bytes(self) -> int:
         """Bytes of weights that one decoded token reads: everything except the embedding table, of which it reads one row."""
-        with torch.device("meta"):
-            plain = Decoder(self.decoder.config)
-        weights = [weight for module in (plain.layers, plain.norm, plain.lm_head) for weight in module.parameters()]
-        return sum(weight.numel() for weight in weights) * self.packed.inputs_embeds.element_size()
+        modules = [module for part in (self.decoder.layers, self.decoder.lm_head) for module in part.modules()]
+        matrices = sum(matrix_bytes(module) for module in modules if isinstance(module, Linear))
+        vectors = [*self.decoder.layers.parameters(), *self.decoder.norm.parameters()]
+        return matrices + sum(vector.nbytes for vector in vectors if vector.dim() == 1)
 
     def tokens_per_layer(self, schedule: DropSchedule) -> list[int]:
         config, text_tokens, vision_tokens = self.sizes
@@ -214,8 +219,16 @@ class Workload:
         return schedule.kv_cache_bytes(config, text_tokens + decoded, vision_tokens, value_bytes)
 
 
-def make_workload(args: argparse.Namespace) -> Workload:
-    """The decoder and the prompt that the options ask for.
+def matrix_bytes(module: Linear) -> int:
+    """The bytes that a product with one row reads of the weight of a linear layer."""
+    if isinstance(module, QuantisedLinear):
+        return module.read_bytes
+    width = torch.bfloat16.itemsize if isinstance(module, PrepackedLinear) else module.weight.element_size()
+    return module.in_features * module.out_features * width
+
+
+def make_workloads(args: argparse.Namespace, keeps_plain: bool = False) -> list[Workload]:
+    """The prompt that the options ask for, with the same decoder in every dtype. Only the first keeps its plain tensors.
 
     Raises ValueError for an unknown model, device, dtype, back end or number of layers, and what Decoder.compile_layers raises.
     """
@@ -224,15 +237,35 @@ def make_workload(args: argparse.Namespace) -> Workload:
         raise ValueError(f"{args.model} has {shape.num_hidden_layers} layers, not {args.layers}; lower --layers")
     config, grids = replace(shape, num_hidden_layers=args.layers), prompt_grids(args)
     device = as_device(args.device)
-    precision = named_precision(args.dtype, device)
-    decoder = random_decoder(config, device, precision.dtype, args.attention)
+    precisions = [named_precision(name, device) for name in args.dtype.split(",")]
+    original = random_decoder(config, device, precisions[0].dtype, args.attention)
+    packed = random_prompt(args.text_tokens, grids, original)
+    plain, workloads = original.state_dict(), list[Workload]()
+    for precision in precisions:
+        decoder = ready_decoder(decoder_of(plain, config, precision.dtype, args.attention), precision, args)
+        own = replace(packed, inputs_embeds=packed.inputs_embeds.to(precision.dtype))
+        kept, prefix = (None, f"{precision.name} ") if workloads else (plain if keeps_plain else None, "")
+        workloads.append(Workload(decoder, own, args.decode_steps, shape.num_hidden_layers, precision, kept, prefix))
+    return workloads
+
+
+def decoder_of(plain: Mapping[str, Tensor], config: TextConfig, dtype: torch.dtype, attention: str) -> Decoder:
+    """A decoder with these tensors, which are copied only into another dtype."""
+    with torch.device("meta"):
+        decoder = Decoder(config, resolve_backend(attention, plain["norm.weight"].device, dtype))
+    decoder.load_state_dict(plain, assign=True)
+    if config.tie_word_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight
+    return decoder.to(dtype).eval().requires_grad_(False)
+
+
+def ready_decoder(decoder: Decoder, precision: Precision, args: argparse.Namespace) -> Decoder:
+    """The decoder with its weights in the form in which they are multiplied. Raises what Decoder.compile_layers raises."""
     decoder.cuda_graph = args.cuda_graph
-    plain = decoder.state_dict() if args.transformers else None
-    pack(decoder, precision, device)
+    pack(decoder, precision, decoder.embed_tokens.weight.device)
     if args.compile:
         decoder.compile_layers()
-    packed = random_prompt(args.text_tokens, grids, decoder)
-    return Workload(decoder, packed, args.decode_steps, shape.num_hidden_layers, plain)
+    return decoder
 
 
 def shape_of(model: str) -> TextConfig:
@@ -275,5 +308,3 @@ def random_prompt(text_tokens: int, grids: Grids, decoder: Decoder) -> PackedInp
     has_places = decoder.config.mrope_section is not None
     position_ids = multimodal_positions(vision_mask.tolist(), grids, {True}).to(like.device) if has_places else rows
     return PackedInputs(inputs_embeds, position_ids, vision_mask, [len(rows)], (vision_tokens,), vision_grids=(grids,))
-
-

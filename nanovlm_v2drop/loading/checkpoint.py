@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn import init
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 from ..models.config import LanguageModelConfig, LlavaConfig, Qwen2VLConfig, SmolVLMConfig, VLMConfig
 from ..models.decoder import Decoder
@@ -22,8 +20,9 @@ from ..models.linear import as_bfloat16
 from ..models.model_classes import MODEL_CLASSES
 from ..models.vlm import VLM
 from .files import SAFETENSORS_TWINS, CheckpointError, StoredTensor, check_names, list_tensors, listed, open_safetensors
-from .precision import Precision, pack, packed_layers
+from .precision import Precision, check_not_split, pack, packed_layers
 from .tensor_parallel import split_decoder
+from .uninitialised import Uninitialised
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -77,23 +76,8 @@ RENAMES: tuple[tuple[str, str | None], ...] = (
 DECODER_LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 VISION_BLOCK = re.compile(r"(?:vision_tower\.encoder\.layers|visual\.blocks)\.(\d+)\.")
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
-DRAWS = (init.normal_, init.uniform_, init.kaiming_uniform_)
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 IN_MEMORY = Path("model in memory")  # the file of tensors that come from none
-
-
-class Uninitialised(TorchFunctionMode):
-    """Modules made under this draw no initial values.
-
-    On the meta device torch imports its compiler to draw them, which takes longer than reading a gigabyte.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.randn:
-            return torch.empty(*args, **kwargs or {})
-        if func in DRAWS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs or {})
 
 
 def load_model(
@@ -109,8 +93,8 @@ def load_model(
 
     The weights never exist twice: each tensor goes straight from the mapped file to `device` and its own form. On the CPU,
     in the dtype of the file, it stays a view of the file; do not overwrite the file while the model lives. In bfloat16 on
-    a CPU, matrices are prepacked at their first product, or at once if they are converted. In int8 they are quantised one
-    after the other.
+    a CPU, matrices are prepacked at their first product, or at once if they are converted. In int8 and int4 they are
+    quantised one after the other, and no file stays mapped.
 
     Args:
         folder: holds model.safetensors, or shards with model.safetensors.index.json, or one other *.safetensors file.
@@ -125,12 +109,29 @@ def load_model(
     """
     model, sources = matched_model(list_tensors(Path(folder)), config, attention, Path(folder))
     parts = {} if mesh is None else split_parts(model.language_model, mesh)
-    if parts and precision.is_quantised:
-        raise ValueError(f"tensor_parallel with {precision.name} weights is not possible; use bfloat16, or one process")
+    check_not_split(precision, mesh is not None)
     as_stored = {f"{name}.weight" for name in packed_layers(model, precision, device)}
-    fill(model, dict(read_tensors(sources, parts, device, precision.dtype, as_stored)), parts)
+    if precision.is_quantised:
+        fill_quantised(model, sources, precision, as_stored)
+    else:
+        fill(model, dict(read_tensors(sources, parts, device, precision.dtype, as_stored)), parts)
+        check_materialised(model)
     pack(model, precision, device)
     return model
+
+
+def fill_quantised(model: Model, sources: dict[str, StoredTensor], precision: Precision, matrices: Set[str]) -> None:
+    """Give a model on the CPU its values, and quantise each of the matrices when it is read. No file stays mapped."""
+    place, tied = torch.device("cpu"), model.config.text_config.tie_word_embeddings
+    later = {name: source for name, source in sources.items() if name in matrices and not (tied and name == HEAD)}
+    first = {name: source for name, source in sources.items() if name not in later}
+    others = read_tensors(first, {}, place, precision.dtype, set())
+    fill(model, {name: tensor.clone() for name, tensor in others}, {}, strict=False)
+    for name, stored in read_tensors(later, {}, place, precision.dtype, matrices):
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        layer.weight = nn.Parameter(stored, requires_grad=False)
+        pack(model, precision, place)  # the other matrices have no values yet
+    check_materialised(model)
 
 
 def share_model(tensors: Mapping[str, Tensor], config: VLMConfig, attention: str = "auto") -> VLM:
@@ -148,6 +149,7 @@ def share_model(tensors: Mapping[str, Tensor], config: VLMConfig, attention: str
     for source in sources.values():
         check_finite(tensors[source.name], source, tensors[source.name].dtype)
     fill(model, {name: tensors[source.name][source.part] for name, source in sources.items()}, {})
+    check_materialised(model)
     return model
 
 
@@ -161,15 +163,14 @@ def matched_model(
     return model, match_tensors(stored, model, folder)
 
 
-def fill(model: Model, state: dict[str, Tensor], parts: Parts) -> None:
-    """Give a model its values, and make it ready for inference."""
+def fill(model: Model, state: dict[str, Tensor], parts: Parts, strict: bool = True) -> None:
+    """Give a model its values, all of them if `strict`, and make it ready for inference."""
     tied = model.config.text_config.tie_word_embeddings
     if tied:
         state[HEAD] = tied_head(state, parts)
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(state, strict=strict, assign=True)
     if tied and not parts:
         model.language_model.lm_head.weight = model.language_model.embed_tokens.weight  # assigning has made two of them
-    check_materialised(model)
     model.eval().requires_grad_(False)
 
 

@@ -14,6 +14,9 @@ from ..models.config import read_json_object
 from ..models.config.settings import MapOf, Text
 
 WEIGHT_MAP = MapOf(Text(r"[^\0]{1,255}"))  # tensor name -> file name
+INDEX = "model.safetensors.index.json"
+OWN_INDEX = "quantised.safetensors.index.json"  # of our own copies; other programs find no weights
+OWN_QUANTISATION = "nanovlm-v2drop"  # the quantisation method in the config.json of our own copies; see quantised.py
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 SAFETENSORS_TWINS = (
@@ -67,10 +70,18 @@ def check_folder(folder: Path) -> None:
     for settings in (raw, raw.get("text_config"), raw.get("llm_config")):
         if not isinstance(settings, dict):
             continue
-        if quantisation := settings.get("quantization_config") or settings.get("compression_config"):
+        quantisation = settings.get("quantization_config") or settings.get("compression_config")
+        if quantisation and own_quantisation(folder) is None:
             raise CheckpointError(quantised_message(folder, f"config.json names {describe_quantisation(quantisation)}"))
     if found := [name for name in QUANTISATION_FILES if (folder / name).is_file()]:
         raise CheckpointError(quantised_message(folder, f"it holds {found[0]}"))
+
+
+def own_quantisation(folder: Path) -> dict[str, Any] | None:
+    """What config.json says of a quantised copy that this project wrote; None for every other folder."""
+    config = folder / "config.json"
+    settings = read_json_object(config).get("quantization_config") if config.is_file() else None
+    return settings if isinstance(settings, dict) and settings.get("quant_method") == OWN_QUANTISATION else None
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -133,7 +144,7 @@ def check_names(folder: Path, stored: Sequence[StoredTensor]) -> None:
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
     """The folder's safetensors files, in order, with the tensor names that an index promises in each (or none)."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / (INDEX if own_quantisation(folder) is None else OWN_INDEX)
     if single.is_file():  # before the index, as transformers decides it
         return {single: set()}
     if index.is_file():

@@ -59,6 +59,12 @@ def named_precision(dtype: str | torch.dtype, device: torch.device) -> Precision
     return Precision(name, computing_dtype(name, device))
 
 
+def check_not_split(precision: Precision, is_split: bool) -> None:
+    """Raise ValueError where several processes would share quantised weights."""
+    if is_split and precision.is_quantised:
+        raise ValueError(f"tensor_parallel with {precision.name} weights is not possible; use bfloat16, or one process")
+
+
 def computing_dtype(name: str, device: torch.device) -> torch.dtype:
     """What is computed with weights stored as `name`."""
     if name not in QUANTISED and name != "bfloat16":
@@ -68,20 +74,31 @@ def computing_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def chosen_precision(device: torch.device, num_weights: int) -> Precision:
-    """What `auto` means for a model of `num_weights`: the form that keeps most digits among those that are fast and fit."""
+    """What `auto` means for a model of `num_weights`: the float dtype with the most digits that is fast and fits.
+
+    It never quantises, because answers would change. Where no float dtype fits, the reason names a quantised one that does.
+    """
     if device.type != "cpu":
         return Precision("bfloat16", torch.bfloat16, f"the weights are on {device.type}")
     size = f"{num_weights / 1e9:.1f} B weights" if num_weights >= 1e8 else f"{num_weights / 1e6:.1f} M weights"
     if num_weights < SMALL:
         return Precision("float32", torch.float32, f"only {size}")
     memory = memory_bytes()
-    fast = ["bfloat16"] if has_bfloat16_instructions() else ["float32", "bfloat16"]
-    small = [name for name, obstacle in OBSTACLES.items() if obstacle(device) is None]
-    usable = {name: FLOATS.get(name) or QUANTISED[name] for name in [*fast, *small]}
-    name = next((name for name, width in usable.items() if width * num_weights <= SPARE * memory), list(usable)[-1])
+    fast = ("bfloat16",) if has_bfloat16_instructions() else ("float32", "bfloat16")
+    fits = [name for name in fast if FLOATS[name] * num_weights <= SPARE * memory]
+    name = fits[0] if fits else "bfloat16"
     instructions = "has" if has_bfloat16_instructions() else "has no"
     reason = f"{size}, {memory / 1e9:.0f} GB of memory, and the processor {instructions} bfloat16 instructions"
-    return Precision(name, computing_dtype(name, device), reason)
+    advice = "" if fits else f"; {smaller_form(num_weights, SPARE * memory, device)}"
+    return Precision(name, computing_dtype(name, device), reason + advice)
+
+
+def smaller_form(num_weights: int, room: float, device: torch.device) -> str:
+    """Which quantised form of a model fits into `room` bytes, where bfloat16 does not."""
+    sizes = {name: width * num_weights for name, width in QUANTISED.items() if OBSTACLES[name](device) is None}
+    needed = f"bfloat16 needs {FLOATS['bfloat16'] * num_weights / 1e9:.1f} GB and {room / 1e9:.1f} GB are for weights"
+    ways = [f"--dtype {name} needs {size / 1e9:.1f} GB" for name, size in sizes.items() if size <= room]
+    return f"{needed}: {ways[0] if ways else 'no dtype that runs here fits'}"
 
 
 def memory_bytes() -> int:

@@ -23,7 +23,8 @@ from .checkpoint import load_model, share_model
 from .families import MediaProcessor, find_conversation, media_processor, released_sampling
 from .files import check_folder, has_tokenizer, list_tensors
 from .in_memory import HeldModel, held_name, held_weights, is_held_model, write_settings
-from .precision import Precision, chosen_precision, named_precision
+from .precision import Precision, check_not_split, chosen_precision, named_precision
+from .quantised import load_quantised, saved_precision
 from .specs import AUTO, MODELS, OWN_TEMPLATE, ModelSpec, WeightsUnavailable, find_spec
 
 if TYPE_CHECKING:
@@ -215,10 +216,15 @@ def load(
     precision = None if dtype == AUTO else named_precision(dtype, place)  # before anything is downloaded
     spec, folder = locate(model, weights)
     config, surroundings = surround(spec, folder, options)
-    precision = precision or chosen_precision(place, sum(prod(tensor.shape) for tensor in list_tensors(folder)))
+    saved = saved_precision(folder, precision, place)
+    precision = saved or precision or chosen_precision(place, sum(prod(tensor.shape) for tensor in list_tensors(folder)))
     attention = resolve_backend(attention, place, precision.dtype)
     # The weights come last: everything else fails in milliseconds.
-    network = load_model(folder, config, device=place, precision=precision, attention=attention, mesh=mesh)
+    if saved is not None:
+        check_not_split(precision, mesh is not None)
+        network = load_quantised(folder, config, precision, attention)
+    else:
+        network = load_model(folder, config, device=place, precision=precision, attention=attention, mesh=mesh)
     return VisionLanguageModel(model=network, folder=folder.resolve(), precision=precision, **surroundings)
 
 

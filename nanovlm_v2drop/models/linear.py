@@ -82,6 +82,11 @@ class QuantisedLinear(nn.Module):
     in_features: int
     out_features: int
 
+    @property
+    def read_bytes(self) -> int:
+        """The bytes that a product with one row reads of the weight and its scales."""
+        raise NotImplementedError
+
     def read(self, values: Tensor) -> Any:
         """The values (..., in_features) in the form that `product` takes; equal for all layers of a kind and width."""
         raise NotImplementedError

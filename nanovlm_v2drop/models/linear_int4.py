@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import QuantisedLinear, replace_linears
-from .linear_int8 import SLICE, ZERO_POINT, QuantisedRows, all_linears, int8_obstacle, quantise_rows
+from .linear_int8 import SLICE, ZERO_POINT, QuantisedRows, filled_linears, int8_obstacle, quantise_rows
 
 GROUP = 64
 LARGEST, LARGEST_MULTIPLE = 7, 18  # their product is the largest multiple of 7 in int8
@@ -87,6 +87,10 @@ class Int4Linear(QuantisedLinear):
             numbers.sub_(OFFSET).unflatten(0, (-1, GROUP)).mul_(own)
         return unpacked
 
+    @property
+    def read_bytes(self) -> int:
+        return self.nibbles.nbytes + self.scales_and_zeros.nbytes
+
     def read(self, values: Tensor) -> Tensor | QuantisedRows:
         return values if values.numel() <= FEW_ROWS * self.in_features else quantise_rows(values)
 
@@ -120,6 +124,6 @@ def int4_obstacle(device: torch.device) -> str | None:
 
 
 def quantise_int4(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every nn.Linear in the layers of a decoder, one after another. Raises ValueError as `Int4Linear.of`."""
-    inside = {name: layer for name, layer in all_linears(model).items() if DECODER_LAYERS.search(name)}
+    """Replace every nn.Linear with values in a decoder's layers, one after another. Raises ValueError as `Int4Linear.of`."""
+    inside = {name: layer for name, layer in filled_linears(model).items() if DECODER_LAYERS.search(name)}
     replace_linears(model, inside, lambda linear: Int4Linear.of(linear, dtype))

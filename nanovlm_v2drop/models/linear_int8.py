@@ -76,6 +76,10 @@ class Int8Linear(QuantisedLinear):
         """(N, K) float32: what the quantised weight means."""
         return self.q.float() * self.scale[:, None]
 
+    @property
+    def read_bytes(self) -> int:
+        return self.out_features * self.in_features + self.scale.nbytes
+
     def read(self, values: Tensor) -> QuantisedRows:
         return quantise_rows(values)
 
@@ -101,6 +105,11 @@ def all_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
 
 
+def filled_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Those of all linear layers that have values."""
+    return {name: linear for name, linear in all_linears(model).items() if not linear.weight.is_meta}
+
+
 def quantise_int8(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every nn.Linear, one after another, so that at most one float weight in memory is held beside its int8 form."""
-    replace_linears(model, all_linears(model), lambda linear: Int8Linear.of(linear, dtype))
+    """Replace every nn.Linear that has values, one after another, so that at most one of them is held in both forms."""
+    replace_linears(model, filled_linears(model), lambda linear: Int8Linear.of(linear, dtype))

@@ -42,7 +42,7 @@ def flops_finding() -> Finding:
 def cost_options(vision_tokens: int, share: float) -> list[str]:
     """The benchmark's options for V2Drop at a share of `vision_tokens`."""
     sizes = ["--vision-tokens", str(vision_tokens), "--tokens", f"{share * vision_tokens:g}", "--layers", str(LAYERS)]
-    return ["--no-transformers", "--methods", "v2drop", *sizes, "--repeats", str(ROUNDS), "--decode-steps", "1"]
+    return ["--peers", "none", "--methods", "v2drop", *sizes, "--repeats", str(ROUNDS), "--decode-steps", "1"]
 
 
 def measure_costs(vision_tokens: int, share: float) -> dict[str, dict[str, Any]]:

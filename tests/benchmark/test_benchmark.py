@@ -1,5 +1,6 @@
 """The benchmark at tiny sizes: that it compares equal work and counts it right. Nothing here looks at a time."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from math import prod
@@ -19,14 +20,18 @@ from nanovlm_v2drop.benchmark.contenders import (
     transformers_contender,
 )
 from nanovlm_v2drop.benchmark.measure import drop_points_run, gemm_products, gemm_run, plain_gemm_run, time_rounds
-from nanovlm_v2drop.benchmark.run import budgets_of, build_parser, main
-from nanovlm_v2drop.benchmark.workload import SHAPES, Workload, make_workload, prompt_grids
+from nanovlm_v2drop.benchmark.run import budgets_of, build_parser, main, named_peers
+from nanovlm_v2drop.benchmark.workload import SHAPES, Workload, make_workloads, prompt_grids
 from nanovlm_v2drop.dropping import DROPPERS, PUBLISHED_SCHEDULES, DropSchedule, V2Drop
 from nanovlm_v2drop.inference import prefill
 from nanovlm_v2drop.loading.zoo import MODELS
 from nanovlm_v2drop.models.config import TextConfig
 from nanovlm_v2drop.models.decoder import Decoder
+from nanovlm_v2drop.models.linear_int4 import int4_obstacle
 
+CPU = torch.device("cpu")
+needs_int4 = pytest.mark.skipif(int4_obstacle(CPU) is not None, reason=f"int4: {int4_obstacle(CPU)}")
+QUANTISABLE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 192}
 SIZES = {"layers": 6, "text-tokens": 9, "repeats": 2, "decode-steps": 3}
 ARGUMENTS = ["--model=tiny", "--dtype=float32", *(f"--{name}={size}" for name, size in SIZES.items())]
 PICTURE, BUDGETS = "--vision-tokens=24", "--tokens=16,12"
@@ -84,7 +89,7 @@ def tiny_shape(monkeypatch):
 def tiny_workload(*options: str) -> Workload:
     torch.manual_seed(0)
     prompt = [] if any(option.startswith("--frames") for option in options) else [PICTURE]
-    return make_workload(build_parser().parse_args([*ARGUMENTS, *prompt, *options]))
+    return make_workloads(build_parser().parse_args([*ARGUMENTS, *prompt, *options]), keeps_plain=True)[0]
 
 
 def run(capsys, *options: str, prompt: tuple[str, ...] = (PICTURE, BUDGETS)) -> tuple[dict, str]:
@@ -111,16 +116,71 @@ def test_a_run_ends_with_one_json_object_that_has_every_contender(capsys):
 
 
 def test_without_transformers_the_rest_is_measured_all_the_same(capsys):
-    report, nothing = run(capsys, "--no-transformers", "--json")
+    report, nothing = run(capsys, "--peers=none", "--json")
     assert [row["prefill"] for row in report["prefill"]] == METHODS
     assert report["logits_check"] is None
     assert nothing == ""
 
 
+def test_peers_are_named_with_or_without_a_choice():
+    assert named_peers("none") == {}
+    assert named_peers("transformers:eager,llama.cpp,transformers:sdpa") == {
+        "transformers": ["eager", "sdpa"],
+        "llama.cpp": ["Q8_0", "Q4_0"],
+    }
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_a_note(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    report, _ = run(capsys, "--peers=transformers,llama.cpp")
+    assert [row["prefill"] for row in report["prefill"]] == METHODS
+    assert report["notes"][0] == "transformers was left out: it is not installed"
+    assert report["notes"][1].startswith("llama.cpp was left out: ")
+    assert "memory" not in report
+
+
+@needs_int4
+def test_several_dtypes_run_side_by_side_with_their_own_weights(capsys, monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", replace(SHAPES["tiny"], **QUANTISABLE))
+    options = ["--methods=v2drop", "--tokens=16", "--dtype=bfloat16,int8,int4", "--peers=none"]
+    report, _ = run(capsys, *options, prompt=(PICTURE,))
+    names = ["dense", "v2drop@16", "int8 dense", "int8 v2drop@16", "int4 dense", "int4 v2drop@16"]
+    assert [row["prefill"] for row in report["prefill"]] == names
+    assert [row["decode"] for row in report["decode"]] == names
+    bfloat16, _, int8, _, int4, _ = (row["touched_mb"] for row in report["decode"])
+    assert bfloat16 > int8 > int4
+
+
+@needs_int4
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_one_decoded_token_reads_every_weight_but_the_embeddings(dtype, monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", replace(SHAPES["tiny"], **QUANTISABLE))
+    workload = tiny_workload("--dtype", dtype)
+    inside = sum(tensor.numel() for name, tensor in workload.plain.items() if tensor.dim() == 2 and "layers" in name)
+    head, norms = 192 * 64, 13 * 64 * workload.precision.dtype.itemsize
+    channels = sum(len(tensor) for name, tensor in workload.plain.items() if tensor.dim() == 2 and "layers" in name)
+    matrices = {
+        "float32": 4 * (inside + head),
+        "bfloat16": 2 * (inside + head),
+        "int8": inside + head + 4 * (channels + 192),
+        "int4": inside // 2 + inside // 64 * 4 + head + 4 * 192,  # a scale and a zero in bfloat16 for 64 inputs
+    }
+    assert workload.decode_weight_bytes == matrices[dtype] + norms
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_further_dtypes_have_the_same_weights(dtype):
+    arguments = build_parser().parse_args([*ARGUMENTS, PICTURE, f"--dtype=float32,{dtype}"])
+    first, second = make_workloads(arguments)
+    for name, tensor in first.decoder.state_dict().items():
+        own = second.decoder.get_submodule(name.rpartition(".")[0]).weight
+        assert torch.equal(own, tensor.to(own.dtype)), name
+
+
 def test_loading_is_measured_instead_where_that_is_asked_for(capsys, monkeypatch):
     loaded = {"load_seconds": 1.0, "ready_seconds": 2.0, "cpu_seconds": 3.0, "peak_mb": 4.0}
     monkeypatch.setattr(loading, "measured_apart", lambda *_: loaded)  # test_loading.py runs it
-    report, text = run(capsys, "--loading", "--no-transformers", "--repeats=1", prompt=())
+    report, text = run(capsys, "--loading", "--peers=none", "--repeats=1", prompt=())
     assert {row["loading"] for row in report["loads"]} == {"ours"}
     pairs = {(row["stored"], row["dtype"]) for row in report["loads"]}
     assert pairs == {("float16", name) for name in ("float16", "bfloat16", "float32")} | {("bfloat16", "bfloat16")}
@@ -129,7 +189,7 @@ def test_loading_is_measured_instead_where_that_is_asked_for(capsys, monkeypatch
 
 
 def test_ratios_and_sizes_of_a_row_are_those_of_the_one_accounting_and_of_the_real_cache(capsys):
-    report, _ = run(capsys, "--no-transformers", "--json")
+    report, _ = run(capsys, "--peers=none", "--json")
     workload = tiny_workload()
     config = workload.decoder.config
     for row in report["prefill"]:
@@ -281,7 +341,7 @@ def test_a_picture_is_as_square_as_its_tokens_can_be(tokens):
 
 @pytest.mark.parametrize("model", VIDEO_MODELS)
 def test_videos_run_with_every_kind_of_method_and_say_what_a_few_layers_leave(capsys, model):
-    options = [f"--model={model}", "--methods=v2drop,dycoke,fastv", "--layers=4", "--no-transformers"]
+    options = [f"--model={model}", "--methods=v2drop,dycoke,fastv", "--layers=4", "--peers=none"]
     report, text = run(capsys, *options, prompt=("--frames=8", "--retain=0.4"))
     assert [row["prefill"] for row in report["prefill"]] == ["dense", "v2drop@40%", "dycoke@40%", "fastv@40%"]
     tokens, (_, v2drop, dycoke, _) = report["vision_tokens"], report["prefill"]
@@ -300,7 +360,7 @@ def test_the_note_on_positions_stands_where_transformers_ran(capsys):
     report, _ = run(capsys, *options)
     assert [note.partition(" ")[0] for note in report["notes"]] == ["transformers"]
     assert report["logits_check"]["max_difference"] < 1e-3
-    assert run(capsys, *options, "--no-transformers")[0]["notes"] == []
+    assert run(capsys, *options, "--peers=none")[0]["notes"] == []
 
 
 def test_methods_that_hide_a_part_of_the_cache_decode_for_themselves():
@@ -371,7 +431,8 @@ def test_every_round_runs_everything_once_in_rotating_order():
         (["--layers", "7"], "tiny has 6 layers, not 7"),
         (["--attention", "flash-attn"], "cannot run"),
         (["--dtype", "int3"], "unknown dtype 'int3'"),
-        (["--transformers", "sdpa,fast"], "transformers has no attention fast"),
+        (["--peers", "transformers:fast"], "transformers has no choice 'fast'; choose from sdpa"),
+        (["--peers", "vllm"], "unknown peer 'vllm'; choose from transformers, llama.cpp, or none"),
         (["--compile", "--dtype", "bfloat16"], "cannot be compiled"),
         (["--cuda-graph"], "--cuda-graph needs --device cuda"),
     ],

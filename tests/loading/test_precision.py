@@ -42,13 +42,12 @@ def set_machine(monkeypatch: pytest.MonkeyPatch, bfloat16: bool, int8: bool, mem
     [
         (1_600_000, True, True, 16, "float32", torch.float32),  # the shipped demos
         (SEVEN_BILLION, True, True, 24, "bfloat16", torch.bfloat16),
-        (SEVEN_BILLION, True, True, 16, "int8", torch.bfloat16),
+        (SEVEN_BILLION, True, True, 16, "bfloat16", torch.bfloat16),  # does not fit, but int8 has to be asked for
         (SEVEN_BILLION, False, True, 64, "float32", torch.float32),
         (SEVEN_BILLION, False, True, 24, "bfloat16", torch.float32),
-        (SEVEN_BILLION, False, True, 16, "int8", torch.float32),
+        (SEVEN_BILLION, False, True, 16, "bfloat16", torch.float32),
         (SEVEN_BILLION, False, False, 16, "bfloat16", torch.float32),
-        (SEVEN_BILLION, True, True, 8, "int4", torch.bfloat16),
-        (SEVEN_BILLION, True, True, 4, "int4", torch.bfloat16),  # nothing fits: the smallest
+        (SEVEN_BILLION, True, True, 4, "bfloat16", torch.bfloat16),
     ],
 )
 def test_auto_keeps_the_most_digits_that_are_fast_and_fit(
@@ -66,6 +65,22 @@ def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(chosen_precision(CPU, 1_640_000)) == "float32 (auto: only 1.6 M weights)"
     assert str(chosen_precision(CUDA, 1)) == "bfloat16 (auto: the weights are on cuda)"
     assert str(Precision("int8", torch.bfloat16)) == "int8"
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "int8", "advice"),
+    [
+        (16, True, "bfloat16 needs 14.1 GB and 12.0 GB are for weights: --dtype int8 needs 7.4 GB"),
+        (8, True, "bfloat16 needs 14.1 GB and 6.0 GB are for weights: --dtype int4 needs 4.6 GB"),
+        (4, True, "bfloat16 needs 14.1 GB and 3.0 GB are for weights: no dtype that runs here fits"),
+        (16, False, "bfloat16 needs 14.1 GB and 12.0 GB are for weights: no dtype that runs here fits"),
+    ],
+)
+def test_auto_names_the_quantised_dtype_that_fits_where_no_float_does(
+    memory_gb: float, int8: bool, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_machine(monkeypatch, bfloat16=True, int8=int8, memory_gb=memory_gb)
+    assert chosen_precision(CPU, SEVEN_BILLION).reason.endswith(f"bfloat16 instructions; {advice}")
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "float64", "bfloat16"])

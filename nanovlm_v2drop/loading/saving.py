@@ -1,0 +1,59 @@
+"""Write a copy of a checkpoint with quantised weights: half or a third of the size, and not quantised again at each load.
+
+    python -m nanovlm_v2drop.loading.saving llava-1.5-7b FOLDER --dtype int8
+
+`load(FOLDER)` reads it; see quantised.py for what the folder holds.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from ..models.config import read_json_object
+from .files import INDEX
+from .quantised import quantisation_settings, write_weights
+from .zoo import VisionLanguageModel, load
+
+SMALL_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes of settings and tokenizers
+
+
+def save_quantised(vlm: VisionLanguageModel, folder: str | Path) -> None:
+    """Write the quantised copy of a model that was loaded with dtype int8 or int4.
+
+    Raises ValueError for a model without quantised weights; FileExistsError where the folder holds files.
+    """
+    if not vlm.precision.is_quantised or vlm.folder is None:
+        raise ValueError(f"{vlm.name} is loaded with {vlm.precision.name} weights; load it with dtype int8 or int4 first")
+    target = Path(folder).expanduser()
+    target.mkdir(parents=True, exist_ok=True)
+    if any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty; give a new folder")
+    write_weights(vlm.model, target)
+    for file in sorted(vlm.folder.iterdir()):
+        if file.is_file() and file.suffix in SMALL_FILES and file.name != INDEX:
+            shutil.copyfile(file, target / file.name)
+    config = {**read_json_object(vlm.folder / "config.json"), "quantization_config": quantisation_settings(vlm.precision)}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m nanovlm_v2drop.loading.saving", description="Write a quantised copy.")
+    parser.add_argument("model", help="a name, a Hub id or a checkpoint's folder, as for load")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=("int8", "int4"), required=True)
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
+    args = parser.parse_args()
+    try:
+        save_quantised(load(args.model, dtype=args.dtype), args.folder)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"wrote {sum(file.stat().st_size for file in args.folder.iterdir()) / 1e9:.2f} GB to {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Do lazy tokens stay lazy with other weights? Each dtype against float32, with the same method, budget and prompts.
+
+    python -m nanovlm_v2drop.research.precision --model demo --methods v2drop,fastv --limit 60
+
+kept: the share of the vision tokens that float32 keeps behind a drop point and that this dtype keeps too, as a mean over the
+    prompts, for each drop point. Prompts of which nothing is kept are left out. Methods that drop before the decoder have no
+    drop point in it.
+divergence: of the first answer token, from float32's distribution to this one's (Kullback-Leibler), in nats.
+changed: prompts in which another first token is the likeliest.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from ..dropping import TokenDropper
+from ..dropping.budget import Budget
+from ..evaluation.plans import DENSE, Plan, find_methods
+from ..inference import prefill
+from ..loading.zoo import VisionLanguageModel, load
+from ..processing.prompts import Request
+from ..tasks import load_task
+from .ablations import share_of_paper
+
+REFERENCE, BATCH = "float32", 10
+PAPER_BUDGETS = (192, 128, 64)  # of 576 tokens; the same shares are asked for here
+Kept = list[tuple[int, list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class First:
+    """What one dtype gives for a batch: log-probabilities (B, V) of the first token, and the kept tokens by drop point."""
+
+    log_probabilities: Tensor
+    kept: Kept
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One dtype against float32; see the text above. `kept` is by layer."""
+
+    method: str
+    budget: str
+    dtype: str
+    kept: dict[int, float]
+    divergence: float
+    changed: int
+    prompts: int
+
+
+def plans_of(methods: Sequence[str]) -> list[Plan]:
+    """Dense, if it is named, and each other method at the three budgets. Raises ValueError for an unknown method."""
+    budgets = [share_of_paper(tokens) for tokens in PAPER_BUDGETS]
+    kinds = find_methods(methods)
+    dense = [Plan(DENSE)] if None in kinds else []
+    return dense + [planned(kind, budget) for kind in kinds if kind is not None for budget in budgets]
+
+
+def planned(method: type[TokenDropper], budget: Budget) -> Plan:
+    return Plan(method.name, method, partial(budget.schedule, method), budget=budget)
+
+
+@torch.no_grad()
+def first_tokens(vlm: VisionLanguageModel, batches: Sequence[Sequence[Request]], plan: Plan) -> list[First]:
+    """What the model gives for the first answer token of each batch of requests."""
+    decoder, found = vlm.model.language_model, list[First]()
+    for requests in batches:
+        packed = vlm.prepare(requests)
+        with plan.answering():
+            prefilled = prefill(decoder, packed, plan.dropper_for(packed, decoder.config.num_hidden_layers))
+        found.append(First(prefilled.logits.float().log_softmax(-1), prefilled.kept))
+    return found
+
+
+def compare(plan: Plan, dtype: str, reference: Sequence[First], other: Sequence[First]) -> Comparison:
+    """One row from what float32 and another dtype gave for the same batches."""
+    pairs = [(one.log_probabilities, two.log_probabilities) for one, two in zip(reference, other, strict=True)]
+    expected, given = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    divergence = (expected.exp() * (expected - given)).sum(-1).mean().item()
+    changed = int((expected.argmax(-1) != given.argmax(-1)).sum())
+    budget = "" if plan.budget is None else str(plan.budget)
+    return Comparison(plan.label, budget, dtype, overlaps(reference, other), divergence, changed, len(expected))
+
+
+def overlaps(reference: Sequence[First], other: Sequence[First]) -> dict[int, float]:
+    """By layer the mean share of the reference's kept tokens that the other keeps too."""
+    shares: dict[int, list[float]] = {}
+    for one, two in zip(reference, other, strict=True):
+        for (layer, expected), (_, given) in zip(one.kept, two.kept, strict=True):
+            both = zip(expected, given, strict=True)
+            shares.setdefault(layer, []).extend(overlap(ours, theirs) for ours, theirs in both if len(ours))
+    return {layer: fmean(values) for layer, values in shares.items() if values}
+
+
+def overlap(expected: Tensor, given: Tensor) -> float:
+    """The share of the expected indices that are given."""
+    return torch.isin(expected, given).float().mean().item()
+
+
+def comparisons(model: str, dtypes: Sequence[str], plans: Sequence[Plan], requests: Sequence[Request]) -> Iterator[Comparison]:
+    """A row for each plan and dtype. Raises what `load` raises."""
+    batches = [requests[start : start + BATCH] for start in range(0, len(requests), BATCH)]
+    models = {dtype: load(model, dtype=dtype) for dtype in (REFERENCE, *dtypes)}
+    for plan in plans:
+        found = {dtype: first_tokens(vlm, batches, plan) for dtype, vlm in models.items()}
+        yield from (compare(plan, dtype, found[REFERENCE], found[dtype]) for dtype in dtypes)
+
+
+def markdown_row(row: Comparison) -> str:
+    kept = ", ".join(f"{100 * share:.1f}" for share in row.kept.values()) or "-"
+    cells = (row.method, row.budget, row.dtype, kept, f"{row.divergence:.4f}", f"{row.changed} of {row.prompts}")
+    return f"| {' | '.join(cells)} |"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m nanovlm_v2drop.research.precision", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="demo", help="default: %(default)s")
+    parser.add_argument("--task", help="whose questions are asked; default: the model's name")
+    parser.add_argument("--methods", default="v2drop", help="default: %(default)s")
+    parser.add_argument("--dtypes", default="bfloat16,int8,int4", help="default: %(default)s")
+    parser.add_argument("--limit", type=int, default=60, help="questions; default: %(default)s")
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
+    args = parser.parse_args()
+    try:
+        plans, task = plans_of(args.methods.split(",")), load_task(args.task or args.model, None)
+        requests = [sample.request for sample in islice(task.samples(args.limit), args.limit)]
+        print("| method | budget | dtype | kept, % | divergence, nats | changed |\n|---|---|---|---|---|---|")
+        for row in comparisons(args.model, args.dtypes.split(","), plans, requests):
+            print(markdown_row(row), flush=True)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Quantised copies: what is written is what is read, everything else is refused, and no file stays mapped."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import logits_of
+
+from nanovlm_v2drop import Request, load, save_quantised
+from nanovlm_v2drop.benchmark.loading import write_checkpoint
+from nanovlm_v2drop.loading import quantised
+from nanovlm_v2drop.loading.files import CheckpointError
+from nanovlm_v2drop.loading.zoo import VisionLanguageModel
+from nanovlm_v2drop.models.config import TextConfig
+from nanovlm_v2drop.models.linear import QuantisedLinear
+from nanovlm_v2drop.models.linear_int4 import int4_obstacle
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(int4_obstacle(CPU) is not None, reason=f"int4: {int4_obstacle(CPU)}")
+NAMES = ("int8", "int4")
+FIRST = "quantised-00001.safetensors"
+
+
+def logits(vlm: VisionLanguageModel) -> torch.Tensor:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (42, 42, 3), dtype=np.uint8))
+    return logits_of(vlm.model, vlm.prepare([Request(text="What?", images=[picture])]))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def original(request: pytest.FixtureRequest) -> VisionLanguageModel:
+    return load("demo", dtype=request.param)
+
+
+@pytest.fixture
+def copy(original: VisionLanguageModel, tmp_path: Path) -> Path:
+    save_quantised(original, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_copy_computes_exactly_what_the_original_does(original: VisionLanguageModel, copy: Path) -> None:
+    vlm = load(copy)
+    assert torch.equal(logits(vlm), logits(original))
+    assert str(vlm.precision) == f"{original.precision} (auto: the folder holds {original.precision} weights)"
+    assert {type(module) for module in vlm.model.modules()} == {type(module) for module in original.model.modules()}
+
+
+def test_a_copy_in_several_files_is_the_same(
+    original: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised, "FILE_BYTES", 1_000_000)
+    save_quantised(original, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert torch.equal(logits(load(tmp_path)), logits(original))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_biases_and_a_tied_head_are_in_the_copy(name: str, tmp_path: Path) -> None:
+    original = load("demo-video", dtype=name)  # a decoder of Qwen2
+    save_quantised(original, tmp_path)
+    biases = [name for name in load_file(tmp_path / FIRST) if name.endswith("q_proj.bias") and "language" in name]
+    assert len(biases) == original.config.text_config.num_hidden_layers
+    for name, tensor in load(tmp_path).model.state_dict().items():
+        assert torch.equal(tensor, original.model.state_dict()[name]), name
+
+
+def test_a_copy_is_smaller_by_what_the_widths_say(original: VisionLanguageModel, copy: Path) -> None:
+    sizes = {file.suffix: file.stat().st_size for file in copy.iterdir() if file.suffix == ".safetensors"}
+    matrices = [module for module in original.model.modules() if isinstance(module, QuantisedLinear)]
+    others = sum(tensor.nbytes for tensor in original.model.state_dict().values())
+    assert sizes[".safetensors"] < 1.15 * (sum(module.read_bytes for module in matrices) + others)
+
+
+def test_other_dtypes_of_a_copy_are_refused(original: VisionLanguageModel, copy: Path) -> None:
+    with pytest.raises(ValueError, match=f"holds {original.precision} weights, not bfloat16; leave the dtype out"):
+        load(copy, dtype="bfloat16")
+    assert load(copy, dtype=original.precision.name).precision == original.precision
+
+
+def test_transformers_finds_no_weights_in_a_copy(copy: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        transformers.AutoModelForImageTextToText.from_pretrained(copy)
+
+
+def test_only_quantised_models_from_a_folder_can_be_written_and_only_into_a_new_one(
+    original: VisionLanguageModel, copy: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="is loaded with float32 weights; load it with dtype int8 or int4 first"):
+        save_quantised(load("demo"), tmp_path / "float")
+    with pytest.raises(FileExistsError, match="is not empty; give a new folder"):
+        save_quantised(original, copy)
+
+
+def change_config(copy: Path, **settings: object) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (copy / "config.json").write_text(json.dumps(config))
+
+
+def test_a_copy_with_an_unknown_dtype_or_layout_is_refused(copy: Path) -> None:
+    change_config(copy, layout="AVX2")
+    with pytest.raises(CheckpointError, match="was written for the kernels of AVX2"):
+        load(copy)
+    change_config(copy, dtype="int3")
+    with pytest.raises(CheckpointError, match="unknown dtype 'int3'"):
+        load(copy)
+
+
+def test_the_integers_of_the_other_dtype_are_refused(copy: Path, original: VisionLanguageModel) -> None:
+    other = "int4" if original.precision.name == "int8" else "int8"
+    change_config(copy, dtype=other, layout=quantised.layout_of(other))
+    with pytest.raises(CheckpointError, match="lacks tensors of the quantised copy"):
+        load(copy)
+
+
+Tensors = dict[str, torch.Tensor]
+HEAD = "language_model.lm_head"
+DAMAGES: dict[str, Callable[[Tensors], object]] = {
+    "lacks tensors of the quantised copy: language_model.lm_head.scale": lambda tensors: tensors.pop(f"{HEAD}.scale"),
+    "no place for: more": lambda tensors: tensors.update(more=torch.zeros(1)),
+    r"disagree: language_model.lm_head.q .* is \(3, 64\) in I8": lambda t: t.update({f"{HEAD}.q": torch.zeros(3, 64).char()}),
+    r"disagree: language_model.lm_head.scale .* in F16": lambda t: t.update({f"{HEAD}.scale": t[f"{HEAD}.scale"].half()}),
+    "1 of .* values that are not finite": lambda tensors: tensors[f"{HEAD}.scale"][:1].fill_(float("nan")),
+    "negative scales": lambda tensors: tensors[f"{HEAD}.scale"][:1].fill_(-1),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_copy_is_refused_by_name(message: str, copy: Path) -> None:
+    tensors = load_file(copy / FIRST)
+    DAMAGES[message](tensors)
+    save_file(tensors, copy / FIRST)
+    index = copy / "quantised.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, FIRST)}))
+    with pytest.raises(CheckpointError, match=message):
+        load(copy)
+
+
+def test_multiples_that_would_not_fit_into_int8_are_refused(tmp_path: Path) -> None:
+    save_quantised(load("demo", dtype="int4"), tmp_path)
+    tensors = load_file(tmp_path / FIRST)
+    next(tensor for name, tensor in tensors.items() if name.endswith(".multiples"))[0, 0] = 19
+    save_file(tensors, tmp_path / FIRST)
+    with pytest.raises(CheckpointError, match=r"has values beyond 1 \.\.\. 18"):
+        load(tmp_path)
+
+
+MAPPED = """
+import sys
+from nanovlm_v2drop import load
+vlm = load(sys.argv[1], dtype=sys.argv[2])
+assert vlm.precision.is_quantised
+print([line.split()[-1] for line in open("/proc/self/maps") if ".safetensors" in line])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="what is mapped is read from /proc")
+@pytest.mark.parametrize("source", ["float", "copy"])
+def test_no_file_stays_mapped_behind_quantised_weights(source: str, copy: Path, original: VisionLanguageModel) -> None:
+    folder = str(copy) if source == "copy" else "demo"
+    command = [sys.executable, "-c", MAPPED, folder, original.precision.name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+PEAK = """
+import sys, threading, torch
+from dataclasses import replace
+from pathlib import Path
+from nanovlm_v2drop.benchmark.loading import load_ours
+from nanovlm_v2drop.benchmark.memory import resident
+
+def anonymous():
+    return resident("self")["anonymous_mb"]
+
+torch.set_num_threads(1)
+load_ours(Path(sys.argv[2]), sys.argv[3])  # a small one: what the libraries need once
+before, most, ended = anonymous(), [0.0], threading.Event()
+
+def watch():
+    while not ended.wait(0.0005):
+        most.append(anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_ours(Path(sys.argv[1]), sys.argv[3])
+ended.set()
+watcher.join()
+print(max(most) - before, anonymous() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+@pytest.mark.parametrize(("name", "width"), [("int8", 1.0), ("int4", 0.55)])
+def test_the_memory_of_loading_a_float_checkpoint_is_near_that_of_the_quantised_weights(
+    name: str, width: float, tmp_path: Path
+) -> None:
+    shape = TextConfig(vocab_size=1024, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=8)
+    for folder, layers in (("large", 12), ("small", 1)):
+        (tmp_path / folder).mkdir()
+        write_checkpoint(tmp_path / folder, replace(shape, num_hidden_layers=layers), 500, torch.float16)
+    weights = (tmp_path / "large" / "model.safetensors").stat().st_size / 2e6  # millions
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "large"), str(tmp_path / "small"), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, left = map(float, done.stdout.split())
+    assert width * weights < left <= peak
+    assert peak < 1.4 * width * weights + 20  # in float16 it is 2; malloc keeps some freed pieces between the matrices
