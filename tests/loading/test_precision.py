@@ -11,7 +11,14 @@ from torch import nn
 
 from nanovlm_v2drop import DropSchedule, Request, V2Drop, generate, load
 from nanovlm_v2drop.loading import precision as precision_module
-from nanovlm_v2drop.loading.precision import Precision, chosen_precision, memory_bytes, named_precision, pack
+from nanovlm_v2drop.loading.precision import (
+    Precision,
+    check_not_split,
+    chosen_precision,
+    memory_bytes,
+    named_precision,
+    pack,
+)
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel
 from nanovlm_v2drop.models.linear import PrepackedLinear, WidenedLinear, can_prepack
 from nanovlm_v2drop.models.linear_int8 import Int8Linear, int8_obstacle
@@ -97,6 +104,13 @@ def test_what_is_noted_beside_answers_tells_apart_what_computes_differently() ->
 def test_int8_on_a_gpu_is_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match="dtype int8 cannot run: it is for CPUs, not cuda; use auto or bfloat16"):
         named_precision("int8", CUDA)
+
+
+def test_quantised_weights_are_not_shared_by_processes() -> None:
+    check_not_split(Precision("bfloat16", torch.bfloat16), True)
+    check_not_split(Precision("int8", torch.bfloat16), False)
+    with pytest.raises(ValueError, match="tensor_parallel with int8 weights is not possible; use bfloat16, or one process"):
+        check_not_split(Precision("int8", torch.bfloat16), True)
 
 
 @pytest.mark.parametrize(("limit", "smaller"), [("max\n", False), ("1000000\n", True), ("9" * 18, False)])
