@@ -110,7 +110,8 @@ def test_a_stopped_run_says_how_to_continue_and_continues(number, tmp_path):
     script = str(ROOT / "train_free_eval.py")
     command = [sys.executable, script, "--methods", "dense", "--limit", "200", "--output", str(output)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    while not (output / "samples.jsonl").is_file() and process.poll() is None:
+    answers = output / "samples.jsonl"
+    while not (answers.is_file() and answers.stat().st_size) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

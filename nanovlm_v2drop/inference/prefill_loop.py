@@ -241,7 +241,7 @@ def warn_if_nothing_dropped(dropper: TokenDropper | None, packed: PackedInputs, 
             f"{dropper.name} dropped nothing: all {sum(packed.vision_counts)} vision tokens went through all "
             f"{state.layer_idx + 1} layers with {dropper.schedule}",
             NothingDropped,
-            stacklevel=3,
+            stacklevel=4,  # the caller of `prefill`, behind torch.no_grad
         )
 
 
