@@ -170,8 +170,8 @@ def decoding_contenders(contenders: Sequence[Contender]) -> list[Contender]:
 
     def kind(contender: Contender) -> str:
         dropper = contender.dropper
-        hides = dropper is not None and type(dropper).decode_pruning is not TokenDropper.decode_pruning
-        return contender.name if dropper is None or hides else f"{contender.workload.prefix}{contender.schedule}"
+        alone = dropper is None or dropper.prunes_while_decoding()
+        return contender.name if alone else f"{contender.workload.prefix}{contender.schedule}"
 
     firsts = {kind(contender): contender.name for contender in reversed(contenders)}
     return [contender for contender in contenders if contender.name in firsts.values()]
