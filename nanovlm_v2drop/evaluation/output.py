@@ -84,8 +84,11 @@ def batch_size_of(task: Task) -> str:
 
 
 def batch_size_before(task: Task, output: Path) -> BatchSize | None:
-    """The size of the batches in which answers to this task were made; None without answers, or where nothing tells."""
-    if not any(record.task == task.name for record in read_records(output)):
+    """The size of batches that is noted for this task; None where none is, and where the folder holds no answers.
+
+    A run may be interrupted after its settings are noted and before the task's first answer.
+    """
+    if not read_records(output):
         return None
     noted = settings_before(output / SETTINGS).get(batch_size_of(task))
     return None if noted is None else BatchSize.parse(noted)
