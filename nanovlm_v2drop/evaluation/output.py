@@ -94,14 +94,15 @@ def batch_size_before(task: Task, output: Path) -> BatchSize | None:
     return None if noted is None else BatchSize.parse(noted)
 
 
-def check_same_settings(settings: dict[str, str], output: Path) -> None:
+def check_same_settings(settings: dict[str, str], output: Path, answered: bool | None = None) -> None:
     """Note in `output`/settings.json what makes the answers.
 
-    Raises ValueError where answers that lie there were made otherwise, with both values, and where nothing tells how they
-    were made.
+    `answered`: whether answers lie there; by default, samples.jsonl tells. Raises ValueError where they were made otherwise,
+    with both values, and where nothing tells how they were made.
     """
     path = output / SETTINGS
-    before = settings_before(path) if read_records(output) else {}
+    answered = bool(read_records(output)) if answered is None else answered
+    before = settings_before(path) if answered else {}
     changed = [
         f"{name} {before.get(name, 'not noted')}, not {value}"
         for name, value in settings.items()
