@@ -43,7 +43,7 @@ class Cached:
 
 
 class ConversationBatch:
-    """Conversations with one model that go on together, turn by turn, over one cache. `Chat` is the one for a single one.
+    """Conversations with one model that go on together, turn by turn, over one cache. `Chat` holds a single conversation.
 
     Args:
         dropper: as in `generate`, for the vision tokens of every turn. A turn without pictures drops nothing.

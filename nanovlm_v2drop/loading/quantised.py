@@ -1,7 +1,7 @@
 """The weights of a quantised copy: for each matrix its integers and scales, under our own names.
 
 `save_quantised` in saving.py writes such a folder and `load` reads it. The parts of a matrix are those of Int8Linear and
-Int4Linear. Everything else is stored in the dtype in which the machine computed that wrote the copy. `config.json` names the
+Int4Linear. Everything else is stored in the dtype that the original model computed in. `config.json` names the
 quantisation OWN_QUANTISATION. transformers only warns of an unknown quantisation, so the index has a name of its own too, and
 other programs find no weights.
 """
@@ -46,7 +46,8 @@ Form = tuple[tuple[int, ...], tuple[str, ...]]  # shape and possible dtypes of a
 def saved_precision(folder: Path, asked: Precision | None, device: torch.device) -> Precision | None:
     """The precision of a quantised copy; None for every other folder.
 
-    Raises ValueError where another one is asked for or where it cannot run, and CheckpointError for a copy that is not of here.
+    Raises ValueError where another one is asked for or where it cannot run, and CheckpointError for a copy with an
+    unknown dtype or for other kernels.
     """
     settings = own_quantisation(folder)
     if settings is None:

@@ -1,4 +1,4 @@
-"""Write a copy of a checkpoint with quantised weights: half or a third of the size, and not quantised again at each load.
+"""Write a copy of a checkpoint with quantised weights: it has half or a third of the size, and loads without quantising.
 
     python -m nanovlm_v2drop.loading.saving llava-1.5-7b FOLDER --dtype int8
 
