@@ -45,6 +45,8 @@ def test_a_run_answers_every_question_with_every_method_and_can_be_continued(
     continued = (output / "text.jsonl").read_text()
     assert continued.startswith(answers)
     assert len(continued.splitlines()) == 2 * len(answers.splitlines())
+    assert cli.main([*command, "--limit", "2", "--resume", "--dtype", "bfloat16"]) == 2
+    assert "holds answers made with dtype torch.float32, not " in capsys.readouterr().err
 
 
 def test_what_a_text_has_no_use_for_is_refused_beside_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from ..dropping import PUBLISHED_SCHEDULES, DropSchedule, TokenDropper
 from ..dropping.schedule import PAPER_DEPTHS, PAPER_VISION_TOKENS, layers_at_depths
 from ..evaluation.plans import DENSE, find_methods
 from ..inference import Prefilled, decode_steps, prefill
+from ..models.decoder import Decoder
 from .workload import Workload
 
 Run = Callable[[], Any]
@@ -71,7 +72,7 @@ def our_contenders(workload: Workload, methods: Sequence[str], budgets: Mapping[
     The names of a second or later dtype begin with it.
     """
     run = partial(prefill, workload.decoder, workload.packed, max_new_tokens=workload.decode_steps)
-    decoding = partial(decode_and_rewind, workload)
+    decoding = partial(decode_and_rewind, workload.decoder, workload.decode_steps)
     weight_bytes = workload.decode_weight_bytes
     contenders = [Contender(workload.prefix + DENSE, workload, run, decoding, weight_bytes)]
     for label, budget in budgets.items():
@@ -96,14 +97,27 @@ def dropper_at(method: type[TokenDropper], budget: float, workload: Workload) ->
     return dropper, whole
 
 
-def decode_and_rewind(workload: Workload, prefilled: Prefilled) -> Run:
+def decode_and_rewind(decoder: Decoder, num_tokens: int, prefilled: Prefilled) -> Run:
+    """What decodes so many tokens from a prefilled cache, and then rewinds the cache."""
     cache, token_ids = prefilled.cache, prefilled.logits.argmax(-1)
-    step = decode_steps(workload.decoder, cache)
+    step = decode_steps(decoder, cache)
 
     def run() -> None:
-        for _ in range(workload.decode_steps):
+        for _ in range(num_tokens):
             step(token_ids)
-        cache.crop(workload.decode_steps)
+        cache.crop(num_tokens)
+
+    return run
+
+
+def transformers_decode_and_rewind(model: Any, num_tokens: int, output: Any) -> Run:
+    """The same with a model of transformers, from the output of its prefill."""
+    token_ids = output.logits.argmax(-1, keepdim=True)
+
+    def run() -> None:
+        for _ in range(num_tokens):
+            model(input_ids=token_ids, past_key_values=output.past_key_values, use_cache=True)
+        output.past_key_values.crop(-num_tokens)
 
     return run
 
@@ -137,14 +151,9 @@ def transformers_contender(workload: Workload, attention: str) -> Contender:
         output.logits = model.lm_head(output.last_hidden_state[:, -1])
         return output
 
-    def decode(output: Any) -> None:
-        token_ids = output.logits.argmax(-1, keepdim=True)
-        for _ in range(workload.decode_steps):
-            model(input_ids=token_ids, past_key_values=output.past_key_values, use_cache=True)
-        output.past_key_values.crop(-workload.decode_steps)
-
+    decoding = partial(transformers_decode_and_rewind, model, workload.decode_steps)
     weight_bytes = sum(tensor.nbytes for name, tensor in workload.plain.items() if "embed" not in name)
-    return Contender(f"transformers {attention}", workload, run, lambda output: partial(decode, output), weight_bytes)
+    return Contender(f"transformers {attention}", workload, run, decoding, weight_bytes)
 
 
 def check_logits(workload: Workload, reference: Contender) -> dict[str, float]:
@@ -170,8 +179,8 @@ def decoding_contenders(contenders: Sequence[Contender]) -> list[Contender]:
 
     def kind(contender: Contender) -> str:
         dropper = contender.dropper
-        hides = dropper is not None and type(dropper).decode_pruning is not TokenDropper.decode_pruning
-        return contender.name if dropper is None or hides else f"{contender.workload.prefix}{contender.schedule}"
+        alone = dropper is None or dropper.prunes_while_decoding()
+        return contender.name if alone else f"{contender.workload.prefix}{contender.schedule}"
 
     firsts = {kind(contender): contender.name for contender in reversed(contenders)}
     return [contender for contender in contenders if contender.name in firsts.values()]

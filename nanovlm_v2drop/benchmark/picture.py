@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,13 +32,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..dropping import TokenDropper, V2Drop
+from ..dropping.budget import Budget, shapes_of
 from ..evaluation.machine import peak_memory_mb
 from ..evaluation.plans import DENSE
-from ..inference import Prefilled, decode_steps, prefill
+from ..inference import Prefilled, prefill
 from ..loading.zoo import VisionLanguageModel, load
 from ..models.vlm import PackedInputs, VisionInput
 from ..processing.prompts import Request
-from .contenders import Run, compare_logits
+from .contenders import Run, compare_logits, decode_and_rewind, transformers_decode_and_rewind
 from .loading import output_of
 from .measure import time_rounds
 from .run import describe_machine, make_table
@@ -87,22 +89,12 @@ def our_program(vlm: VisionLanguageModel, prompt: Prompt, name: str, retain: flo
     def filled(given: PackedInputs) -> Prefilled:
         return prefill(decoder, given, dropper, max_new_tokens=DECODED)
 
-    def decode(prefilled: Prefilled) -> Run:
-        token_ids, step = prefilled.logits.argmax(-1), decode_steps(decoder, prefilled.cache)
-
-        def run() -> None:
-            for _ in range(DECODED):
-                step(token_ids)
-            prefilled.cache.crop(DECODED)
-
-        return run
-
+    decode = partial(decode_and_rewind, decoder, DECODED)
     return Program(name, lambda: prompt.packed(vlm), lambda: filled(packed), lambda: filled(prompt.packed(vlm)), decode)
 
 
 def dropper_at(retain: float | None, packed: PackedInputs, num_layers: int) -> TokenDropper | None:
-    num_vision_tokens = int(packed.vision_mask.sum())
-    return None if retain is None else V2Drop(V2Drop.schedule_for(retain * num_vision_tokens, num_vision_tokens, num_layers))
+    return None if retain is None else Budget(retain=retain).dropper(V2Drop, shapes_of(packed, num_layers))
 
 
 def transformers_program(
@@ -119,22 +111,12 @@ def transformers_program(
         output.logits = model.lm_head(output.last_hidden_state[:, -1])  # faster than logits_to_keep, see contenders.py
         return output
 
-    def decode(output: Any) -> Run:
-        token_ids = output.logits.argmax(-1, keepdim=True)
-
-        def run() -> None:
-            for _ in range(DECODED):
-                model(input_ids=token_ids, past_key_values=output.past_key_values, use_cache=True)
-            output.past_key_values.crop(-DECODED)
-
-        return run
-
     return Program(
         TRANSFORMERS,
         lambda: model.model.get_image_features(pixels),
         lambda: answered(inputs_embeds=inputs_embeds),
         lambda: answered(input_ids=input_ids, pixel_values=pixels),
-        decode,
+        partial(transformers_decode_and_rewind, model, DECODED),
     )
 
 

@@ -101,8 +101,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("beside --claims --tasks would be ignored for the demo; leave it out, or name another --model")
     arguments.methods = arguments.methods or default_methods(arguments)
     usual = [Path(arguments.model).name] if demo else ["paper-image"] if arguments.claims else ["pope", "mme"]
-    asked = arguments.tasks or usual
-    arguments.tasks = expanded(asked, arguments.model)
+    arguments.tasks = expanded(arguments.tasks or usual, arguments.model)
     arguments.seeds = arguments.seeds or (SEEDS_OF_DEMOS if demo else SEEDS)
     if arguments.text or arguments.calibrate or arguments.conversations:
         arguments.batch_size = arguments.batch_size or TOGETHER
@@ -200,8 +199,7 @@ def add_question_options(group: argparse._ArgumentGroup) -> None:
     add("--prompt", type=readable, help="the question; answered with and without dropping, with a picture of what was kept")
     add("--chat", action="store_true", help="ask one question after the other about --image or --video; answers are streamed")
     known = choices.histories()
-    seen = f"what later questions of --chat see; default {known[0]}"
-    add("--history", choices=known, default=known[0], help=seen)
+    add("--history", choices=known, default=known[0], help=f"what later questions of --chat see; default {known[0]}")
     add("--forget", action="store_true", help="each question sees the pictures and no earlier question")
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..loading.specs import MODELS, VIDEO
+from . import choices
 from .arguments import DEMOS
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".mpo"})
 MOST_PICTURES = 64  # of one question
 
 
@@ -49,9 +49,10 @@ def pictures_of(given: Sequence[Path]) -> list[Path]:
 
 def pictures_in(folder: Path) -> list[Path]:
     check_folder(folder, "--image")
-    pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    suffixes = choices.picture_suffixes()
+    pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
     if not pictures:
-        raise FileNotFoundError(f"--image {folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise FileNotFoundError(f"--image {folder} holds no picture ({', '.join(suffixes)})")
     return pictures
 
 

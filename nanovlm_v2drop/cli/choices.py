@@ -92,6 +92,11 @@ def samplings() -> tuple[str, ...]:
     return listed_in("processing/video.py", "SAMPLINGS")
 
 
+def picture_suffixes() -> tuple[str, ...]:
+    """The ends of the names of picture files."""
+    return listed_in("processing/prompts.py", "PICTURE_SUFFIXES")
+
+
 def aspect_ratios() -> tuple[str, ...]:
     return listed_in("processing/images.py", "ASPECT_RATIOS")
 

@@ -43,9 +43,9 @@ def run_on_demo(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"output: {output}", flush=True)
     with claimed(output):
         findings = print_each(find_claims(vlm, task, output, arguments.limit))
-    samples = list(task.samples(task.default_samples if arguments.limit is None else arguments.limit))
-    answered = Answered(task, ledger_plans(shape), samples[:PICTURES], [sample.sample_id for sample in samples])
-    return write_claims(vlm, arguments, output, [answered], findings, shape)
+        samples = list(task.samples(task.default_samples if arguments.limit is None else arguments.limit))
+        answered = Answered(task, ledger_plans(shape), samples[:PICTURES], [sample.sample_id for sample in samples])
+        return write_claims(vlm, arguments, output, [answered], findings, shape)
 
 
 def run_on_benchmarks(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.output import claimed, write_whole
+from ..evaluation.fingerprints import model_fingerprint
+from ..evaluation.output import check_same_settings, claimed, write_whole
 from ..loading.text_model import TextModel, load_decoder
 from ..models.parallel import ALONE
 from ..research.text import (
@@ -30,7 +31,7 @@ ANSWERS = "text.jsonl"
 def run_text(arguments: argparse.Namespace) -> dict[str, Any]:
     """Answer all questions; returns the object that ends the run.
 
-    Raises ValueError for an output folder with answers, unless they are continued with --resume.
+    Raises ValueError for an output folder with answers, unless they are continued with --resume and the same model.
     """
     output = output_folder(arguments)
     if (output / ANSWERS).is_file() and not arguments.resume:
@@ -44,6 +45,8 @@ def run_text(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{model.name} in {model.precision}\noutput: {output}", flush=True)
     with claimed(output):
         records = read_answers(output / ANSWERS)
+        settings = {"weights": model_fingerprint(model.folder), "dtype": model.precision.noted}
+        check_same_settings(settings, output, answered=bool(records))
         for texts in arguments.texts:
             for run in runs_of(arguments):
                 records = answer_texts(model, run, texts, records, output / ANSWERS)

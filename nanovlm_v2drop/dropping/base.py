@@ -80,8 +80,12 @@ class TokenDropper:
     def acts(self) -> str:
         """Where tokens leave: before the decoder, in it, or both, by the drop points; and while decoding."""
         places = [place for place, found in (("before", 0 in self.schedule), ("in", any(self.schedule))) if found]
-        decoding = type(self).decode_pruning is not TokenDropper.decode_pruning
-        return " and ".join(places) + " the decoder" * bool(places) + ", while decoding" * decoding
+        return " and ".join(places) + " the decoder" * bool(places) + ", while decoding" * self.prunes_while_decoding()
+
+    @classmethod
+    def prunes_while_decoding(cls) -> bool:
+        """Whether it may hide cache slots from decoded tokens; see `decode_pruning`."""
+        return cls.decode_pruning is not TokenDropper.decode_pruning
 
     @classmethod
     def official(cls, setting: str | None = None, **options: Any) -> Self:

@@ -36,7 +36,7 @@ class SharedFeatures:
         return self.kept[key]
 
     def keep(self, key: bytes, encoded: Encoded) -> None:
-        """Add a picture; the ones that were not used for the longest time make room. The newest always stays."""
+        """Add a picture. Those that were not used for the longest time make room for it. It always stays itself."""
         self.kept[key] = encoded
         self.nbytes += size_of(encoded)
         while self.nbytes > self.limit and len(self.kept) > 1:
@@ -44,7 +44,7 @@ class SharedFeatures:
 
 
 def content_key(medium: VisionInput) -> bytes:
-    """What two media have in common only if the model sees the same."""
+    """Equal for two media only where the model sees the same."""
     about = repr((medium.grids, medium.size, medium.is_video, medium.seconds_per_grid, medium.text, medium.overview))
     digest = blake2b(about.encode(), digest_size=16)
     digest.update(medium.pixel_values.contiguous().numpy().data)

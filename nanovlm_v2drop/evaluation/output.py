@@ -84,21 +84,25 @@ def batch_size_of(task: Task) -> str:
 
 
 def batch_size_before(task: Task, output: Path) -> BatchSize | None:
-    """The size of the batches in which answers to this task were made; None without answers, or where nothing tells."""
-    if not any(record.task == task.name for record in read_records(output)):
+    """The size of batches that is noted for this task; None where none is, and where the folder holds no answers.
+
+    A run may be interrupted after its settings are noted and before the task's first answer.
+    """
+    if not read_records(output):
         return None
     noted = settings_before(output / SETTINGS).get(batch_size_of(task))
     return None if noted is None else BatchSize.parse(noted)
 
 
-def check_same_settings(settings: dict[str, str], output: Path) -> None:
+def check_same_settings(settings: dict[str, str], output: Path, answered: bool | None = None) -> None:
     """Note in `output`/settings.json what makes the answers.
 
-    Raises ValueError where answers that lie there were made otherwise, with both values, and where nothing tells how they
-    were made.
+    `answered`: whether answers lie there; by default, samples.jsonl tells. Raises ValueError where they were made otherwise,
+    with both values, and where nothing tells how they were made.
     """
     path = output / SETTINGS
-    before = settings_before(path) if read_records(output) else {}
+    answered = bool(read_records(output)) if answered is None else answered
+    before = settings_before(path) if answered else {}
     changed = [
         f"{name} {before.get(name, 'not noted')}, not {value}"
         for name, value in settings.items()

@@ -13,6 +13,7 @@ TIMES = ("vision_ms", "prefill_ms", "decode_ms", "peak_memory_mb")
 MOST = 2**53  # beyond it JSON's numbers are not exact
 MOST_TOKENS = 10**7
 
+
 @dataclass
 class Record:
     """One answer of one plan to one sample: a line of samples.jsonl. Some samples have times, taken of the prompt alone."""

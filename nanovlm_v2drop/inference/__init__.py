@@ -3,7 +3,17 @@
 from .chat import Chat, Turn
 from .conversation import HISTORIES, ConversationBatch
 from .decoding import GraphedSteps, decode_one_token, decode_step, decode_steps
-from .generation import Answer, Sampling, check_options, decode_tokens, decode_until, generate, stream
+from .generation import (
+    Answer,
+    Sampling,
+    check_options,
+    decode_tokens,
+    decode_until,
+    generate,
+    padded_answers,
+    stream,
+    teacher_forced,
+)
 from .prefill_loop import (
     MAX_NEW_TOKENS,
     NotFinite,
@@ -37,8 +47,10 @@ __all__ = [
     "decode_until",
     "generate",
     "initial_state",
+    "padded_answers",
     "prefill",
     "prefill_turn",
     "share_prefix",
     "stream",
+    "teacher_forced",
 ]

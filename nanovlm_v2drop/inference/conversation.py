@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..dropping.base import TokenDropper
 from ..dropping.budget import Budget, shapes_of
 from ..dropping.schedule import DropSchedule
@@ -45,7 +43,7 @@ class Cached:
 
 
 class ConversationBatch:
-    """Conversations with one model that go on together, turn by turn, over one cache. `Chat` is the one for a single one.
+    """Conversations with one model that go on together, turn by turn, over one cache. `Chat` holds a single conversation.
 
     Args:
         dropper: as in `generate`, for the vision tokens of every turn. A turn without pictures drops nothing.
@@ -80,7 +78,7 @@ class ConversationBatch:
         """The next question of every conversation through every layer, and the schedule by which vision tokens left.
 
         Raises ValueError as `VisionLanguageModel.prepare`, OutOfReach and NotFinite as `generate`. An error leaves what was
-        said as it was; where the decoder ran already, it frees the cache.
+        said as it was. Unless the question itself cannot be read, it frees the cache.
         """
         written = [transcript.write(request) for transcript, request in zip(self.transcripts, requests, strict=True)]
         self.reused, self.note = self.reusable(written)
@@ -106,13 +104,15 @@ class ConversationBatch:
             return nothing, "the earlier turns or their pictures are written in another way now"
         pairs = list(zip(self.cached, written, counts, strict=True))
         crops_prompt = any(count < cached.prompt_length for cached, _, count in pairs)
-        if self.cache.pruning is not None and (crops_prompt or any(len(w.media) > len(c.media) for c, w, _ in pairs)):
-            return nothing, "the method prunes while decoding, and what it reads is no longer in place"
+        shows_more = any(len(written.media) > len(cached.media) for cached, written, _ in pairs)
+        prunes = self.dropper is not None and self.dropper.prunes_while_decoding()
+        if (self.cache.pruning is not None and crops_prompt) or (prunes and shows_more):
+            return nothing, "the method prunes while decoding, and what it reads is not in place"
         return counts, ""
 
     def prefill_whole(self, written: Sequence[Written]) -> tuple[Prefilled, DropSchedule]:
         """Whole conversations through the decoder, and the schedule by which vision tokens left."""
-        packed = self.pack([each.token_ids for each in written], [each.media for each in written])
+        packed = self.vlm.pack([each.token_ids for each in written], [each.media for each in written])
         dropper = self.dropper_for(packed)
         self.drop_cache()
         prefilled = prefill(self.vlm.model.language_model, packed, dropper, max_new_tokens=self.max_new_tokens)
@@ -123,7 +123,7 @@ class ConversationBatch:
         """The same with the tokens that the cache does not hold; it is cropped to the others."""
         assert self.cache is not None  # `reusable`
         groups = list(zip(self.cached, written, self.reused, strict=True))
-        packed = self.pack(
+        packed = self.vlm.pack(
             [each.token_ids[count:] for _, each, count in groups], [each.media[len(own.media) :] for own, each, _ in groups]
         )
         dropper = self.dropper_for(packed)
@@ -131,13 +131,6 @@ class ConversationBatch:
         prefilled = prefill_turn(self.vlm.model.language_model, packed, self.cache, dropper)
         self.cached = [Cached(each.token_ids, each.media, own.prompt_length) for own, each, _ in groups]
         return prefilled, DropSchedule({}) if dropper is None else dropper.schedule
-
-    def pack(self, token_ids: Sequence[Sequence[int]], media: Sequence[Sequence[VisionInput]]) -> PackedInputs:
-        from ..loading.zoo import content_seed
-
-        seeds = tuple(content_seed(*contents) for contents in zip(token_ids, media, strict=True))
-        with torch.no_grad():
-            return self.vlm.model.pack(token_ids, media, seeds)
 
     def dropper_for(self, packed: PackedInputs) -> TokenDropper | None:
         """The dropper of a turn; None for a turn without pictures. Raises OutOfReach for a budget below the method's floor."""

@@ -15,7 +15,7 @@ from ..dropping.base import TokenDropper
 from ..dropping.budget import Budget, asked_budget, shapes_of
 from ..dropping.schedule import DropSchedule
 from ..models.decoder import Decoder
-from .decoding import decode_steps
+from .decoding import decode_one_token, decode_steps
 from .prefill_loop import MAX_NEW_TOKENS, NotFinite, Prefilled, advice, prefill
 
 if TYPE_CHECKING:
@@ -59,6 +59,21 @@ def decode_tokens(decoder: Decoder, prefilled: Prefilled, sampling: Sampling = G
         token_ids = sampling.choose(logits, generator)
         yield read_tokens(token_ids, logits)
         logits = step(token_ids)
+
+
+def teacher_forced(decoder: Decoder, prefilled: Prefilled, token_ids: Tensor) -> Iterator[Tensor]:
+    """The logits (B, V) before each token of given answers (B, N), which are fed one after the other. The last is not fed."""
+    logits = prefilled.logits
+    for step in range(token_ids.shape[1]):
+        if step:
+            logits = decode_one_token(decoder, token_ids[:, step - 1], prefilled.cache)
+        yield logits
+
+
+def padded_answers(answers: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(B, N) token ids of answers of unequal length. Shorter ones repeat their last token."""
+    longest = max(map(len, answers))
+    return torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in answers], device=device)
 
 
 def read_tokens(token_ids: Tensor, logits: Tensor) -> list[int]:

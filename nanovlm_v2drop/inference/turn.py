@@ -23,7 +23,7 @@ def prefill_turn(decoder: Decoder, packed: PackedInputs, cache: KVCache, dropper
 
     The rows of a turn see each layer's own cache, whose length depends on what was dropped. Their positions in a layer continue
     those of the layer; `packed.position_ids` begin at zero. Pictures of the turn are dropped like those of a first prompt: a
-    method sees the rows of the turn alone, and their attention to each other.
+    method sees the rows of the turn alone, and their attention to each other. The `pruning` of the cache stays as it is.
 
     Raises ValueError as `prefill`, for another number of sequences than the cache has, and for a decoder that decodes by a CUDA
     graph. An error leaves the cache as it was.

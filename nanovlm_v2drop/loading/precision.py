@@ -12,7 +12,6 @@ from ..models.linear_int4 import int4_obstacle, quantise_int4
 from ..models.linear_int8 import int8_obstacle, quantise_int8
 from .specs import AUTO, DTYPE_NAMES
 
-FLOATS = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes of a weight
 QUANTISED = {"int8": 1.05, "int4": 0.65}  # bytes of a weight on average: embeddings stay in 16 bits
 OBSTACLES = {"int8": int8_obstacle, "int4": int4_obstacle}
 SMALL = 50_000_000  # weights; a smaller model answers about as fast in float32
@@ -85,7 +84,7 @@ def chosen_precision(device: torch.device, num_weights: int) -> Precision:
         return Precision("float32", torch.float32, f"only {size}")
     memory = memory_bytes()
     fast = ("bfloat16",) if has_bfloat16_instructions() else ("float32", "bfloat16")
-    fits = [name for name in fast if FLOATS[name] * num_weights <= SPARE * memory]
+    fits = [name for name in fast if getattr(torch, name).itemsize * num_weights <= SPARE * memory]
     name = fits[0] if fits else "bfloat16"
     instructions = "has" if has_bfloat16_instructions() else "has no"
     reason = f"{size}, {memory / 1e9:.0f} GB of memory, and the processor {instructions} bfloat16 instructions"
@@ -96,7 +95,7 @@ def chosen_precision(device: torch.device, num_weights: int) -> Precision:
 def smaller_form(num_weights: int, room: float, device: torch.device) -> str:
     """Which quantised form of a model fits into `room` bytes, where bfloat16 does not."""
     sizes = {name: width * num_weights for name, width in QUANTISED.items() if OBSTACLES[name](device) is None}
-    needed = f"bfloat16 needs {FLOATS['bfloat16'] * num_weights / 1e9:.1f} GB and {room / 1e9:.1f} GB are for weights"
+    needed = f"bfloat16 needs {torch.bfloat16.itemsize * num_weights / 1e9:.1f} GB and {room / 1e9:.1f} GB are for weights"
     ways = [f"--dtype {name} needs {size / 1e9:.1f} GB" for name, size in sizes.items() if size <= room]
     return f"{needed}: {ways[0] if ways else 'no dtype that runs here fits'}"
 

@@ -1,7 +1,7 @@
 """The weights of a quantised copy: for each matrix its integers and scales, under our own names.
 
 `save_quantised` in saving.py writes such a folder and `load` reads it. The parts of a matrix are those of Int8Linear and
-Int4Linear. Everything else is stored in the dtype in which the machine computed that wrote the copy. `config.json` names the
+Int4Linear. Everything else is stored in the dtype that the original model computed in. `config.json` names the
 quantisation OWN_QUANTISATION. transformers only warns of an unknown quantisation, so the index has a name of its own too, and
 other programs find no weights.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..models.config import VLMConfig
 from ..models.linear import QuantisedLinear, replace_linears
-from ..models.linear_int4 import DECODER_LAYERS, GROUP, LARGEST_MULTIPLE, Int4Linear
+from ..models.linear_int4 import DECODER_LAYERS, GROUP, LARGEST_MULTIPLE, Int4Linear, check_shape
 from ..models.linear_int8 import Int8Linear, all_linears
 from ..models.model_classes import MODEL_CLASSES
 from ..models.vlm import VLM
@@ -46,7 +46,8 @@ Form = tuple[tuple[int, ...], tuple[str, ...]]  # shape and possible dtypes of a
 def saved_precision(folder: Path, asked: Precision | None, device: torch.device) -> Precision | None:
     """The precision of a quantised copy; None for every other folder.
 
-    Raises ValueError where another one is asked for or where it cannot run, and CheckpointError for a copy that is not of here.
+    Raises ValueError where another one is asked for or where it cannot run, and CheckpointError for a copy with an
+    unknown dtype or for other kernels.
     """
     settings = own_quantisation(folder)
     if settings is None:
@@ -99,14 +100,14 @@ def stored_tensors(model: VLM) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}.{part}", getattr(module, part)) for part in parts)
             if (bias := getattr(module, "bias", None)) is not None:
                 yield f"{name}.bias", bias
-    inside = {f"{name}.bias" for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
-    yield from ((name, tensor) for name, tensor in model.state_dict().items() if name not in inside)
+    yield from model.state_dict().items()  # quantised layers hold their tensors as plain attributes, which are not in it
 
 
 def load_quantised(folder: Path, config: VLMConfig, precision: Precision, attention: str) -> VLM:
     """Read a quantised copy into a model that is ready for inference, one matrix after the other.
 
-    Raises CheckpointError where the files do not hold exactly the tensors of the model.
+    Raises CheckpointError where the files do not hold exactly the tensors of the model, and ValueError where the model has
+    matrices of a shape that cannot have 4-bit weights.
     """
     stored = list_tensors(folder)
     check_depth(stored, config, folder)
@@ -132,7 +133,7 @@ def is_int4(name: str, precision: Precision) -> bool:
 
 
 def expected_forms(model: VLM, linears: Mapping[str, nn.Linear], precision: Precision) -> dict[str, Form]:
-    """Shape and dtypes of every tensor that a copy of this model has."""
+    """Shape and dtypes of every tensor that a copy of this model has; raises ValueError as `check_shape`."""
     forms: dict[str, Form] = {
         name: (tuple(tensor.shape), tuple(STORED_DTYPES))
         for name, tensor in model.state_dict().items()
@@ -142,6 +143,7 @@ def expected_forms(model: VLM, linears: Mapping[str, nn.Linear], precision: Prec
         rows, columns = linear.out_features, linear.in_features
         forms[f"{name}.scale"] = (rows,), ("F32",)
         if is_int4(name, precision):
+            check_shape(linear)
             forms[f"{name}.nibbles"] = (rows, columns // 2), ("U8",)
             forms[f"{name}.multiples"] = (columns // GROUP, rows), ("I8",)
         else:

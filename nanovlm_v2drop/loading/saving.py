@@ -1,4 +1,4 @@
-"""Write a copy of a checkpoint with quantised weights: half or a third of the size, and not quantised again at each load.
+"""Write a copy of a checkpoint with quantised weights: it has half or a third of the size, and loads without quantising.
 
     python -m nanovlm_v2drop.loading.saving llava-1.5-7b FOLDER --dtype int8
 
@@ -11,8 +11,9 @@ import shutil
 from pathlib import Path
 
 from ..models.config import read_json_object
-from .files import INDEX
+from .files import INDEX, inside
 from .quantised import quantisation_settings, write_weights
+from .specs import WeightsUnavailable
 from .zoo import VisionLanguageModel, load
 
 SMALL_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes of settings and tokenizers
@@ -21,7 +22,8 @@ SMALL_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes of settings and 
 def save_quantised(vlm: VisionLanguageModel, folder: str | Path) -> None:
     """Write the quantised copy of a model that was loaded with dtype int8 or int4.
 
-    Raises ValueError for a model without quantised weights; FileExistsError where the folder holds files.
+    Raises ValueError for a model without quantised weights, and for a settings file that is a link out of its folder;
+    FileExistsError where the folder holds files.
     """
     if not vlm.precision.is_quantised or vlm.folder is None:
         raise ValueError(f"{vlm.name} is loaded with {vlm.precision.name} weights; load it with dtype int8 or int4 first")
@@ -29,10 +31,11 @@ def save_quantised(vlm: VisionLanguageModel, folder: str | Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     if any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; give a new folder")
+    small = [file for file in sorted(vlm.folder.iterdir()) if file.is_file() and file.suffix in SMALL_FILES]
+    sources = [inside(vlm.folder, file) for file in small if file.name != INDEX]
     write_weights(vlm.model, target)
-    for file in sorted(vlm.folder.iterdir()):
-        if file.is_file() and file.suffix in SMALL_FILES and file.name != INDEX:
-            shutil.copyfile(file, target / file.name)
+    for file in sources:
+        shutil.copyfile(file, target / file.name)
     config = {**read_json_object(vlm.folder / "config.json"), "quantization_config": quantisation_settings(vlm.precision)}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -50,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         save_quantised(load(args.model, dtype=args.dtype), args.folder)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, WeightsUnavailable) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"wrote {sum(file.stat().st_size for file in args.folder.iterdir()) / 1e9:.2f} GB to {args.folder}")
 

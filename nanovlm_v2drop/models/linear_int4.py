@@ -59,10 +59,8 @@ class Int4Linear(QuantisedLinear):
     @classmethod
     def of(cls, linear: nn.Linear, dtype: torch.dtype) -> "Int4Linear":
         """The quantised layer; raises ValueError for a shape that torch's kernel does not take."""
+        check_shape(linear)
         weight = linear.weight.detach()
-        if weight.shape[0] % BLOCK or weight.shape[1] % GROUP:
-            shape = " x ".join(map(str, weight.shape))
-            raise ValueError(f"int4 needs matrices with multiples of {BLOCK} rows and columns, not {shape}; use int8")
         parts = [quantise_groups(rows) for rows in weight.split(SLICE)]
         nibbles = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + OFFSET, 2) for q, _, _ in parts]
         multiples, scale = (torch.cat(list(own)) for own in list(zip(*parts, strict=True))[1:])
@@ -113,6 +111,13 @@ class Int4Linear(QuantisedLinear):
             sums = torch._int_mm(signed, self.unpacked(channels))
             product[:, channels] = sums.to(self.dtype).mul_(scale[channels]).mul_(rows.scale.to(self.dtype))
         return product.view(*rows.shape[:-1], self.out_features)
+
+
+def check_shape(linear: nn.Linear) -> None:
+    """Raise ValueError for a matrix whose shape torch's kernel does not take."""
+    rows, columns = linear.out_features, linear.in_features
+    if rows % BLOCK or columns % GROUP:
+        raise ValueError(f"int4 needs matrices with multiples of {BLOCK} rows and columns, not {rows} x {columns}; use int8")
 
 
 def int4_obstacle(device: torch.device) -> str | None:

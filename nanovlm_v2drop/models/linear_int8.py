@@ -101,12 +101,12 @@ def int8_obstacle(device: torch.device) -> str | None:
 
 
 def all_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear by name. Also a head that shares its weight with the embeddings: these stay as they are beside it."""
+    """Every nn.Linear by name. A head that shares its weight with the embeddings is one of them; the embeddings keep theirs."""
     return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
 
 
 def filled_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Those of all linear layers that have values."""
+    """The linear layers that have values, by name."""
     return {name: linear for name, linear in all_linears(model).items() if not linear.weight.is_meta}
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 from ..dropping import DropSchedule, PrefillState, Random, TokenDropper, V2Drop
 from ..dropping.budget import Budget, Shape, for_batch, shapes_of
 from ..dropping.schedule import OutOfReach, layers_at_depths
-from ..inference import NothingDropped, decode_one_token, decode_tokens, decode_until, prefill
+from ..inference import NothingDropped, decode_tokens, decode_until, padded_answers, prefill, teacher_forced
 from ..loading.zoo import VisionLanguageModel
 from ..models.decoder import Decoder
 from ..models.vlm import PackedInputs
 from ..processing.prompts import Request
-from .theory import mean_interval, spearman, top_overlap
+from .theory import kl_divergence, mean_interval, spearman, top_overlap
 
 ANSWER_TOKENS = 8  # of the dense model's answer; later tokens follow from these more than from the picture
 ROUNDS = 3  # of the search; it ends earlier where nothing improves
@@ -111,10 +111,9 @@ def dense_answers(vlm: VisionLanguageModel, requests: Sequence[Request]) -> Prom
     """The requests as one batch, answered greedily by the dense model; raises ValueError as `vlm.prepare`."""
     packed, decoder = vlm.prepare(requests), vlm.model.language_model
     tokens = decode_until(decode_tokens(decoder, prefill(decoder, packed)), vlm.config.eos_token_ids, ANSWER_TOKENS)
-    longest = max(map(len, tokens))
-    answers = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in tokens], device=packed.inputs_embeds.device)
+    answers = padded_answers(tokens, packed.inputs_embeds.device)
     lengths = torch.tensor([len(ids) for ids in tokens], device=answers.device)
-    counted = torch.arange(longest, device=answers.device) < lengths[:, None]
+    counted = torch.arange(answers.shape[1], device=answers.device) < lengths[:, None]
     shapes = shapes_of(packed, decoder.config.num_hidden_layers)
     return Prompts(packed, shapes, answers, counted, log_probabilities(decoder, packed, answers, None))
 
@@ -125,10 +124,7 @@ def log_probabilities(decoder: Decoder, packed: PackedInputs, answers: Tensor, d
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingDropped)  # a prompt may have no picture, and a share may be 1
         prefilled = prefill(decoder, packed, dropper, max_new_tokens=answers.shape[1])
-    logits = [prefilled.logits]
-    for token in range(answers.shape[1] - 1):
-        logits.append(decode_one_token(decoder, answers[:, token], prefilled.cache))
-    return torch.stack(logits, 1).float().log_softmax(-1)
+    return torch.stack(list(teacher_forced(decoder, prefilled, answers)), 1).float().log_softmax(-1)
 
 
 def answer_changes(
@@ -142,7 +138,7 @@ def answer_changes(
     for batch in batches:
         dropper = make(for_batch([solve(shape) for shape in batch.shapes]))
         dropped = log_probabilities(decoder, batch.packed, batch.answers, dropper)
-        divergences = (batch.dense.exp() * (batch.dense - dropped)).sum(-1)
+        divergences = kl_divergence(batch.dense, dropped)
         changes += ((divergences * batch.counted).sum(1) / batch.counted.sum(1)).tolist()
     return changes
 

@@ -19,7 +19,7 @@ from ..dropping.budget import Budget
 from ..dropping.schedule import OutOfReach
 from ..evaluation.bootstrap import BOOTSTRAP_DRAWS, interval
 from ..evaluation.machine import timestamp
-from ..evaluation.methods import naming_errors
+from ..evaluation.methods import DENSE, naming_errors
 from ..inference import HISTORIES, ConversationBatch, decode_tokens, decode_until
 from ..loading.zoo import VisionLanguageModel
 from ..processing.prompts import Request
@@ -129,7 +129,7 @@ def measure(
         for part in parts_of(dialogues, batch_size)
     ]
     correct, tokens, seconds, sizes = (np.concatenate(values) for values in zip(*parts, strict=True))
-    name = "dense" if method is None else method.name
+    name = DENSE if method is None else method.name
     return Measured(name, budget, history, correct, tokens.mean(), 1000 * seconds.mean(), sizes.mean())
 
 
@@ -173,9 +173,8 @@ def paired(one: np.ndarray, other: np.ndarray) -> tuple[float, list[float]]:
 
 def rows_of(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """One row each, with the differences of later questions to re-prefilling and to dense, where these were measured."""
-
     named = {(each.method, each.budget, each.history): each for each in measured}
-    rows, dense = [], named.get(("dense", None, RE_PREFILL))
+    rows, dense = [], named.get((DENSE, None, RE_PREFILL))
     for own in measured:
         again = named.get((own.method, own.budget, RE_PREFILL))
         rows.append({

@@ -23,10 +23,12 @@ from ..dropping import TokenDropper
 from ..dropping.budget import Budget
 from ..evaluation.plans import DENSE, Plan, find_methods
 from ..inference import prefill
+from ..loading.specs import WeightsUnavailable
 from ..loading.zoo import VisionLanguageModel, load
 from ..processing.prompts import Request
 from ..tasks import load_task
 from .ablations import share_of_paper
+from .theory import kl_divergence
 
 REFERENCE, BATCH = "float32", 10
 PAPER_BUDGETS = (192, 128, 64)  # of 576 tokens; the same shares are asked for here
@@ -82,7 +84,7 @@ def compare(plan: Plan, dtype: str, reference: Sequence[First], other: Sequence[
     """One row from what float32 and another dtype gave for the same batches."""
     pairs = [(one.log_probabilities, two.log_probabilities) for one, two in zip(reference, other, strict=True)]
     expected, given = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    divergence = (expected.exp() * (expected - given)).sum(-1).mean().item()
+    divergence = kl_divergence(expected, given).mean().item()
     changed = int((expected.argmax(-1) != given.argmax(-1)).sum())
     budget = "" if plan.budget is None else str(plan.budget)
     return Comparison(plan.label, budget, dtype, overlaps(reference, other), divergence, changed, len(expected))
@@ -137,7 +139,7 @@ def main() -> None:
         print("| method | budget | dtype | kept, % | divergence, nats | changed |\n|---|---|---|---|---|---|")
         for row in comparisons(args.model, args.dtypes.split(","), plans, requests):
             print(markdown_row(row), flush=True)
-    except ValueError as error:
+    except (ValueError, OSError, WeightsUnavailable) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 

@@ -25,7 +25,7 @@ from ..dropping import DROPPERS, PrefillState, TokenDropper, V2Drop
 from ..dropping.budget import Budget, for_batch, shapes_of
 from ..dropping.random import Random
 from ..dropping.schedule import DropSchedule
-from ..inference import Prefilled, decode_one_token, prefill
+from ..inference import Prefilled, padded_answers, prefill, teacher_forced
 from ..loading.text_model import Droppable, TextModel
 from ..models.language_model import TextPrompt
 from ..models.vlm import PackedInputs
@@ -177,18 +177,15 @@ def read_out(
 ) -> tuple[list[float], list[bool]]:
     """Mean loss of the wanted tokens of each sequence, and whether each of them is the most likely one."""
     fed = [[*opening, *answer] for opening, answer in zip(opened, wanted, strict=True)]
-    longest = max(map(len, fed))
-    logits, losses, exact = prefilled.logits, [0.0] * len(fed), [True] * len(fed)
-    for step in range(longest):
-        next_tokens = torch.tensor([tokens[min(step, len(tokens) - 1)] for tokens in fed], device=model.device)
+    token_ids, losses, exact = padded_answers(fed, model.device), [0.0] * len(fed), [True] * len(fed)
+    for step, logits in enumerate(teacher_forced(model.decoder, prefilled, token_ids)):
+        next_tokens = token_ids[:, step]
         chances = logits.float().log_softmax(-1)
         loss, hit = -chances.gather(1, next_tokens[:, None])[:, 0], chances.argmax(-1) == next_tokens
         for index, (opening, tokens) in enumerate(zip(opened, fed, strict=True)):
             if len(opening) <= step < len(tokens):
                 losses[index] += float(loss[index]) / len(wanted[index])
                 exact[index] = exact[index] and bool(hit[index])
-        if step + 1 < longest:
-            logits = decode_one_token(model.decoder, next_tokens, prefilled.cache)
     return losses, exact
 
 

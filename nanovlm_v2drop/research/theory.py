@@ -197,8 +197,12 @@ def impacts(point: DropPoint, outputs: Tensor) -> Tensor:
 
 def divergences(point: DropPoint, outputs: Tensor) -> Tensor:
     """Kullback-Leibler divergence (n,) of changed outputs (n, V) from the dense answer, in nats."""
-    dense, changed = dense_output(point).log_softmax(-1), outputs.log_softmax(-1)
-    return (dense.exp() * (dense - changed)).sum(-1)
+    return kl_divergence(dense_output(point).log_softmax(-1), outputs.log_softmax(-1))
+
+
+def kl_divergence(expected: Tensor, given: Tensor) -> Tensor:
+    """Kullback-Leibler divergence (...), in nats, of log-probabilities (..., V) from the expected ones (..., V)."""
+    return (expected.exp() * (expected - given)).sum(-1)
 
 
 def first_order_impacts(point: DropPoint) -> Tensor:

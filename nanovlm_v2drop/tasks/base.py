@@ -80,9 +80,7 @@ class Task(ABC):
 
     def cut(self, text: str) -> str:
         """The part of a model's text that is scored, without white space at its ends."""
-        for stop in self.until:
-            text = text.partition(stop)[0]
-        return text.strip()
+        return before_stops(text, self.until)
 
     def is_settled(self, text: str) -> bool:
         """Whether every answer that goes on from this text scores alike, so that decoding may stop. False if in doubt."""
@@ -96,6 +94,13 @@ class Task(ABC):
             records: one per sample, with keys sample_id, kind, group, answer (ground truth), text (the model's answer)
                 and correct. No record at all is a ValueError.
         """
+
+
+def before_stops(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string, without white space at its ends."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text.strip()
 
 
 def accuracy_of(records: Sequence[dict[str, Any]], task: str) -> dict[str, float]:

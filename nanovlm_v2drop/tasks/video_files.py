@@ -8,11 +8,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile, ZipFile
 
+from ..processing.prompts import PICTURE_SUFFIXES
 from ..processing.video import VideoSource
 from .parquet import ParquetTask, dataset_folder, fetch, imported
 from .rows import Row
-
-FRAME_SUFFIXES = (".jpg", ".png")
 
 
 class VideoTask(ParquetTask):
@@ -75,9 +74,9 @@ class VideoTask(ParquetTask):
 
 def frames_in(folder: Path) -> list[Path]:
     """The frames of a video that is a folder of pictures, in the order of their names; ValueError where there are none."""
-    frames = sorted(file for file in folder.iterdir() if file.suffix in FRAME_SUFFIXES)
+    frames = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
     if not frames:
-        raise ValueError(f"{folder} holds no frame ({', '.join(FRAME_SUFFIXES)}); fetch the videos again")
+        raise ValueError(f"the folder {folder} holds no picture, so it is no video; fetch the videos again")
     return list(frames)
 
 

@@ -18,12 +18,13 @@ from nanovlm_v2drop.dropping.budget import Budget, Shape
 from nanovlm_v2drop.evaluation import answering
 from nanovlm_v2drop.evaluation import evaluate as module
 from nanovlm_v2drop.evaluation.batches import BatchSize, form_batches
-from nanovlm_v2drop.evaluation.evaluate import evaluate, timed_places
+from nanovlm_v2drop.evaluation.evaluate import evaluate, prepare_output, timed_places
 from nanovlm_v2drop.evaluation.plans import Plan, equal_budget_plans, prompt_shape
 from nanovlm_v2drop.evaluation.records import TIMES, read_records
 from nanovlm_v2drop.evaluation.summary import run_summary, summarise, summarise_bias
 from nanovlm_v2drop.inference import decode_tokens, decode_until, prefill
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
+from nanovlm_v2drop.models.parallel import ALONE
 from nanovlm_v2drop.models.vlm import Encoded, VisionInput
 from nanovlm_v2drop.tasks import Sample, Task
 
@@ -165,6 +166,17 @@ def test_a_batch_with_a_missing_answer_is_answered_whole_in_the_size_of_the_run_
     assert len(lines_of(tmp_path)) == 42
     with pytest.raises(ValueError, match="made with batch size of twins 4, not 3; choose another --output"):
         list(evaluate(vlm, Twins(), plans, tmp_path, limit=6, batch_size=3, resume=True))
+
+
+def test_a_run_that_was_killed_before_the_first_answer_to_its_second_task_goes_on_with_less_free_memory(
+    plans: list[Plan], vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(evaluate(vlm, Twins(), plans, tmp_path, limit=2))
+    second = Twins()
+    second.name = "second"
+    prepare_output(vlm, second, plans, tmp_path, None, BatchSize(4, 500), False, ALONE)
+    found = prepare_output(vlm, second, plans, tmp_path, None, BatchSize(4, 400), True, ALONE)
+    assert found == BatchSize(4, 500)
 
 
 def test_answers_are_those_of_every_method_and_batch_alone(

@@ -104,9 +104,11 @@ def test_a_method_that_prunes_while_decoding_scores_each_option_anew() -> None:
     video, samples = load("demo-video"), list(load_task("demo-video").samples(2))
     plan = parse_model_arguments({"pretrained": "demo-video", "method": "dycoke", "retain": 0.5}).plan()
     asked = [(sample.request, COLOURS) for sample in samples]
-    for (request, answers), found in zip(asked, Answering(video, plan).options(asked), strict=True):
+    together = Answering(video, plan)
+    for (request, answers), found in zip(asked, together.options(asked), strict=True):
         alone = [Answering(video, plan).options([(request, [answer])])[0][0].loss for answer in answers]
         assert [option.loss for option in found] == pytest.approx(alone, rel=1e-3, abs=1e-4)
+    assert len(together.shapes) == len(asked)  # the report counts each prompt once
 
 
 def test_an_answer_that_changes_the_end_of_the_prompt_replaces_it() -> None:

@@ -168,6 +168,8 @@ def test_generation_arguments_are_honoured(kwargs: dict[str, Any], decoding: Dec
         ({"repetition_penalty": 1.1, "penalty": 2}, "unknown 'repetition_penalty', 'penalty'; the models here know"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number of at least 1"),
         ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number"),
+        ({"max_new_tokens": float("inf")}, "max_new_tokens=inf must be a whole number"),
+        ({"seed": float("nan")}, "seed=nan must be a whole number"),
         ({"until": [3]}, "until=[3] must be a string or a list of strings"),
     ],
 )

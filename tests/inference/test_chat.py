@@ -324,6 +324,16 @@ def test_a_method_that_prunes_while_decoding_keeps_its_cache_until_its_prompt_is
     assert (chat.turns[0].cached_tokens, "prunes while decoding" in chat.turns[0].note) == (0, True)
 
 
+def test_a_method_that_prunes_while_decoding_also_prunes_a_video_of_a_later_turn(
+    models: Callable[[str], VisionLanguageModel],
+) -> None:
+    batch = batch_of(models("qwen2-vl"), DyCoke(DropSchedule({0: 0.6})))
+    turn_of(batch, Request(QUESTIONS[0]), [5, 6])
+    prefilled, _ = batch.prefill([Request(QUESTIONS[1], video=clip(16, 84, 56))])
+    assert prefilled.cache.pruning is not None
+    assert (batch.reused, "prunes while decoding" in batch.note) == ([0], True)
+
+
 # Ends of a turn
 
 

@@ -18,6 +18,7 @@ from nanovlm_v2drop import Request, load, save_quantised
 from nanovlm_v2drop.benchmark.loading import write_checkpoint
 from nanovlm_v2drop.loading import quantised
 from nanovlm_v2drop.loading.files import CheckpointError
+from nanovlm_v2drop.loading.precision import Precision
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel
 from nanovlm_v2drop.models.config import TextConfig
 from nanovlm_v2drop.models.linear import QuantisedLinear
@@ -97,6 +98,21 @@ def test_only_quantised_models_from_a_folder_can_be_written_and_only_into_a_new_
         save_quantised(load("demo"), tmp_path / "float")
     with pytest.raises(FileExistsError, match="is not empty; give a new folder"):
         save_quantised(original, copy)
+
+
+def test_a_link_out_of_the_folder_is_not_copied(original: VisionLanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.txt").write_text("of another folder")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").symlink_to(tmp_path / "elsewhere.txt")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a link to"):
+        save_quantised(replace(original, folder=tmp_path / "model"), tmp_path / "copy")
+    assert not list((tmp_path / "copy").iterdir())
+
+
+def test_a_matrix_that_the_4_bit_kernel_does_not_take_is_refused_before_it_is_read(original: VisionLanguageModel) -> None:
+    linears = {"language_model.layers.0.mlp.up_proj": torch.nn.Linear(64, 70, device="meta")}
+    with pytest.raises(ValueError, match="not 70 x 64; use int8"):
+        quantised.expected_forms(original.model, linears, Precision("int4", torch.float32))
 
 
 def change_config(copy: Path, **settings: object) -> None:

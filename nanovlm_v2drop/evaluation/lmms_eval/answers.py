@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from ...dropping.budget import Shape, shapes_of
-from ...inference import MAX_NEW_TOKENS, NotFinite, Prefilled, decode_one_token, decode_tokens, decode_until, prefill
+from ...inference import (
+    MAX_NEW_TOKENS,
+    NotFinite,
+    Prefilled,
+    decode_tokens,
+    decode_until,
+    padded_answers,
+    prefill,
+    teacher_forced,
+)
 from ...inference.prefill_loop import advice
 from ...loading.zoo import VisionLanguageModel
 from ...models.vlm import PackedInputs
@@ -65,6 +74,7 @@ class Answering:
         """One answer a request; `seed` is that of a batch whose answers are sampled."""
         with self.timed():
             packed = self.vlm.prepare(requests)
+            self.note_shapes(packed)
             prefilled = self.prefill(packed, min(decoding.max_new_tokens, MAX_NEW_TOKENS))  # the cache grows where it must
             tokens = decode_tokens(self.vlm.model.language_model, prefilled, decoding.sampling(seed))
             sequences = decode_until(tokens, self.vlm.config.eos_token_ids, decoding.max_new_tokens)
@@ -82,6 +92,7 @@ class Answering:
                 media.append(own)
                 options.append(option_ids)
             packed = self.vlm.pack(prompts, media)
+            self.note_shapes(packed)
             scored = self.score(packed, options)
         sizes = self.prompt_sizes(packed)
         return [[Option(*each, size) for each in own] for own, size in zip(scored, sizes, strict=True)]
@@ -99,16 +110,18 @@ class Answering:
         return found
 
     def prefill(self, packed: PackedInputs, max_new_tokens: int) -> Prefilled:
-        """Raises OutOfReach where the first prompt with pictures cannot meet the budget."""
         decoder = self.vlm.model.language_model
         with self.plan.answering():
-            self.note_shapes(shapes_of(packed, decoder.config.num_hidden_layers))
             dropper = self.plan.dropper_for(packed, decoder.config.num_hidden_layers)
             return prefill(decoder, packed, dropper, max_new_tokens=max_new_tokens)
 
-    def note_shapes(self, shapes: Sequence[Shape]) -> None:
-        """Note these prompts for the report at the end; the first with pictures is checked, as on the command line."""
-        shapes = [shape for shape in shapes if shape.num_vision_tokens]
+    def note_shapes(self, packed: PackedInputs) -> None:
+        """Note these prompts for the report at the end. The first with pictures is checked, as on the command line.
+
+        Raises OutOfReach where the first prompt with pictures cannot meet the budget.
+        """
+        num_layers = self.vlm.config.text_config.num_hidden_layers
+        shapes = [shape for shape in shapes_of(packed, num_layers) if shape.num_vision_tokens]
         if shapes and not self.shapes and self.plan.budget is not None and self.plan.kind is not None:
             alike = isinstance(self.vlm.image_processor, ImageProcessor)
             first = Shape(shapes[0].num_vision_tokens, shapes[0].num_layers, shapes[0].frames, alike)
@@ -168,16 +181,12 @@ def score_tokens(vlm: VisionLanguageModel, prefilled: Prefilled, answers: Sequen
     The answers are fed as decoding feeds its own tokens, so they see the vision tokens that a generated answer sees. Raises
     NotFinite where a loss is NaN or infinite.
     """
-    decoder, logits, steps = vlm.model.language_model, prefilled.logits, max(map(len, answers))
-    losses, hits = list[Tensor](), list[Tensor]()
-    for step in range(steps):
-        token_ids = torch.tensor([own[min(step, len(own) - 1)] for own in answers], device=logits.device)
+    answer_ids, losses, hits = padded_answers(answers, prefilled.logits.device), list[Tensor](), list[Tensor]()
+    for token_ids, logits in zip(answer_ids.T, teacher_forced(vlm.model.language_model, prefilled, answer_ids), strict=True):
         log_probabilities = logits.float().log_softmax(-1)  # (B, V)
         losses.append(-log_probabilities.gather(-1, token_ids[:, None]).squeeze(-1))
         hits.append(logits.argmax(-1) == token_ids)
-        if step + 1 < steps:
-            logits = decode_one_token(decoder, token_ids, prefilled.cache)
-    prefilled.cache.crop(steps - 1)
+    prefilled.cache.crop(len(losses) - 1)
     found = [
         (sum(own[: len(answer)]) / len(answer), all(greedy[: len(answer)]))
         for answer, own, greedy in zip(answers, torch.stack(losses, 1).tolist(), torch.stack(hits, 1).tolist(), strict=True)

@@ -24,11 +24,11 @@ ONE_METHOD = "a run of lmms-eval answers with one method"
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """What `--model_args` may name, and `--batch_size` and `--device` of lmms-eval.
+    """The names that `--model_args` takes, and `--batch_size` and `--device` of lmms-eval.
 
     Args:
         pretrained: a name of MODELS, an id on the Hugging Face Hub, or a folder; as --model of the command line.
-        method: as --methods of the command line takes it, but one; "dense" drops nothing.
+        method: one method, written as for --methods of the command line; "dense" drops nothing.
         tokens: the budget: mean vision tokens a layer. A prompt that has fewer keeps all of them.
         retain: the budget as a share of each prompt's vision tokens, such as 0.333 or 1/3.
         setting: the name of one of the method's published settings, in place of a budget.

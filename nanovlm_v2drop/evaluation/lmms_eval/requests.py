@@ -9,13 +9,15 @@ from PIL import Image
 
 from ...inference import Sampling
 from ...processing.prompts import PICTURE_SUFFIXES, Medium, Request
+from ...tasks.base import before_stops
 from ...tasks.rows import decode_picture
+from ...tasks.video_files import frames_in
 
 # A piece of a document: text, or a picture or video with its source (a file, a PIL picture, a list of frames).
 Piece = str | tuple[Medium, Any]
 
 DEFAULT_MAX_NEW_TOKENS = 1024  # of a task that names none, as LLaVA's own class in lmms-eval (models/simple/llava.py)
-HOSTS_STOP = "\n\n"  # lmms-eval adds it to tasks that name no stop string
+DEFAULT_STOP = "\n\n"  # lmms-eval adds it to tasks that name no stop string
 WITHOUT_EFFECT = ("image_aspect_ratio",)  # tasks set it for the class of lmms-eval that is called "llava"
 
 
@@ -84,10 +86,7 @@ def video_source(source: Any) -> Any:
     if isinstance(source, Mapping):
         raise ValueError(f"only whole videos are read, as a file, not {dict(source)}")
     if isinstance(source, str | Path) and Path(source).is_dir():
-        frames = sorted(file for file in Path(source).iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
-        if not frames:
-            raise ValueError(f"the folder {source} holds no picture, so it is no video")
-        return frames
+        return frames_in(Path(source))
     return list(source) if isinstance(source, tuple) else source
 
 
@@ -134,9 +133,7 @@ class Decoding:
 
     def cut(self, text: str) -> str:
         """The text before the first stop string."""
-        for stop in self.until:
-            text = text.partition(stop)[0]
-        return text.strip()
+        return before_stops(text, self.until)
 
 
 def decoding_of(given: Mapping[str, Any]) -> Decoding:
@@ -164,7 +161,8 @@ def decoding_of(given: Mapping[str, Any]) -> Decoding:
 
 def whole_number(name: str, value: Any) -> int:
     smallest = 0 if name == "seed" else 1
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < smallest:
+    whole = (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
+    if not whole or value < smallest:
         raise ValueError(f"gen_kwargs: {name}={value!r} must be a whole number of at least {smallest}")
     return int(value)
 
@@ -174,4 +172,4 @@ def stop_strings(given: Any) -> tuple[str, ...]:
     listed = [given] if isinstance(given, str) else list(given)
     if not all(isinstance(stop, str) for stop in listed):
         raise ValueError(f"gen_kwargs: until={given!r} must be a string or a list of strings")
-    return tuple(stop for stop in listed if stop and stop != HOSTS_STOP)
+    return tuple(stop for stop in listed if stop and stop != DEFAULT_STOP)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from .settings import TOKEN_ID, TOKEN_IDS, Checked, ListOf, OneOf, from_fields, prefixed, read_json_object, require
+from .settings import TOKEN_ID, Checked, ListOf, OneOf, from_fields, prefixed, read_json_object, require
 from .text import LANGUAGE_MODEL_TYPES, TextConfig, text_settings
-from .vlm import NANOVLM, VLMConfig, require_in_vocabulary
+from .vlm import NANOVLM, VLMConfig, as_ids, require_in_vocabulary
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,3 @@ def refuse_vision(raw: Mapping[str, Any]) -> None:
             f"model_type {model_type!r} is a vision-language model, not a decoder alone: "
             "load(...) reads it, and its decoder is .model.language_model"
         )
-
-
-def as_ids(eos_token_id: Any) -> tuple[int, ...]:
-    """One token id or several, as a tuple; raises ValueError for anything else."""
-    require("eos_token_id", eos_token_id, TOKEN_IDS)
-    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)

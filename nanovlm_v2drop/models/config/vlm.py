@@ -114,10 +114,9 @@ class VLMConfig(Checked):
         text = text_settings({**own_type, **given["text_config"]} if prefix else {**raw, **own_type}, prefix)
         # As in transformers 5: the outer setting ties, the inner one too.
         text["tie_word_embeddings"] = bool(given.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-        eos = text["eos_token_id"]
         config = cls(
             text_config=from_fields(TextConfig, text, prefix),
-            eos_token_ids=(eos,) if isinstance(eos, int) else eos,
+            eos_token_ids=as_ids(text["eos_token_id"]),
             **cls.own_fields(given),
         )
         config.check_vision_tokens(given)
@@ -127,8 +126,7 @@ class VLMConfig(Checked):
         """The same with the end tokens of a generation_config.json, which go before those of config.json; None has none."""
         ends = self.eos_token_ids
         if eos_token_id is not None:
-            require("eos_token_id", eos_token_id, TOKEN_IDS)
-            ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+            ends = as_ids(eos_token_id)
         if eos_token_id is not None or ends != TEXT_MODEL_TYPES[self.text_model_type]["eos_token_id"]:
             for token in ends:
                 require_in_vocabulary("eos_token_id", token, self.text_config)
@@ -168,6 +166,12 @@ def family_of(raw: Mapping[str, Any]) -> type[VLMConfig]:
         raise ValueError(f"model_type {model_type!r} is a decoder alone: load_decoder(...) reads it")
     require("model_type", model_type, OneOf(*families))
     return families[model_type]
+
+
+def as_ids(eos_token_id: Any) -> tuple[int, ...]:
+    """One token id or several, as a tuple; raises ValueError for anything else."""
+    require("eos_token_id", eos_token_id, TOKEN_IDS)
+    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
 
 
 def require_in_vocabulary(name: str, token: int, text_config: TextConfig) -> None:
