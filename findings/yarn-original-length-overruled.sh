@@ -5,8 +5,8 @@
 # One expects: the settings of a scaled rotary embedding stand in `rope_parameters`. If `original_max_position_embeddings` is given
 # there, its value counts.
 #
-# What happens: a field of that name at the top level of the config overrules the one in `rope_parameters`, which is rewritten.
-# The frequencies are those of the other length. The log warns of an implicit factor, not of the two values.
+# What happens: a field of that name at the top level of the config overrules the one in `rope_parameters`, which is rewritten
+# when the rotary embedding is made. The frequencies are those of the other length. The log warns of an implicit factor, not of the two values.
 #
 # Why it matters: Phi-3 and its relatives have the field at the top level. A config that was edited in one place, or a long-context
 # override that is passed as `rope_parameters`, then runs with other frequencies than it says.
@@ -15,8 +15,8 @@
 #
 #   transformers 5.23.0
 #   original length inside rope_parameters 128, at the top level 64
-#   original length that the config has afterwards: 64
 #   frequencies equal those of 128: False, those of 64: True
+#   original length inside rope_parameters afterwards: 64
 #   as described
 
 set -euo pipefail
@@ -48,12 +48,13 @@ def frequencies(given):
 
 
 both = config(INSIDE, original_max_position_embeddings=TOP)
+made = frequencies(both)
+equals = [torch.equal(made, frequencies(config(length))) for length in (INSIDE, TOP)]
 kept = both.rope_parameters["original_max_position_embeddings"]
-equals = [torch.equal(frequencies(both), frequencies(config(length))) for length in (INSIDE, TOP)]
 print("transformers", transformers.__version__)
 print(f"original length inside rope_parameters {INSIDE}, at the top level {TOP}")
-print("original length that the config has afterwards:", kept)
 print(f"frequencies equal those of {INSIDE}: {equals[0]}, those of {TOP}: {equals[1]}")
+print("original length inside rope_parameters afterwards:", kept)
 as_described = kept == TOP and equals == [False, True]
 print("as described" if as_described else "the behaviour has changed")
 sys.exit(not as_described)
