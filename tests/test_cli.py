@@ -138,6 +138,11 @@ def test_the_papers_video_benchmarks_run_from_local_files_and_end_with_their_ave
     assert f"{averaged['name']}: average of the percentages of dense" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_the_papers_tables_fit_a_terminal_of_80_columns(capsys, monkeypatch):
+    monkeypatch.setattr("nanovlm_v2drop.cli.paper.WIDTH", 80)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in run(capsys, "--paper")[1]
+
+
 def test_the_papers_tables_are_printed_alone(capsys):
     assert run(capsys, "--paper", "--model", "qwen2-vl-7b")[1].count("Qwen2-VL-7B") == 2
     code, out, _ = run(capsys, "--paper")

@@ -92,6 +92,7 @@ def refused(arguments, capsys) -> str:
         (["--image", "a.png", "--prompt", "b", "--limit", "3", "--tasks", "pope"], "beside --prompt --tasks, --limit"),
         (["--image", "a.png", "--chat", "--limit", "3"], "beside --chat --limit would be ignored"),
         (["--image", "a.png", "--chat", "--methods", "dense,v2drop"], "--chat answers with one method and one budget"),
+        (["--image", "a.png", "--chat", "--methods", "all"], "give --methods a single value"),
         (["--image", "a.png", "--chat", "--tokens", "48,32"], "give --tokens a single value"),
         (["--history", "cut-cache"], "--history belongs together with --chat"),
         (["--forget"], "--forget belongs together with --chat or --conversations"),

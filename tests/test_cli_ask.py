@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from nanovlm_v2drop import Request, cli, generate, load
 from nanovlm_v2drop.cli import chat as chat_module
@@ -208,6 +209,18 @@ def test_conversations_are_measured_in_a_table_that_says_what_was_compared(capsy
     assert [row["method"] for row in rows] == [name for name, count in histories.items() for _ in range(count)]
     shown = [line.split()[:3] for line in table if line.startswith(tuple(histories))]
     assert shown == [[row["method"], row["budget"] or "-", row["history"]] for row in rows]
+
+
+def test_conversations_fit_a_terminal_of_80_columns_and_name_the_methods_that_are_left_out(capsys, monkeypatch):
+    monkeypatch.setattr("nanovlm_v2drop.cli.conversations.console_for", lambda wide: Console(width=80))
+    code, out, _ = run(capsys, "--conversations", 2, "--methods", "dense,v2drop,divprune", "--tokens", 1, "--batch-size", 2)
+    assert code == 0
+    *lines, last = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out
+    assert sum(line.startswith("divprune") for line in lines) == 2 * 2  # histories, tables
+    assert "left out, because the method does not go down to this budget: v2drop 1" in " ".join(lines)
+    assert {row["method"] for row in json.loads(last)["results"]} == {"dense", "divprune"}
 
 
 @pytest.mark.parametrize(

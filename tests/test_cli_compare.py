@@ -152,6 +152,13 @@ def test_a_folder_without_a_finished_run_is_told_in_one_line(damage, message, ru
     assert message in line
 
 
+def test_a_folder_in_place_of_the_reports_file_is_told_in_one_line(runs, tmp_path, capsys):
+    assert cli.main(["compare", *map(str, runs), "--report", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"nanovlm-v2drop: --report {tmp_path} is a folder; give the file that is to be written\n"
+
+
 def test_runs_that_asked_different_questions_or_share_no_row_are_refused(tmp_path, capsys):
     one = write_run(tmp_path / "one", {"dense": rights(0, 0.5)})
     for name, answers, question in (("two", {"dense": rights(0, 0.5)}, "Other {}?"), ("three", {"fastv 48": [1]}, "Is it {}?")):

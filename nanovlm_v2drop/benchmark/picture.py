@@ -37,6 +37,7 @@ from ..evaluation.machine import peak_memory_mb
 from ..evaluation.plans import DENSE
 from ..inference import Prefilled, prefill
 from ..loading.zoo import VisionLanguageModel, load
+from ..models.config import SmolVLMConfig
 from ..models.vlm import PackedInputs, VisionInput
 from ..processing.prompts import Request
 from .contenders import Run, compare_logits, decode_and_rewind, transformers_decode_and_rewind
@@ -121,8 +122,13 @@ def transformers_program(
 
 
 def programs_of(folder: Path, dtype: str, picture: Path, shares: Sequence[float]) -> list[Program]:
-    """Ours and transformers' on one picture. Raises RuntimeError where the two compute different logits."""
+    """Ours and transformers' on one picture.
+
+    Raises ValueError for a checkpoint of another family, RuntimeError where the two compute different logits.
+    """
     vlm = load(folder, dtype=dtype)
+    if not isinstance(vlm.config, SmolVLMConfig):
+        raise ValueError(f"{folder} is no checkpoint of the SmolVLM family; only their pixels are compared here")
     prompt = prompt_of(vlm, picture)
     ours = [our_program(vlm, prompt, name, share) for name, share in budgets_of(shares).items()]
     reference = transformers_program(folder, dtype, *prompt.tensors(), prompt.packed(vlm).inputs_embeds[None])
@@ -201,7 +207,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        run_and_print(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def run_and_print(args: argparse.Namespace) -> None:
+    """Raises ValueError and OSError for a folder, a picture or a number that cannot be used."""
     torch.set_num_threads(args.threads)
     dtypes, shares = args.dtypes.split(","), [float(share) for share in args.retain.split(",")]
     with TemporaryDirectory(prefix="nanovlm-picture-") as place:

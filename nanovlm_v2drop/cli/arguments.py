@@ -230,7 +230,7 @@ def check_conflicts(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     if not arguments.chat and arguments.conversations is None and arguments.forget:
         parser.error("--forget belongs together with --chat or --conversations")
     for name in ("methods", "tokens", "retain"):
-        if arguments.chat and len(getattr(arguments, name) or ()) > 1:
+        if arguments.chat and (len(values := getattr(arguments, name) or ()) > 1 or ALL in values):
             parser.error(f"--chat answers with one method and one budget; give --{name} a single value")
 
 

@@ -25,6 +25,8 @@ def print_comparison(folders: Sequence[Path], form: str, report: Path | None) ->
     `report`: where to write a page with the comparison and the tables and figures of all runs.
     """
     try:
+        if report is not None and report.is_dir():
+            raise ValueError(f"--report {report} is a folder; give the file that is to be written")
         comparisons = compare([read_run(folder) for folder in folders])
         print(WRITERS[form](folders, comparisons))
         if report is not None:

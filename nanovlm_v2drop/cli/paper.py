@@ -30,7 +30,7 @@ def print_paper(model: str) -> int:
 def drawing(table: PaperTable) -> Table:
     """The table as the paper has it."""
     drawn = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for title in ("budget", "method", *table.columns, *table.extra, "average %"):
+    for title in ("budget", "method", *table.columns, *table.extra, "average\n%"):
         drawn.add_column(title, justify="left" if title in ("budget", "method") else "right", no_wrap=True)
     drawn.add_row("-", "all tokens", *map(shown, (*table.dense, 100.0)))
     for row in table.rows:

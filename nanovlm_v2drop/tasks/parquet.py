@@ -102,8 +102,9 @@ def dataset_files(repo_id: str, split: str, local_dir: Path | None, config: str 
         DatasetUnavailable: the Hub cannot be reached or does not give the dataset.
     """
     if local_dir is None:
-        return files_from_hub(repo_id, patterns_of(split, config), partial(files_in, split=split, config=config))
-    return files_in(dataset_folder(repo_id, split, local_dir, config), split, config)
+        files_of = partial(files_in, repo_id=repo_id, split=split, config=config)
+        return files_from_hub(repo_id, patterns_of(split, config), files_of)
+    return files_in(dataset_folder(repo_id, split, local_dir, config), repo_id, split, config)
 
 
 def dataset_folder(repo_id: str, split: str, local_dir: Path, config: str = "") -> Path:
@@ -181,8 +182,8 @@ def naming(place: str) -> Iterator[None]:
         raise ValueError(f"{place} cannot be read: {reason}; fetch the file again") from error
 
 
-def files_in(folder: Path, split: str, config: str = "") -> list[Path]:
-    """The files of a split; `config` is the folder that holds it, or the file (MMStar).
+def files_in(folder: Path, repo_id: str, split: str, config: str = "") -> list[Path]:
+    """The files of a split of a dataset; `config` is the folder that holds it, or the file (MMStar).
 
     Raises FileNotFoundError where there are none, or a shard is missing.
     """
@@ -195,7 +196,8 @@ def files_in(folder: Path, split: str, config: str = "") -> list[Path]:
         files = sorted(folder.glob(f"data/{split}-*.parquet")) or sorted(folder.rglob(f"*{split}*.parquet"))
         wanted = f"no data/{split}-*.parquet and no other *{split}*.parquet"
     if not files:
-        raise FileNotFoundError(f"{folder} holds {wanted}")
+        fetching = f"hf download {repo_id} --repo-type dataset --local-dir DIR"
+        raise FileNotFoundError(f"{folder} holds {wanted} of {repo_id}; fetch it ({fetching}), then pass --data DIR")
     require_all_shards(files)
     return files
 

@@ -35,6 +35,14 @@ def test_programs_that_compute_different_logits_are_refused(folder, tmp_path, mo
         picture.programs_of(folder, "float32", tmp_path / "noise.png", [0.5])
 
 
+def test_a_checkpoint_of_another_family_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(Path(__file__).parents[2] / "weights" / "demo", capsys)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("weights/demo is no checkpoint of the SmolVLM family; only their pixels are compared here")
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_a_process_for_each_program(folder, capsys):
     rows = run(folder, capsys)

@@ -460,7 +460,7 @@ def test_a_missing_shard_is_an_error_not_a_smaller_benchmark(tmp_path):
 
 
 def test_a_folder_without_the_data_says_what_it_should_hold(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no data/test-\*\.parquet"):
+    with pytest.raises(FileNotFoundError, match=r"holds no data/test-\*\.parquet .* of lmms-lab-encoder/POPE; fetch it"):
         Pope(tmp_path).samples()
     with pytest.raises(FileNotFoundError, match=r"nowhere is no folder; give the one .* of lmms-lab-encoder/MME"):
         Mme(tmp_path / "nowhere").samples()
