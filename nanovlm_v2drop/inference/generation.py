@@ -139,7 +139,7 @@ def generate(
         ValueError: a number out of range; a budget below what the method can reach (OutOfReach); as `vlm.prepare`.
         NotFinite: activations overflow the dtype.
     """
-    budget = check_options(dropper, tokens, retain, max_new_tokens)
+    budget = check_options(vlm, dropper, tokens, retain, max_new_tokens)
     prefilled, schedule = prefill_requests(vlm, requests, dropper, budget, max_new_tokens)
     steps = decode_tokens(vlm.model.language_model, prefilled, sampling)
     sequences = decode_until(steps, vlm.config.eos_token_ids, max_new_tokens)
@@ -163,7 +163,7 @@ def stream(
 
     A character is held back until all its bytes are there. Options and errors are those of `generate`.
     """
-    budget = check_options(dropper, tokens, retain, max_new_tokens)
+    budget = check_options(vlm, dropper, tokens, retain, max_new_tokens)
 
     def token_ids() -> Iterator[int]:
         prefilled, _ = prefill_requests(vlm, [request], dropper, budget, max_new_tokens)
@@ -189,11 +189,16 @@ def pieces(tokenizer: "Tokenizer", token_ids: Iterator[int]) -> Iterator[str]:
         yield text[len(shown) :]
 
 
-def check_options(dropper: object, tokens: float | None, retain: float | None, max_new_tokens: int) -> Budget | None:
+def check_options(
+    vlm: "VisionLanguageModel", dropper: object, tokens: float | None, retain: float | None, max_new_tokens: int
+) -> Budget | None:
     """The budget that is asked for; raises TypeError and ValueError as `generate`."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
-    return asked_budget(dropper, tokens, retain)
+    budget, context = asked_budget(dropper, tokens, retain), vlm.model.language_model.config.context_length
+    if context is not None and max_new_tokens > context:  # the cache gets room for all of them at once
+        raise ValueError(f"max_new_tokens {max_new_tokens:,} is above the model's context of {context:,} tokens; ask for fewer")
+    return budget
 
 
 def prefill_requests(

@@ -146,7 +146,7 @@ def watch(
     This keeps the input, queries and keys of every layer in memory. Without a dropper every token goes through all layers.
     `dropper`, `tokens` and `retain` are those of `generate`, and so are the errors raised.
     """
-    budget = check_options(dropper, tokens, retain, max_new_tokens)
+    budget = check_options(vlm, dropper, tokens, retain, max_new_tokens)
     packed, decoder = vlm.prepare([request]), vlm.model.language_model
     num_layers = decoder.config.num_hidden_layers
     if isinstance(dropper, type):

@@ -235,6 +235,11 @@ def test_fewer_than_one_new_token_is_refused(max_new_tokens: int, vlm: VisionLan
         stream(vlm, REQUESTS["text only"], max_new_tokens=max_new_tokens)
 
 
+def test_more_new_tokens_than_the_context_holds_are_refused_before_memory_is_taken(vlm: VisionLanguageModel) -> None:
+    with pytest.raises(ValueError, match="max_new_tokens 10,000,000 is above the model's context of 512 tokens"):
+        generate(vlm, [REQUESTS["text only"]], max_new_tokens=10_000_000)
+
+
 # Choosing tokens
 
 
