@@ -108,7 +108,7 @@ def test_a_damaged_list_of_plans_is_one_line(tmp_path, capsys):
 def test_a_stopped_run_says_how_to_continue_and_continues(number, tmp_path):
     output = tmp_path / "out"
     script = str(ROOT / "train_free_eval.py")
-    command = [sys.executable, script, "--methods", "dense", "--limit", "200", "--output", str(output)]
+    command = [sys.executable, script, "--methods", "dense", "--limit", "2000", "--output", str(output)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     answers = output / "samples.jsonl"
     while not (answers.is_file() and answers.stat().st_size) and process.poll() is None:
@@ -117,12 +117,12 @@ def test_a_stopped_run_says_how_to_continue_and_continues(number, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    told = re.search(r"stopped after (\d+) of 200; go on with: (.*)", errors)
+    told = re.search(r"stopped after (\d+) of 2000; go on with: (.*)", errors)
     kept = len((output / "samples.jsonl").read_text().splitlines())
-    assert int(told[1]) <= kept < 200
+    assert int(told[1]) <= kept < 2000
     words = shlex.split(told[2])
     assert words == ["python", command[1], *command[2:], "--resume"]
-    words[words.index("200")] = str(kept)  # as many as are there, so that the second start is short
+    words[words.index("2000")] = str(kept)  # as many as are there, so that the second start is short
     done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, env=ENVIRONMENT, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["results"][0]["samples"] == kept
     assert len((output / "samples.jsonl").read_text().splitlines()) >= kept

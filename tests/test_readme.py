@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from benchmark_rows import rows_of, write_rows
 from PIL import Image
 from qwen2vl import qwen2vl_reference, qwen2vl_tokenizer, write_qwen2vl_folder
 from smolvlm import smollm2_tokenizer, smolvlm_reference, write_smolvlm_folder
@@ -74,16 +75,26 @@ def parse_lmms_eval(words: list[str]) -> None:
     parse_model_arguments(given).plan()
 
 
+@pytest.fixture(scope="module")
+def benchmark_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the benchmarks that README's commands name."""
+    folder = tmp_path_factory.mktemp("DATA")
+    for task, place in {"gqa": "GQA", "scienceqa": "ScienceQA", "textvqa": "textvqa", "mmbench": "MMBench"}.items():
+        write_rows(folder / place, task, rows_of(task, 8))
+    write_shards(folder / "POPE", pope_rows())
+    write_shards(folder / "MME", mme_rows())
+    return folder
+
+
 @pytest.fixture
-def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def user_folder(tmp_path: Path, benchmark_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the files that README's commands name."""
     monkeypatch.chdir(tmp_path)
     Image.linear_gradient("L").convert("RGB").save("photo.jpg")
     shutil.copy(ROOT / "weights" / "demo-video" / "clip.mp4", "clip.mp4")
     (method,) = re.findall(r"```python\n(from nanovlm_v2drop import PrefillState.*?)\nprint", README, re.S)
     Path("my_method.py").write_text(method)
-    write_shards(tmp_path / "DATA" / "POPE", pope_rows())
-    write_shards(tmp_path / "DATA" / "MME", mme_rows())
+    Path("DATA").symlink_to(benchmark_data)
     return tmp_path
 
 

@@ -229,4 +229,4 @@ def test_the_memory_of_loading_a_float_checkpoint_is_near_that_of_the_quantised_
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, left = map(float, done.stdout.split())
     assert width * weights < left <= peak
-    assert peak < 1.4 * width * weights + 20  # in float16 it is 2; malloc keeps some freed pieces between the matrices
+    assert peak < 1.7 * width * weights + 20  # in float16 it is 2 a weight; malloc keeps freed pieces between the matrices

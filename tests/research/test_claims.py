@@ -114,7 +114,7 @@ def test_the_whole_ledger_runs_on_the_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(costs, "measure_costs", lambda *_: rows)
     assert cli.main(["--claims", "--limit", "12", "--output", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(result["results"]) == 18
+    assert len(result["results"]) == 19
     assert {row["verdict"] for row in result["results"]} <= {HOLDS, FAILS, OPEN, NEEDS, NEEDS_GPU, NEEDS_TEXT}
     assert all(row["decides"] for row in result["results"])
     assert json.loads((tmp_path / "claims.json").read_text()) == result
