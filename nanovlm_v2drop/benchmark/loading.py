@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..evaluation.machine import peak_memory_mb
 from ..loading.checkpoint import load_model
 from ..loading.precision import named_precision
 from ..loading.uninitialised import Uninitialised
@@ -172,8 +173,8 @@ def measured(loader: str, folder: Path, dtype: str, cache: str, threads: int) ->
     for weight in model.parameters():
         weight.detach().flatten()[:: 4096 // weight.element_size()].sum()
     ready = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return {"load_seconds": loaded - started, "ready_seconds": ready - started, "cpu_seconds": cpu, "peak_mb": peak / 1e6}
+    peak_mb = peak_memory_mb(torch.device("cpu")) - before / 1e6
+    return {"load_seconds": loaded - started, "ready_seconds": ready - started, "cpu_seconds": cpu, "peak_mb": peak_mb}
 
 
 def load_ours(folder: Path, dtype: str) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 MEMINFO = Path("/proc/meminfo")
+STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")  # a container's limit on memory lies here
 UNKNOWN_FREE = 2**31  # taken as free where the system does not tell
 
@@ -33,7 +34,10 @@ def peak_memory_mb(device: torch.device) -> float:
     """The most memory held since `reset_peak_memory`: by torch on a GPU, by the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    # ru_maxrss begins with the peak of the program that started this one; VmHWM is of this program alone.
+    found = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()) if STATUS.is_file() else None
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if found is None else int(found[1])
+    return kilobytes * 1024 / 1e6
 
 
 def machine_name(device: torch.device) -> str:

@@ -1,5 +1,7 @@
 """The free memory that batches go by."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,14 @@ def test_free_memory_is_what_the_system_can_give_within_the_containers_limit(sys
     assert machine.free_memory(CPU) == 1
     (system / "memory.max").write_text("max\n")
     assert machine.free_memory(CPU) == 2_048_000
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_program_is_not_that_of_the_program_that_started_it():
+    held = bytearray(b"1") * 2**30
+    script = "import torch; from nanovlm_v2drop.evaluation.machine import *; print(peak_memory_mb(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 50 < float(done.stdout) < len(held) / 1e6 < machine.peak_memory_mb(CPU)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
