@@ -201,10 +201,12 @@ def test_a_run_from_the_cache_has_the_same_answers(output: Path) -> None:
 
 
 def test_answers_end_before_a_stop_string(output: Path) -> None:
-    dense = [sample["filtered_resps"] for sample in samples_of(output, "dense", "demo_images")]
-    stopped = [sample["filtered_resps"] for sample in samples_of(output, "stopped", "demo_images")]
+    runs = [samples_of(output, run, "demo_images") for run in ("dense", "stopped")]
+    dense, stopped = ([sample["filtered_resps"] for sample in samples] for samples in runs)
     assert any("e" in answer for answer in dense)
     assert stopped == [answer.partition("e")[0] for answer in dense]
+    counts = [sum(sample["token_counts"][0]["output_tokens"] for sample in samples) for samples in runs]
+    assert counts[1] < counts[0]  # they are not decoded to their ends
 
 
 def test_an_unknown_argument_ends_the_run_with_its_name(output: Path) -> None:
