@@ -95,13 +95,14 @@ def samples_of(output: Path, name: str, task: str) -> list[dict[str, Any]]:
 
 
 def own_records(model: str, method: str, budget: Budget | None, batch_size: int, folder: Path, seed: int = 0) -> list[Record]:
-    """What our own evaluation answers to the same samples."""
+    """What our own evaluation answers to the same samples, in their order; it answers prompts of similar length together."""
     vlm, task = load(model), load_task(model)
     shape = prompt_shape(vlm, task.first_sample().request)
     (plan,) = equal_budget_plans([method], [budget], shape, [seed]) if budget else [Plan("dense", shape=shape)]
     limit = IMAGES if model == "demo" else CLIPS
     assert len(list(evaluate(vlm, task, [plan], folder, limit=limit, batch_size=batch_size))) == limit
-    return read_records(folder)
+    order = [sample.sample_id for sample in task.samples(limit)]
+    return sorted(read_records(folder), key=lambda record: order.index(record.sample_id))
 
 
 SAME = [
