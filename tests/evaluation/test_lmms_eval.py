@@ -95,13 +95,14 @@ def samples_of(output: Path, name: str, task: str) -> list[dict[str, Any]]:
 
 
 def own_records(model: str, method: str, budget: Budget | None, batch_size: int, folder: Path, seed: int = 0) -> list[Record]:
-    """What our own evaluation answers to the same samples."""
+    """What our own evaluation answers to the same samples, in their order; it answers prompts of similar length together."""
     vlm, task = load(model), load_task(model)
     shape = prompt_shape(vlm, task.first_sample().request)
     (plan,) = equal_budget_plans([method], [budget], shape, [seed]) if budget else [Plan("dense", shape=shape)]
     limit = IMAGES if model == "demo" else CLIPS
     assert len(list(evaluate(vlm, task, [plan], folder, limit=limit, batch_size=batch_size))) == limit
-    return read_records(folder)
+    order = [sample.sample_id for sample in task.samples(limit)]
+    return sorted(read_records(folder), key=lambda record: order.index(record.sample_id))
 
 
 SAME = [
@@ -201,10 +202,12 @@ def test_a_run_from_the_cache_has_the_same_answers(output: Path) -> None:
 
 
 def test_answers_end_before_a_stop_string(output: Path) -> None:
-    dense = [sample["filtered_resps"] for sample in samples_of(output, "dense", "demo_images")]
-    stopped = [sample["filtered_resps"] for sample in samples_of(output, "stopped", "demo_images")]
+    runs = [samples_of(output, run, "demo_images") for run in ("dense", "stopped")]
+    dense, stopped = ([sample["filtered_resps"] for sample in samples] for samples in runs)
     assert any("e" in answer for answer in dense)
     assert stopped == [answer.partition("e")[0] for answer in dense]
+    counts = [sum(sample["token_counts"][0]["output_tokens"] for sample in samples) for samples in runs]
+    assert counts[1] < counts[0]  # they are not decoded to their ends
 
 
 def test_an_unknown_argument_ends_the_run_with_its_name(output: Path) -> None:

@@ -1,7 +1,7 @@
 """Answers and losses of packed batches, as the plug-in for lmms-eval computes them, without lmms-eval."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -139,6 +139,18 @@ def test_stop_strings_and_limits_end_an_answer() -> None:
     long = answering().generate([request] * 2, Decoding(max_new_tokens=100, temperature=5.0))
     assert max(each.num_tokens for each in long) > 64  # the cache has grown
     assert long[0] != long[1]  # the rows of a batch draw apart
+
+
+def test_decoding_ends_at_a_stop_string_with_the_text_of_the_whole_answer() -> None:
+    requests = [Request(text="?"), Request(text="What colour is grass?")]
+    sampled = Decoding(max_new_tokens=60, temperature=5.0)
+    whole = answering().generate(requests, sampled)
+    assert [each.num_tokens for each in whole] == [60, 60]
+    for stop in ("e", " ", "ow"):
+        assert all(stop in each.text for each in whole)
+        stopped = answering().generate(requests, replace(sampled, until=("\N{SNOWMAN}", stop)))
+        assert [each.text for each in stopped] == [each.text.partition(stop)[0].strip() for each in whole]
+        assert max(each.num_tokens for each in stopped) < 60
 
 
 def test_sampled_answers_of_the_next_batch_are_others() -> None:

@@ -181,3 +181,10 @@ def test_generation_arguments_that_cannot_be_honoured_are_refused(kwargs: dict[s
 def test_the_text_ends_before_the_first_stop_string() -> None:
     assert Decoding(until=("c", "b")).cut("a b c") == "a"
     assert Decoding().cut("a b c ") == "a b c"
+
+
+def test_white_space_before_a_text_does_not_stop_it() -> None:
+    line = Decoding(until=("\n",))
+    assert [line.has_stopped(text) for text in ("", "\n", "\n a", "\n a\n", "a\nb")] == [False, False, False, True, True]
+    assert line.cut("\n a\nb") == "a"
+    assert not Decoding().has_stopped("a\n\nb")

@@ -72,13 +72,18 @@ class Answering:
 
     def generate(self, requests: Sequence[Request], decoding: Decoding, seed: int = 0) -> list[Answered]:
         """One answer a request; `seed` is that of a batch whose answers are sampled."""
+        decode = self.vlm.tokenizer.decode
+
+        def is_settled(token_ids: list[int]) -> bool:
+            return bool(decoding.until) and decoding.has_stopped(decode(token_ids))
+
         with self.timed():
             packed = self.vlm.prepare(requests)
             self.note_shapes(packed)
             prefilled = self.prefill(packed, min(decoding.max_new_tokens, MAX_NEW_TOKENS))  # the cache grows where it must
             tokens = decode_tokens(self.vlm.model.language_model, prefilled, decoding.sampling(seed))
-            sequences = decode_until(tokens, self.vlm.config.eos_token_ids, decoding.max_new_tokens)
-        texts = [decoding.cut(self.vlm.tokenizer.decode(ids).strip()) for ids in sequences]
+            sequences = decode_until(tokens, self.vlm.config.eos_token_ids, decoding.max_new_tokens, is_settled)
+        texts = [decoding.cut(decode(ids)) for ids in sequences]
         return [Answered(*own) for own in zip(texts, map(len, sequences), self.prompt_sizes(packed), strict=True)]
 
     def options(self, asked: Sequence[tuple[Request, Sequence[str]]]) -> list[list[Option]]:

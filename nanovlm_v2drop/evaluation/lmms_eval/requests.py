@@ -131,9 +131,13 @@ class Decoding:
         """`seed` of this batch; raises ValueError for a temperature or top_p out of range."""
         return Sampling(self.temperature, self.top_p, (self.seed or 0) + seed)
 
+    def has_stopped(self, text: str) -> bool:
+        """Whether a stop string follows the white space that a text may begin with."""
+        return any(stop in text.lstrip() for stop in self.until)
+
     def cut(self, text: str) -> str:
-        """The text before the first stop string."""
-        return before_stops(text, self.until)
+        """The text before the first stop string, without white space at its ends."""
+        return before_stops(text.lstrip(), self.until)
 
 
 def decoding_of(given: Mapping[str, Any]) -> Decoding:
