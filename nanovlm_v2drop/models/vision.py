@@ -8,6 +8,7 @@ reads are built. No LLaVA reads a hidden state after `post_layernorm`, so that n
 models/clip/modeling_clip.py and models/siglip/modeling_siglip.py.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -24,6 +25,8 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda values: F.gelu(values, approximate="tanh"),
 }
+# Of one dtype, 1 to 4 MB: values of this number stay in a CPU's cache from block to block.
+VALUES_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -142,11 +145,21 @@ class VisionEncoder(nn.Module):
         return cast(VisionLayer, self.layers[-1])
 
     def forward(self, hidden_states: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        """Input and output of the last block."""
+        """Input and output of the last block, (N, tokens, D) each."""
+        pieces = hidden_states.split(pictures_at_once(hidden_states))
+        if len(pieces) > 1:
+            befores, afters = zip(*(self(piece, backend) for piece in pieces), strict=True)
+            return torch.cat(befores), torch.cat(afters)
         before = hidden_states
         for layer in self.layers:
             before, hidden_states = hidden_states, layer(hidden_states, backend)
         return before, hidden_states
+
+
+def pictures_at_once(hidden_states: Tensor) -> int:
+    """How many of the pictures (N, tokens, D) go through the blocks together: all, but on a CPU few, which need less memory."""
+    count, *of_one = hidden_states.shape
+    return max(1, VALUES_AT_ONCE // math.prod(of_one)) if hidden_states.device.type == "cpu" else max(1, count)
 
 
 class VisionTower(nn.Module):

@@ -174,3 +174,18 @@ def test_eager_attention_gives_the_features_of_sdpa(pictures: int) -> None:
     pixel_values = torch.randn(pictures, 3, 21, 21, generator=torch.Generator().manual_seed(1))
     wanted, tower.attention = tower(pixel_values), "eager"
     torch.testing.assert_close(tower(pixel_values), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("pictures", "pieces"), [(1, [1]), (5, [2, 2, 1])])
+def test_a_cpu_takes_few_pictures_at_a_time_with_the_same_features(
+    pictures: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = CLIPVisionTower(VisionConfig(**SIZES), 3)
+    fill(tower)
+    pixel_values = random_pixels(pictures, 21)
+    together = tower.encode(pixel_values)
+    monkeypatch.setattr("nanovlm_v2drop.models.vision.VALUES_AT_ONCE", 2 * 10 * 32)  # of two pictures with 10 tokens each
+    seen: list[int] = []
+    tower.encoder.last_block.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    torch.testing.assert_close(tower.encode(pixel_values), together)
+    assert seen == pieces
