@@ -17,6 +17,7 @@ from ..models.config import LanguageModelConfig, LlavaConfig, Qwen2VLConfig, Smo
 from ..models.decoder import Decoder
 from ..models.language_model import LanguageModel
 from ..models.linear import as_bfloat16
+from ..models.mapped import let_go
 from ..models.model_classes import MODEL_CLASSES
 from ..models.vlm import VLM
 from .files import SAFETENSORS_TWINS, CheckpointError, StoredTensor, check_names, list_tensors, listed, open_safetensors
@@ -116,6 +117,7 @@ def load_model(
     else:
         fill(model, dict(read_tensors(sources, parts, device, precision.dtype, as_stored)), parts)
         check_materialised(model)
+        let_go(*model.parameters())  # every page was read to check its values
     pack(model, precision, device)
     return model
 

@@ -11,11 +11,13 @@ keeps the weights in bfloat16 and computes with many rows in float32.
 
 import platform
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .mapped import let_go
 
 ROWS = 640  # the order is chosen for products of this many rows: a prompt with one picture
 PIECE = 2**20  # values that are converted at once: in float32 they fit into a CPU's cache
@@ -39,9 +41,11 @@ class PrepackedLinear(nn.Module):
 
     def pack(self) -> Tensor:
         """The reordered weight. The first call reorders it and releases the plain one."""
-        if self.packed_weight is None:
-            self.packed_weight, self.plain_weight = torch.ops.mkldnn._reorder_linear_weight(self.plain_weight, ROWS), None
-        return self.packed_weight
+        if self.packed_weight is None and self.plain_weight is not None:
+            self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(self.plain_weight, ROWS)
+            let_go(self.plain_weight)
+            self.plain_weight = None
+        return cast(Tensor, self.packed_weight)
 
     @property
     def weight(self) -> Tensor:
