@@ -38,7 +38,7 @@ def measured_apart(options: Mapping[str, Any]) -> dict[str, float]:
 def own_memory(options: Mapping[str, Any]) -> dict[str, float]:
     """The memory of this process after it has made the decoder of one dtype, and has run one prompt and some tokens."""
     torch.set_num_threads(options["threads"])
-    (workload,) = make_workloads(Namespace(**options))
+    workload, *_ = make_workloads(Namespace(**options))
     (dense,) = our_contenders(workload, [], {})
     dense.decoding(dense.prefill())()
     return resident(os.getpid())

@@ -13,7 +13,8 @@ must equal those of LlamaForCausalLM or Qwen2ForCausalLM of transformers on the 
 so on in this check, also for Qwen2-VL; the cost is the same. The speed of a machine drifts, so each round runs everything once,
 in an order that rotates. Times are medians over the rounds. Speed-ups and shares are medians of the ratios within a round.
 
-With several dtypes, the same decoder runs in each of them in the same rounds, and every speed-up refers to the first dtype. A
+With several dtypes, the same decoder runs in each of them in the same rounds, and every speed-up refers to the first dtype. So
+it does with several of --kv-cache-dtype: with auto,int8 the rows of the int8 cache have names such as "bfloat16/int8 dense". A
 peer that cannot run here is left out, and a note says why. The rows of transformers and llama.cpp are compared with the matrix
 products of the first dtype. llama.cpp runs weights of noise of the same shape, see llama_cpp.py.
 
@@ -220,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m nanovlm_v2drop.benchmark", description=__doc__, formatter_class=raw)
     sizes = {"layers": 4, "text-tokens": 64, "repeats": 7, "decode-steps": 16}
     names = {"model": "llava-1.5-7b", "methods": "v2drop,random"}
-    places = {"dtype": "bfloat16", "device": "cpu", "attention": "auto", "peers": TRANSFORMERS}
+    places = {"dtype": "bfloat16", "device": "cpu", "attention": "auto", "kv-cache-dtype": "auto", "peers": TRANSFORMERS}
     for name, default in {**names, **places, **sizes, "threads": torch.get_num_threads()}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     prompt, budget = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()

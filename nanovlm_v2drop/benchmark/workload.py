@@ -1,7 +1,8 @@
 """The decoders and prompts that are timed: random weights at the official layer shapes, one prompt with pictures or video."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, isqrt, prod
@@ -15,6 +16,8 @@ from ..loading.zoo import as_device
 from ..models.attention import resolve_backend
 from ..models.config import LengthScaling, TextConfig
 from ..models.decoder import Decoder
+from ..models.kv_cache import check_kv_cache_dtype
+from ..models.kv_cache_int8 import SCALE_BYTES
 from ..models.linear import PrepackedLinear, QuantisedLinear
 from ..models.vision_qwen2 import multimodal_positions
 from ..models.vlm import PackedInputs
@@ -215,8 +218,10 @@ class Workload:
 
     def cache_bytes(self, schedule: DropSchedule, decoded: int = 0) -> int:
         config, text_tokens, vision_tokens = self.sizes
-        value_bytes = self.packed.inputs_embeds.element_size()
-        return schedule.kv_cache_bytes(config, text_tokens + decoded, vision_tokens, value_bytes)
+        values = schedule.kv_cache_bytes(config, text_tokens + decoded, vision_tokens, 1)
+        if self.decoder.kv_cache_dtype == "int8":
+            return values // config.head_dim * (config.head_dim + SCALE_BYTES)
+        return values * self.packed.inputs_embeds.element_size()
 
 
 def matrix_bytes(module: Linear) -> int:
@@ -228,9 +233,10 @@ def matrix_bytes(module: Linear) -> int:
 
 
 def make_workloads(args: argparse.Namespace, keeps_plain: bool = False) -> list[Workload]:
-    """The prompt that the options ask for, with the same decoder in every dtype. Only the first keeps its plain tensors.
+    """The prompt that the options ask for, with the same decoder in every dtype and with every dtype of the cache.
 
-    Raises ValueError for an unknown model, device, dtype, back end or number of layers, and what Decoder.compile_layers raises.
+    Only the first keeps its plain tensors. Raises ValueError for an unknown model, device, dtype, back end or number of layers,
+    and what Decoder.compile_layers raises.
     """
     shape = shape_of(args.model)
     if args.layers > shape.num_hidden_layers:
@@ -244,9 +250,24 @@ def make_workloads(args: argparse.Namespace, keeps_plain: bool = False) -> list[
     for precision in precisions:
         decoder = ready_decoder(decoder_of(plain, config, precision.dtype, args.attention), precision, args)
         own = replace(packed, inputs_embeds=packed.inputs_embeds.to(precision.dtype))
-        kept, prefix = (None, f"{precision.name} ") if workloads else (plain if keeps_plain else None, "")
-        workloads.append(Workload(decoder, own, args.decode_steps, shape.num_hidden_layers, precision, kept, prefix))
+        for cache_dtype, cached in decoders_by_cache(decoder, args.kv_cache_dtype.split(",")).items():
+            kept, prefix = (None, f"{precision.name}{cache_dtype} ") if workloads else (plain if keeps_plain else None, "")
+            workloads.append(Workload(cached, own, args.decode_steps, shape.num_hidden_layers, precision, kept, prefix))
     return workloads
+
+
+def decoders_by_cache(decoder: Decoder, cache_dtypes: Sequence[str]) -> dict[str, Decoder]:
+    """The decoder for each dtype of the cache, in the same memory; by the end of a name, which is empty for the first.
+
+    Raises ValueError for an unknown dtype.
+    """
+    decoders: dict[str, Decoder] = {}
+    for cache_dtype in cache_dtypes:
+        check_kv_cache_dtype(cache_dtype)
+        own = copy(decoder)
+        own.kv_cache_dtype = cache_dtype
+        decoders[f"/{cache_dtype}" if decoders else ""] = own
+    return decoders
 
 
 def decoder_of(plain: Mapping[str, Tensor], config: TextConfig, dtype: torch.dtype, attention: str) -> Decoder:

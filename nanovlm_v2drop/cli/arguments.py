@@ -152,6 +152,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--device", type=device, help="cpu, cuda, cuda:N or mps; default cuda where there is a GPU, else cpu")
     add("--dtype", choices=choices.dtypes(), default=AUTO, help="default auto: by processor, memory and model size")
     add("--attention", choices=choices.attention_backends(), default="auto", help="attention back end; default auto")
+    add("--kv-cache-dtype", choices=choices.kv_cache_dtypes(), default="auto", help="int8 halves the cache; default auto")
     add("--compile", action="store_true", help="compile the decoder's layers with torch.compile; takes a minute at first")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="processes, started by torchrun, that share a decoder")
     add("--image-aspect-ratio", choices=choices.aspect_ratios(), help="LLaVA-1.5: pad as the papers, or crop as llava-hf")
@@ -180,8 +181,7 @@ def add_comparison_options(group: argparse._ArgumentGroup) -> None:
         help=f"drop tokens of texts instead: retrieval and prose on a text model ({TEXT_MODEL} by default); from {known}")
     known = ", ".join(choices.texts())
     add("--texts", type=some_of(choices.texts()), default=list(choices.texts()), help=f"kinds of text for --text, from {known}")
-    known = "conversations of three questions on a demo: what later questions can still see"
-    add("--conversations", type=int, metavar="N", help=known)
+    add("--conversations", type=int, metavar="N", help="of three questions on a demo: what later questions can still see")
     tasks, lists = (*choices.tasks(), *PAPER_TASKS), f"{' and '.join(PAPER_TASKS)} are the paper's lists for the model"
     add("--tasks", type=some_of(tasks), help=f"from {', '.join(tasks)}; {lists}; default the demo's own, else pope,mme")
     add("--data", type=path, help="folder with the benchmarks' parquet files, instead of the Hub")

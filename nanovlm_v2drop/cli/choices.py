@@ -84,6 +84,10 @@ def attention_backends() -> tuple[str, ...]:
     return ("auto", *listed_in("models/attention.py", "BACKENDS"))
 
 
+def kv_cache_dtypes() -> tuple[str, ...]:
+    return listed_in("models/kv_cache.py", "KV_CACHE_DTYPES")
+
+
 def templates() -> tuple[str, ...]:
     return (*listed_in("processing/prompts.py", "TEMPLATES"), OWN_TEMPLATE)
 

@@ -41,6 +41,7 @@ def run_text(arguments: argparse.Namespace) -> dict[str, Any]:
         device=arguments.device,
         dtype=arguments.dtype,
         attention=arguments.attention,
+        kv_cache_dtype=arguments.kv_cache_dtype,
     )
     print(f"{model.name} in {model.precision}\noutput: {output}", flush=True)
     with claimed(output):

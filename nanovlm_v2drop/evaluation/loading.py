@@ -19,6 +19,7 @@ def load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
         weights=arguments.weights,
         max_pixels=arguments.max_pixels,
         sampling=sampling_of(arguments),
+        kv_cache_dtype=arguments.kv_cache_dtype,
         tensor_parallel=arguments.tensor_parallel,
     )
     if arguments.compile:

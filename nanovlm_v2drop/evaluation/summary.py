@@ -211,13 +211,14 @@ def model_line(vlm: VisionLanguageModel) -> str:
 
 def run_summary(vlm: VisionLanguageModel, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The object that ends a run: what ran, and the rows."""
-    backend = vlm.model.language_model.attention
+    backend, kv_cache_dtype = vlm.model.language_model.attention, vlm.precision.kv_cache_dtype
     return {
         "model": vlm.name,
         "device": str(vlm.device),
         "dtype": vlm.precision.name,
+        "kv_cache_dtype": kv_cache_dtype,
         "attention": backend,
-        "decode_attention": decode_backend(backend),
+        "decode_attention": "int8 cache" if kv_cache_dtype == "int8" else decode_backend(backend),
         "template": vlm.template,
         "torch": torch.__version__,
         "results": rows,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..models.attention import CacheSeqlens, attention_with_cache, resolve_backend
 from ..models.decoder import Decoder, rotary_table
 from ..models.kv_cache import KVCache
+from ..models.kv_cache_int8 import attention_with_int8_cache
 
 # a layer and the new token's queries (B, H, head_dim) -> the keys and values that these may see, and the filled slots
 Visible = Callable[[int, Tensor], tuple[Tensor, Tensor, CacheSeqlens]]
@@ -31,6 +32,7 @@ def decode_step(decoder: Decoder, token_ids: Tensor, cache: KVCache, visible: Vi
     """What the device does for one token: it appends to the cache, which must have room, and counts on."""
     hidden_states = decoder.widened(decoder.embed_tokens(token_ids))  # (B, D)
     backend = resolve_backend(decoder.attention, hidden_states.device, decoder.dtype)
+    attention = attention_with_int8_cache if cache.is_int8 else partial(attention_with_cache, backend=backend)
     positions = cache.position_ids.flatten()
     cos, sin = rotary_table(decoder.config, positions, decoder.dtype, positions + 1)
     tables = zip(cos.split(len(token_ids)), sin.split(len(token_ids)), strict=True)
@@ -38,7 +40,7 @@ def decode_step(decoder: Decoder, token_ids: Tensor, cache: KVCache, visible: Vi
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer_idx: int = layer_idx) -> Tensor:
             cache.append(layer_idx, k, v)
-            return attention_with_cache(q, *visible(layer_idx, q), backend)
+            return attention(q, *visible(layer_idx, q))
 
         hidden_states = layer(hidden_states, rotary, attend)
     cache.advance_on_device()
@@ -49,10 +51,13 @@ class GraphedSteps:
     """`decode_one_token` of one cache as a CUDA graph: launched whole, a token takes the GPU's time and not the launches'.
 
     Called with token ids (B,), gives logits (B, V), which the next call overwrites. Captured at the first call, and again when
-    a full cache has grown. A cache whose slots are chosen for each token (`pruning`) cannot be captured.
+    a full cache has grown. A cache whose slots are chosen for each token (`pruning`) cannot be captured. Raises ValueError for
+    one, and for a cache in int8.
     """
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        if cache.is_int8:
+            raise ValueError("a CUDA graph does not decode from an int8 cache; use kv_cache_dtype auto, or no CUDA graph")
         if cache.pruning is not None:
             raise ValueError("a method that prunes while decoding chooses slots on the host; decode it without a CUDA graph")
         self.decoder, self.cache = decoder, cache

@@ -166,9 +166,10 @@ def run_layer(
 
 
 def new_cache(decoder: Decoder, packed: PackedInputs, max_new_tokens: int) -> KVCache:
-    """An empty cache in the memory order that the decoder's attention reads."""
+    """An empty cache in the dtype of the decoder's caches and in the memory order that its attention reads."""
     backend = resolve_backend(decoder.attention, packed.inputs_embeds.device, decoder.dtype)
-    return KVCache(max_new_tokens, reads_heads_first(backend))
+    is_int8 = decoder.kv_cache_dtype == "int8"
+    return KVCache(max_new_tokens, is_int8 or reads_heads_first(backend), decoder.kv_cache_dtype)
 
 
 def rotary_of(decoder: Decoder, state: PrefillState) -> Rotary:

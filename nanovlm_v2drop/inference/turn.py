@@ -30,7 +30,7 @@ def prefill_turn(decoder: Decoder, packed: PackedInputs, cache: KVCache, dropper
     """
     check_turn(decoder, packed, cache)
     state = begin(decoder, enter(decoder, packed), dropper)
-    turn, positions, survivors = KVCache(0, cache.heads_first), [], []
+    turn, positions, survivors = KVCache(0, cache.heads_first, cache.dtype), [], []
     for layer_idx, layer in enumerate(decoder.layers):
         state.layer_idx = layer_idx
         if dropper is not None and layer_idx in dropper.schedule:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..models.kv_cache import KV_CACHE_DTYPES
 from ..models.linear import PrepackedLinear, WidenedLinear, can_prepack, has_bfloat16_instructions, packable, prepack
 from ..models.linear_int4 import int4_obstacle, quantise_int4
 from ..models.linear_int8 import int8_obstacle, quantise_int8
@@ -24,21 +25,28 @@ class Precision:
     """`name` says how matrices are stored, as in DTYPE_NAMES; everything else, and what is computed, is in `dtype`.
 
     The two differ for quantised weights, and for bfloat16 weights on a CPU without instructions for bfloat16. `reason` tells
-    why `auto` chose this precision; it is empty where the user chose.
+    why `auto` chose this precision; it is empty where the user chose. `kv_cache_dtype` is one of kv_cache.KV_CACHE_DTYPES.
     """
 
     name: str
     dtype: torch.dtype
     reason: str = ""
+    kv_cache_dtype: str = KV_CACHE_DTYPES[0]
 
     def __str__(self) -> str:
-        return f"{self.name} (auto: {self.reason})" if self.reason else self.name
+        cache = self.cache_note
+        return f"{self.name}{cache} (auto: {self.reason})" if self.reason else f"{self.name}{cache}"
+
+    @property
+    def cache_note(self) -> str:
+        return "" if self.kv_cache_dtype == KV_CACHE_DTYPES[0] else f" with an {self.kv_cache_dtype} cache"
 
     @property
     def noted(self) -> str:
         """What is noted beside answers: everything of it that they depend on."""
         computed = str(self.dtype)
-        return computed if computed == f"torch.{self.name}" else f"{self.name} weights, {computed}"
+        weights = computed if computed == f"torch.{self.name}" else f"{self.name} weights, {computed}"
+        return weights + self.cache_note
 
     @property
     def is_quantised(self) -> bool:

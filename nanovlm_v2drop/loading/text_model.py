@@ -1,7 +1,7 @@
 """`load_decoder`: a text checkpoint as a decoder with its tokenizer, for prompts whose spans may be dropped."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from ..models.attention import resolve_backend
 from ..models.config import LanguageModelConfig
 from ..models.decoder import Decoder
+from ..models.kv_cache import KV_CACHE_DTYPES, check_kv_cache_dtype
 from ..models.language_model import LanguageModel, TextPrompt
 from ..models.vlm import PackedInputs
 from ..processing.chat_template import read_chat_template
@@ -130,6 +131,7 @@ def load_decoder(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = AUTO,
     attention: str = "auto",
+    kv_cache_dtype: str = KV_CACHE_DTYPES[0],
 ) -> TextModel:
     """Load a text checkpoint (LLaMA, Qwen2 or Qwen3) as a decoder, with its tokenizer.
 
@@ -139,12 +141,14 @@ def load_decoder(
         device: None is "cpu".
         dtype: a name in specs.DTYPE_NAMES, or a floating torch.dtype. "auto" chooses by processor and memory, as in `load`.
         attention: back end, see attention.resolve_backend.
+        kv_cache_dtype: as in `load`.
 
     Raises:
         ValueError: a vision-language model, an unknown name or option, a checkpoint that is not exactly right.
         FileNotFoundError: a folder without config.json or weights.
         WeightsUnavailable: a model that can be neither found nor downloaded.
     """
+    check_kv_cache_dtype(kv_cache_dtype)
     place = as_device(device or "cpu")
     precision = None if dtype == AUTO else named_precision(dtype, place)  # before anything is downloaded
     name, folder = locate_decoder(model)
@@ -153,7 +157,8 @@ def load_decoder(
     precision = precision or chosen_precision(place, sum(prod(tensor.shape) for tensor in list_tensors(folder)))
     attention = resolve_backend(attention, place, precision.dtype)
     network = load_model(folder, config, device=place, precision=precision, attention=attention)
-    return TextModel(name, network, precision, folder.resolve())
+    network.language_model.kv_cache_dtype = kv_cache_dtype
+    return TextModel(name, network, replace(precision, kv_cache_dtype=kv_cache_dtype), folder.resolve())
 
 
 def locate_decoder(model: str | Path) -> tuple[str, Path]:

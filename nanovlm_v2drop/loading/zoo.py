@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,7 @@ import torch
 
 from ..models.attention import resolve_backend
 from ..models.config import NanoVLMConfig, Qwen2VLConfig, VLMConfig
+from ..models.kv_cache import KV_CACHE_DTYPES, check_kv_cache_dtype
 from ..models.parallel import join_processes, tensor_mesh
 from ..models.vlm import VLM, Encode, PackedInputs, VisionInput
 from ..processing.images import DEFAULT_ASPECT_RATIO, PlannedMedium
@@ -178,6 +179,7 @@ def load(
     weights: str | Path | None = None,
     max_pixels: int | None = None,
     sampling: FrameSampling | None = None,
+    kv_cache_dtype: str = KV_CACHE_DTYPES[0],
     tensor_parallel: int = 1,
 ) -> VisionLanguageModel:
     """Load a model by name, from the Hub, from a folder, or around a transformers model that is in memory.
@@ -196,6 +198,7 @@ def load(
         weights: for a named model, a local folder of its official checkpoint that is read instead of the Hub.
         max_pixels: the most that a Qwen-VL leaves of a picture or frame; None is the checkpoint's own bound.
         sampling: which frames of a video the model sees; None is what its family was released with.
+        kv_cache_dtype: "auto" is what attention computes in; "int8" takes half of the memory of bfloat16.
         tensor_parallel: how many processes share the decoder, each with a part of its heads and of its MLP. All of them must
             call this, and then `generate` or `prefill` with the same requests; each gets the whole answer. They are those
             that torchrun started, on a GPU each where `device` is "cuda".
@@ -206,10 +209,11 @@ def load(
         WeightsUnavailable: a model that can be neither found nor downloaded.
     """
     options = Options(image_aspect_ratio, template, max_pixels, sampling)
+    check_kv_cache_dtype(kv_cache_dtype)
     if template not in (None, OWN_TEMPLATE):
         named_template(str(template))
     if not isinstance(model, str | Path):
-        return share(model, processor, device, dtype, attention, options)
+        return with_cache_dtype(share(model, processor, device, dtype, attention, options), kv_cache_dtype)
     if processor is not None:
         raise ValueError(f"a processor belongs to a model in memory; {str(model)!r} comes with its own files")
     place, mesh = find_place(device or "cpu", tensor_parallel)
@@ -225,7 +229,15 @@ def load(
         network = load_quantised(folder, config, precision, attention)
     else:
         network = load_model(folder, config, device=place, precision=precision, attention=attention, mesh=mesh)
-    return VisionLanguageModel(model=network, folder=folder.resolve(), precision=precision, **surroundings)
+    vlm = VisionLanguageModel(model=network, folder=folder.resolve(), precision=precision, **surroundings)
+    return with_cache_dtype(vlm, kv_cache_dtype)
+
+
+def with_cache_dtype(vlm: VisionLanguageModel, kv_cache_dtype: str) -> VisionLanguageModel:
+    """The model, whose caches will be in this dtype."""
+    vlm.model.language_model.kv_cache_dtype = kv_cache_dtype
+    vlm.precision = replace(vlm.precision, kv_cache_dtype=kv_cache_dtype)
+    return vlm
 
 
 def share(

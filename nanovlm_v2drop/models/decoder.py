@@ -197,6 +197,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention  # the requested back end; see attention.resolve_backend
+        self.kv_cache_dtype = "auto"  # see kv_cache.KV_CACHE_DTYPES
         self.cuda_graph = False  # decode by a CUDA graph; see inference.GraphedSteps
         self.tensor_parallel: TensorParallel | None = None  # the processes that hold the other parts of it
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

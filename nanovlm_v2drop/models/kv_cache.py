@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .attention import CacheSeqlens, sent
+from .kv_cache_int8 import dequantised, quantised
+
+KV_CACHE_DTYPES = ("auto", "int8")  # the dtype that attention computes in, or int8 with a scale for each head and token
 
 # Chooses the cache slots that a new token sees: (layer_idx, q (B, H, head_dim), keys (B, S, K, head_dim), filled slots of each
 # sequence) -> the visible slots of each sequence, or None for all slots
@@ -26,20 +29,25 @@ class KVCache:
     written, and `lengths` (L, B) int32 is one more: the number of slots that the next token sees. `position_ids` (L, B) is the
     next token's position in each layer. It continues from the undropped prompt, unless a method renumbers the kept tokens.
     `pruning` is None, or the function that chooses the slots that a new token sees. `heads_first` selects the memory order, (B,
-    K, S, head_dim) or (B, S, K, head_dim); the shape is (B, S, K, head_dim) in both cases.
+    K, S, head_dim) or (B, S, K, head_dim); the shape is (B, S, K, head_dim) in both cases. `dtype` is one of KV_CACHE_DTYPES.
+    With int8, keys and values are rows of kv_cache_int8.py: the scale is behind the head_dim values.
     """
 
-    def __init__(self, max_new_tokens: int, heads_first: bool) -> None:
+    def __init__(self, max_new_tokens: int, heads_first: bool, dtype: str = KV_CACHE_DTYPES[0]) -> None:
         self.slots = self.lengths = self.sequences = self.position_ids = torch.empty(0)
-        self.max_new_tokens, self.heads_first = max_new_tokens, heads_first
+        self.max_new_tokens, self.heads_first, self.dtype = max_new_tokens, heads_first, dtype
         self.pruning: DecodePruning | None = None
         self.keys: list[Tensor] = []  # (B, S, K, head_dim) each
         self.values: list[Tensor] = []
         self.seqlens: list[tuple[int, ...]] = []
 
     @property
+    def is_int8(self) -> bool:
+        return self.dtype == "int8"
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the filled slots."""
+        """Bytes of the filled slots, in int8 with their scales."""
         return sum(self.nbytes_of(index) for index in range(len(self.seqlens[0])))
 
     def nbytes_of(self, index: int) -> int:
@@ -48,13 +56,18 @@ class KVCache:
 
     def fill(self, k: Tensor, v: Tensor, seqlens: tuple[int, ...]) -> None:
         """Add the next layer with the packed keys and values (T, K, head_dim) of its prompt tokens."""
-        self.keys.append(self.padded(k, seqlens))
-        self.values.append(self.padded(v, seqlens))
+        keys, values = (quantised(heads) if self.is_int8 else heads for heads in (k, v))
+        self.fill_rows(keys, values, seqlens)
+
+    def fill_rows(self, keys: Tensor, values: Tensor, seqlens: tuple[int, ...]) -> None:
+        """Add the next layer with packed rows in the form that is stored."""
+        self.keys.append(self.padded(keys, seqlens))
+        self.values.append(self.padded(values, seqlens))
         self.seqlens.append(seqlens)
 
     def first_layers(self, count: int) -> "KVCache":
         """A cache that begins with the first `count` layers of this one, in the same memory. Only one of both may decode."""
-        first = KVCache(self.max_new_tokens, self.heads_first)
+        first = KVCache(self.max_new_tokens, self.heads_first, self.dtype)
         first.keys, first.values, first.seqlens = self.keys[:count], self.values[:count], self.seqlens[:count]
         return first
 
@@ -74,28 +87,30 @@ class KVCache:
         slots = [part - start for part, start in zip(rows.split(after), starts, strict=False)]
         for keys, values in held:
             k, v = (torch.cat([cache[index, own] for index, own in enumerate(slots)]) for cache in (keys, values))
-            self.fill(k, v, after)
+            self.fill_rows(k, v, after)
 
     def followed_by(
         self, layer_idx: int, k: Tensor, v: Tensor, seqlens: Sequence[int]
     ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """The filled slots of a layer and behind them more rows, k and v (T, K, head_dim), packed; and their numbers."""
+        """The keys and values of a layer and behind them more of them, k and v (T, K, head_dim), packed; and their numbers."""
         held = self.seqlens[layer_idx]
-        pairs = ((self.keys[layer_idx], k), (self.values[layer_idx], v))
         keys, values = (
-            torch.cat([part for slots, count, rows in zip(cache, held, new.split(tuple(seqlens)), strict=True)
-                       for part in (slots[:count], rows)])
-            for cache, new in pairs
-        )  # fmt: skip
+            behind([self.read(rows, new.dtype) for rows in filled(cache, held)], new.split(tuple(seqlens)))
+            for cache, new in ((self.keys[layer_idx], k), (self.values[layer_idx], v))
+        )
         return keys, values, tuple(map(add, held, seqlens))
+
+    def read(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Stored rows as keys or values (..., head_dim)."""
+        return dequantised(rows, dtype) if self.is_int8 else rows
 
     def extend(self, later: "KVCache") -> None:
         """Put the rows of `later`, whose positions begin at zero, behind the rows of each layer."""
-        for layer_idx, seqlens in enumerate(later.seqlens):
-            caches = (later.keys[layer_idx], later.values[layer_idx])
-            k, v = (torch.cat([slots[:count] for slots, count in zip(cache, seqlens, strict=True)]) for cache in caches)
-            k, v, together = self.followed_by(layer_idx, k, v, seqlens)
-            self.keys[layer_idx], self.values[layer_idx] = self.padded(k, together), self.padded(v, together)
+        for layer_idx, (held, seqlens) in enumerate(zip(self.seqlens, later.seqlens, strict=True)):
+            together = tuple(map(add, held, seqlens))
+            for caches, added in ((self.keys, later.keys), (self.values, later.values)):
+                rows = behind(filled(caches[layer_idx], held), filled(added[layer_idx], seqlens))
+                caches[layer_idx] = self.padded(rows, together)
             self.seqlens[layer_idx] = together
         self.finish(self.position_ids + later.position_ids, self.pruning)
 
@@ -127,7 +142,8 @@ class KVCache:
 
     def append(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
         """Write one new token a sequence, k and v (B, K, head_dim), into the next slots of a layer that has room."""
-        for caches, new in ((self.keys, k), (self.values, v)):
+        rows = quantised(torch.stack([k, v])) if self.is_int8 else (k, v)
+        for caches, new in zip((self.keys, self.values), rows, strict=True):
             caches[layer_idx].index_put_((self.sequences, self.slots[layer_idx]), new)
 
     def advance(self, count: int = 1) -> None:
@@ -160,14 +176,30 @@ class KVCache:
         return self.keys[layer_idx], self.values[layer_idx], self.lengths[layer_idx]
 
     def visible(self, layer_idx: int, q: Tensor) -> tuple[Tensor, Tensor, CacheSeqlens]:
-        """Keys and values (B, S, K, head_dim) that the new token's queries q (B, H, head_dim) see, and the filled slots."""
+        """The stored rows (B, S, K, head_dim) that the new token's queries q (B, H, head_dim) see, and the filled slots."""
         if self.pruning is None and not self.heads_first:  # these kernels read the lengths on the device
             return self.visible_on_device(layer_idx, q)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         seqlens = tuple(length + 1 for length in self.seqlens[layer_idx])  # the new token's own slot is filled already
-        slots = None if self.pruning is None else self.pruning(layer_idx, q, keys, seqlens)
+        slots = None if self.pruning is None else self.pruning(layer_idx, q, self.read(keys, q.dtype), seqlens)
         if slots is None:
             return keys, values, seqlens
         index = pad_sequence(list(slots), batch_first=True)
         sequences = self.sequences[:, None]
         return keys[sequences, index], values[sequences, index], tuple(map(len, slots))
+
+
+def filled(cache: Tensor, seqlens: Sequence[int]) -> list[Tensor]:
+    """The filled slots of each sequence of a cache (B, S, K, ...)."""
+    return [slots[:count] for slots, count in zip(cache, seqlens, strict=True)]
+
+
+def behind(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """For each sequence the rows of `first` and then those of `second`, packed."""
+    return torch.cat([rows for pair in zip(first, second, strict=True) for rows in pair])
+
+
+def check_kv_cache_dtype(name: str) -> None:
+    """Raise ValueError for a name that is not in KV_CACHE_DTYPES."""
+    if name not in KV_CACHE_DTYPES:
+        raise ValueError(f"unknown kv_cache_dtype {name!r}; choose one of: {', '.join(KV_CACHE_DTYPES)}")

@@ -20,6 +20,17 @@ MARGIN = 1.003  # a scale is rounded to bfloat16, by up to 1 / 512 of itself; no
 SLICE = 256  # rows of a weight that are quantised at once, so that little of it exists in float32
 
 
+def quantise_symmetric(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (..., K) -> q (..., K) int8 in -127 ... 127 and scale (..., 1) float32 with all digits of bfloat16.
+
+    value = q * scale, with one scale for the last dimension. The largest error is half a scale.
+    """
+    wide = values.float()
+    largest = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
+    scale = (largest * (MARGIN / LARGEST)).bfloat16().float()
+    return (wide * torch.where(scale == 0, 0.0, 1 / scale)).round_().to(torch.int8), scale
+
+
 class QuantisedRows(NamedTuple):
     """Values (..., K): q (R, K) uint8, scale (R, 1) float32 with all digits of bfloat16; value = (q - 128) * scale."""
 
@@ -29,11 +40,8 @@ class QuantisedRows(NamedTuple):
 
 
 def quantise_rows(values: Tensor) -> QuantisedRows:
-    """Quantise values (..., K) with one scale a row. The largest error is half a scale."""
-    wide = values.reshape(-1, values.shape[-1]).float()
-    largest = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
-    scale = (largest * (MARGIN / LARGEST)).bfloat16().float()
-    signed = (wide * torch.where(scale == 0, 0.0, 1 / scale)).round_().to(torch.int8)
+    """Quantise values (..., K) with one scale a row."""
+    signed, scale = quantise_symmetric(values.reshape(-1, values.shape[-1]))
     # torch converts to int8 several times faster than to uint8. The other sign bit adds the zero point of 128.
     return QuantisedRows(signed.view(torch.uint8).bitwise_xor_(ZERO_POINT), scale, values.shape)
 

@@ -202,6 +202,21 @@ def test_ratios_and_sizes_of_a_row_are_those_of_the_one_accounting_and_of_the_re
         assert row["kv_cache_mb"] * 1e6 == pytest.approx(cache.nbytes)
 
 
+def test_an_int8_cache_runs_beside_a_float_one_on_the_same_weights_and_its_bytes_are_counted(capsys):
+    report, _ = run(capsys, "--peers=none", "--json", "--methods=v2drop", "--kv-cache-dtype=auto,int8")
+    names = ["dense", "v2drop@16", "v2drop@12"]
+    assert [row["decode"] for row in report["decode"]] == [*names, *(f"float32/int8 {name}" for name in names)]
+    sizes = {row["prefill"]: row["kv_cache_mb"] * 1e6 for row in report["prefill"]}
+    workload = tiny_workload("--kv-cache-dtype=int8")
+    head_dim = workload.decoder.config.head_dim
+    for name in names:
+        assert sizes[f"float32/int8 {name}"] == pytest.approx(sizes[name] * (head_dim + 2) / (4 * head_dim))
+    assert sizes["float32/int8 dense"] == pytest.approx(prefill(workload.decoder, workload.packed).cache.nbytes)
+    floats, rounded = make_workloads(build_parser().parse_args([*ARGUMENTS, PICTURE, "--kv-cache-dtype=auto,int8"]))
+    assert floats.decoder.layers is rounded.decoder.layers
+    assert (floats.decoder.kv_cache_dtype, rounded.decoder.kv_cache_dtype) == ("auto", "int8")
+
+
 def test_gemm_products_are_every_matrix_of_the_decoder_once():
     decoder = tiny_workload().decoder
     products = gemm_products(decoder, range(10, 16))

@@ -127,6 +127,23 @@ def test_a_kept_cache_gives_the_logits_and_answers_of_the_whole_conversation_rea
 
 
 @every_family
+def test_an_int8_cache_that_is_kept_gives_logits_near_those_of_a_float_cache(
+    family: str, models: Callable[[str], VisionLanguageModel]
+) -> None:
+    vlm, found = models(family), []
+    decoder = vlm.model.language_model
+    for decoder.kv_cache_dtype in ("int8", "auto"):
+        batch = batch_of(vlm)
+        requests = [Request(QUESTIONS[0], images=[PICTURES[0]]), Request(QUESTIONS[1]), Request(QUESTIONS[2])]
+        found.append(torch.stack([turn_of(batch, request, [5, 9, 11]) for request in requests]))
+        assert batch.reused[0] > 0
+        assert batch.cache is not None
+        assert batch.cache.is_int8 == (decoder.kv_cache_dtype == "int8")
+    assert torch.equal(found[0][0], found[1][0])  # a first prompt reads no cache
+    assert 0 < (found[0] - found[1]).norm() < 0.05 * found[1].norm()
+
+
+@every_family
 def test_a_conversation_that_is_read_again_answers_as_one_prompt_with_all_turns(
     family: str, models: Callable[[str], VisionLanguageModel]
 ) -> None:

@@ -164,3 +164,17 @@ def test_an_official_checkpoint_loads_in_int8_and_answers(tiny_llava_folder: Pat
         weight = plain.get_submodule(name).weight
         torch.testing.assert_close(layer.weight, weight, rtol=0, atol=weight.abs().max().item() / 250)
     assert tokens_of(vlm)
+
+
+def test_the_dtype_of_caches_is_that_of_the_model_and_is_noted_beside_answers() -> None:
+    quantised, float_ = load("demo", kv_cache_dtype="int8"), load("demo")
+    assert quantised.model.language_model.kv_cache_dtype == "int8"
+    assert float_.model.language_model.kv_cache_dtype == "auto"
+    assert quantised.precision.noted == f"{float_.precision.noted} with an int8 cache"
+    assert str(quantised.precision).startswith("float32 with an int8 cache (auto: only ")
+    assert tokens_of(quantised)
+
+
+def test_an_unknown_dtype_of_caches_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ValueError, match="unknown kv_cache_dtype 'fp8'; choose one of: auto, int8"):
+        load("no-such-model", kv_cache_dtype="fp8")

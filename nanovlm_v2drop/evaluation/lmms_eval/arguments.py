@@ -47,6 +47,7 @@ class ModelArguments:
     device: str | None = None
     dtype: str = AUTO
     attention: str = "auto"
+    kv_cache_dtype: str = "auto"
     compile: bool = False
     weights: str | None = None
     image_aspect_ratio: str | None = None
