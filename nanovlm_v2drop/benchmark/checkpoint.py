@@ -1,145 +1,126 @@
-"""Full-size checkpoints of noise: a laptop's speed with a small real model is measured without a download.
+"""Full-size checkpoints of noise: the speed and memory of a machine with a real model are measured without a download.
 
-`python -m nanovlm_v2drop.benchmark.checkpoint smolvlm-256m FOLDER` writes 0.5 GB. The folder loads like the released one, and
-its answers mean nothing. The layout is the official one, so that transformers reads the same files.
+    python -m nanovlm_v2drop.benchmark.checkpoint smolvlm-256m FOLDER     # writes 0.5 GB
+    python -m nanovlm_v2drop.benchmark.checkpoint llava-1.5-7b FOLDER     # writes 14 GB; its own memory stays below 1 GB
+    python -m nanovlm_v2drop.benchmark.checkpoint llava-1.5-7b FOLDER --layers 2
+
+The folder loads like the released one, and its answers mean nothing. The layout is the official one, so that transformers reads
+the same files. The weights are written a shard at a time.
 """
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import Tokenizer
+from torch import Tensor
 
-from ..models.config import ARITHMETIC, SiglipVisionConfig, SmolVLMConfig, TextConfig
-from ..models.model_classes import MODEL_CLASSES
+from ..loading.files import INDEX
+from ..models.config import VisionConfig
+from .official_llava import llava_files, llava_tensors, llava_tokenizer
+from .official_smolvlm import BASE, LARGE, Sizes, smolvlm_config, smolvlm_settings, smolvlm_tensors, smolvlm_tokenizer
 from .workload import SHAPES
 
-TILES_A_SIDE = 4  # of the first resize
-ROWS = range(1, 7)
-BASE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-ADDED = (
-    *("<global-img>", *(f"<row_{row}_col_{column}>" for row in ROWS for column in ROWS)),
-    *("<fake_token_around_image>", "<image>"),
-)
-END = "<end_of_utterance>"
-FIRST_ADDED, IMAGE_ID, END_ID = 49152, 49190, 49279
-# Our names -> the official ones.
-NAMES = {
-    "vision_tower.": "model.vision_model.",
-    "connector.": "model.connector.modality_projection.",
-    "language_model.lm_head.": "lm_head.",
-    "language_model.": "model.text_model.",
+MODELS: dict[str, Sizes | VisionConfig] = {  # what the shape of the decoder leaves open
+    "smolvlm-256m": BASE,
+    "smolvlm-500m": BASE,
+    "smolvlm-2.2b": LARGE,
+    "llava-1.5-7b": VisionConfig(),
+    "llava-1.5-13b": VisionConfig(),
 }
+SHARD_BYTES = 2**28  # a larger tensor has a shard of its own
+PIECE = 2**20  # values that are drawn at once
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What the decoder's shape leaves open."""
+class Layout:
+    """What a folder holds: settings by file, a tokenizer, and the shapes of the tensors by their official names."""
 
-    vision: SiglipVisionConfig
-    scale_factor: int
-
-
-BASE = Sizes(
-    SiglipVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=512, patch_size=16
-    ),
-    scale_factor=4,
-)
-LARGE = Sizes(SiglipVisionConfig(), scale_factor=3)
-MODELS = {"smolvlm-256m": BASE, "smolvlm-500m": BASE, "smolvlm-2.2b": LARGE}
+    settings: Mapping[str, dict[str, Any]]
+    tokenizer: Tokenizer
+    shapes: Mapping[str, torch.Size]
 
 
-def write_checkpoint(name: str, folder: Path, seed: int = 0) -> None:
-    """Write a random checkpoint of a model in MODELS, in bfloat16.
-
-    Raises ValueError for another model, and FileExistsError where the folder holds files: a real checkpoint is never replaced.
-    """
+def layout_of(name: str, layers: int | None) -> Layout:
+    """The folder of a model in MODELS, with all layers of its decoder or the first `layers`; raises ValueError as below."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose one of: {', '.join(MODELS)}")
+    shape, open_sizes = SHAPES[name], MODELS[name]
+    if layers is not None and not 1 <= layers <= shape.num_hidden_layers:
+        raise ValueError(f"{name} has {shape.num_hidden_layers} layers; --layers {layers} must be from 1 to that")
+    shape = replace(shape, num_hidden_layers=layers or shape.num_hidden_layers)
+    if isinstance(open_sizes, Sizes):
+        config = smolvlm_config(shape, open_sizes)
+        return Layout(smolvlm_settings(config), smolvlm_tokenizer(), smolvlm_tensors(config))
+    shapes = {name: tensor.shape for name, tensor in llava_tensors(shape, open_sizes).items()}
+    return Layout(llava_files(shape, open_sizes), llava_tokenizer(), shapes)
+
+
+def write_checkpoint(name: str, folder: Path, seed: int = 0, layers: int | None = None) -> None:
+    """Write a random checkpoint of a model in MODELS, in bfloat16.
+
+    Raises ValueError for another model and for a number of layers that it does not have, and FileExistsError where the folder
+    holds files: a real checkpoint is never replaced.
+    """
+    layout = layout_of(name, layers)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; give a new folder")
-    sizes = MODELS[name]
-    config = SmolVLMConfig(SHAPES[name], IMAGE_ID, None, (END_ID,), sizes.vision, sizes.scale_factor)
-    random_tokenizer().save(str(folder / "tokenizer.json"))
-    for file, content in settings_files(config).items():
+    layout.tokenizer.save(str(folder / "tokenizer.json"))
+    for file, content in layout.settings.items():
         (folder / file).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    save_file(random_tensors(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    write_shards(layout.shapes, folder, torch.Generator().manual_seed(seed))
 
 
-def random_tensors(config: SmolVLMConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Weights of a size that keeps activations near one, under the official names."""
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in MODEL_CLASSES[SmolVLMConfig](config, "sdpa").state_dict().items()}
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
+def write_shards(shapes: Mapping[str, torch.Size], folder: Path, generator: torch.Generator) -> None:
+    """Write noise in files of about SHARD_BYTES, one after the other, and the index that names them."""
+    shards = list(shards_of(shapes))
+    places = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: noise(name, shapes[name], generator) for name in names}, folder / file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(names, file))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2), encoding="utf-8")
+
+
+def shards_of(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+    """The names of the tensors of each shard."""
+    names, size = list[str](), 0
     for name, shape in shapes.items():
-        noise = torch.randn(shape, generator=generator) * (shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.1)
-        is_norm = "norm" in name and name.endswith("weight")
-        tensors[official_name(name)] = (noise + int(is_norm)).to(torch.bfloat16)
-    return tensors
+        own = torch.bfloat16.itemsize * shape.numel()
+        if names and size + own > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names, size = [*names, name], size + own
+    yield names
 
 
-def official_name(name: str) -> str:
-    ours = next(prefix for prefix in NAMES if name.startswith(prefix))
-    return NAMES[ours] + name.removeprefix(ours)
+def noise(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Values of a size that keeps activations near one."""
+    scale = shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.1
+    middle = int(("norm" in name or "layrnorm" in name) and name.endswith("weight"))
+    values = torch.empty(shape, dtype=torch.bfloat16)
+    for piece in values.view(-1).split(PIECE):
+        piece.copy_(torch.randn(len(piece), generator=generator) * scale + middle)
+    return values
 
 
-def random_tokenizer() -> Tokenizer:
-    """The bytes, and invented words up to the vocabulary of SmolLM2; the added tokens have the released ids."""
-    pieces = [*BASE_SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += [f"<unused{number}>" for number in range(FIRST_ADDED - len(pieces))]
-    tokenizer = Tokenizer(BPE({piece: number for number, piece in enumerate(pieces)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    reserved = [f"<reserved{number}>" for number in range(END_ID - FIRST_ADDED - len(ADDED))]
-    tokens = [*BASE_SPECIALS, *ADDED, *reserved, END]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
-    return tokenizer
-
-
-def settings_files(config: SmolVLMConfig) -> dict[str, dict[str, Any]]:
-    """The folder's settings by file."""
-    side, end = config.vision_config.image_size, config.eos_token_ids[0]
-    edges = {"max_image_size": {"longest_edge": side}, "size": {"longest_edge": TILES_A_SIDE * side}}
-    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 1, "rescale_factor": 1 / 255}
-    steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_pad", "do_image_splitting", "do_convert_rgb"), True)
-    return {
-        "config.json": {
-            "architectures": ["Idefics3ForConditionalGeneration"],
-            "model_type": "idefics3",
-            "image_token_id": config.image_token_id,
-            "scale_factor": config.scale_factor,
-            "tie_word_embeddings": False,
-            "text_config": {"model_type": "llama", **text_fields(config.text_config)},
-            "vision_config": asdict(config.vision_config),
-        },
-        "generation_config.json": {"bos_token_id": 1, "eos_token_id": end, "pad_token_id": 2},
-        "preprocessor_config.json": {"image_processor_type": "Idefics3ImageProcessor", **edges, **statistics, **steps},
-        "processor_config.json": {"processor_class": "Idefics3Processor", "image_seq_len": config.token_grid**2},
-        "tokenizer_config.json": {"bos_token": "<|im_start|>", "eos_token": END, "pad_token": "<|im_end|>"},
-    }
-
-
-def text_fields(config: TextConfig) -> dict[str, Any]:
-    """The decoder's settings under official names."""
-    ours = (*ARITHMETIC, "mrope_section", "rotary_scaling")
-    return {name: value for name, value in asdict(config).items() if name not in ours}
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a full-size checkpoint of noise.")
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="of the decoder; default: all of the model")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    write_checkpoint(args.model, args.folder, args.seed)
+    args = parser.parse_args(argv)
+    try:
+        write_checkpoint(args.model, args.folder, args.seed, args.layers)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(f"wrote {sum(file.stat().st_size for file in args.folder.iterdir()) / 1e9:.2f} GB to {args.folder}")
 
 

@@ -17,8 +17,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -27,25 +27,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..evaluation.machine import peak_memory_mb
 from ..loading.checkpoint import load_model
 from ..loading.precision import named_precision
-from ..loading.uninitialised import Uninitialised
-from ..models.config import LlavaConfig, TextConfig, VisionConfig, VLMConfig
+from ..models.config import TextConfig, VisionConfig, VLMConfig
 from ..models.linear import PrepackedLinear
-from ..models.vlm import LlavaModel
+from .official_llava import LAST_LAYER, llava_settings, llava_tensors
 
 LOADERS = ("ours", "transformers")
 CACHES = ("warm", "cold")
 DTYPES_BY_STORED = {"float16": ("float16", "bfloat16", "float32"), "bfloat16": ("bfloat16",)}
 TOWER = VisionConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, image_size=112)
-HUB_PREFIXES = (
-    ("language_model.lm_head.", "language_model.lm_head."),
-    ("language_model.", "language_model.model."),
-    ("vision_tower.", "vision_tower.vision_model."),
-)
 
 
 def loading_rows(
@@ -100,47 +93,20 @@ def import_row(repeats: int) -> dict[str, Any]:
 def write_checkpoint(folder: Path, shape: TextConfig, megabytes: float, stored: torch.dtype) -> int:
     """Write config.json and model.safetensors. Returns the size of model.safetensors in bytes. Raises as `loading_rows`."""
     for layers in range(shape.num_hidden_layers, 0, -1):
-        official = official_config(replace(shape, num_hidden_layers=layers, mrope_section=None))
-        with torch.device("meta"), Uninitialised():
-            config = VLMConfig.from_official(official)
-            assert isinstance(config, LlavaConfig)
-            state = dict(hub_tensors(LlavaModel(config)))
+        smaller = replace(shape, num_hidden_layers=layers, mrope_section=None)
+        state = llava_tensors(smaller, TOWER)
         if sum(tensor.numel() for tensor in state.values()) * stored.itemsize <= megabytes * 1e6:
             break
     else:
         raise ValueError(f"one layer is larger than {megabytes:g} MB; give more")
     generator = torch.Generator().manual_seed(0)
     values = {name: torch.empty(t.shape, dtype=stored).normal_(0, 0.02, generator=generator) for name, t in state.items()}
-    (folder / "config.json").write_text(json.dumps(official), encoding="utf-8")
+    settings = llava_settings(smaller, TOWER, LAST_LAYER, shape.vocab_size - 1)
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
     with (folder / "model.safetensors").open("rb") as file:
         os.fsync(file.fileno())  # the page cache can only drop pages that are on the disk
     return (folder / "model.safetensors").stat().st_size
-
-
-def official_config(shape: TextConfig) -> dict[str, Any]:
-    """The config.json of a LLaVA with this decoder, whose tower is read in full."""
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "image_token_index": shape.vocab_size - 1,
-        "image_seq_length": TOWER.num_patches,
-        "tie_word_embeddings": shape.tie_word_embeddings,
-        "vision_feature_layer": -1,
-        "vision_config": {"model_type": "clip_vision_model", **asdict(TOWER)},
-        "text_config": {"model_type": "qwen2" if shape.qkv_bias else "llama", "eos_token_id": 2, **asdict(shape)},
-    }
-
-
-def hub_tensors(model: LlavaModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters under the names of the Hub, and the tensors that transformers requires in addition."""
-    tied = model.config.text_config.tie_word_embeddings
-    for name, tensor in model.state_dict().items():
-        if not (tied and name.endswith("lm_head.weight")):
-            old, new = next((pair for pair in HUB_PREFIXES if name.startswith(pair[0])), ("", ""))
-            yield new + name.removeprefix(old), tensor
-    for name in ("weight", "bias"):
-        yield f"vision_tower.vision_model.post_layernorm.{name}", torch.empty(TOWER.hidden_size)
 
 
 def measured_apart(loader: str, folder: Path, dtype: str, cache: str) -> dict[str, float]:
