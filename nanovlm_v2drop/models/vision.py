@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .attention import attention, resolve_backend, softmax_weights
 from .config import VisionConfig
+from .linear import products
 
 ACTIVATIONS = {
     "quick_gelu": lambda values: values * torch.sigmoid(1.702 * values),
@@ -88,7 +89,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, backend: str) -> Tensor:
         count, tokens, _ = hidden_states.shape
-        projected = (projection(hidden_states).flatten(0, 1) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        projected = products(hidden_states.flatten(0, 1), self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (packed.unflatten(-1, (self.num_heads, -1)) for packed in projected)  # (N * tokens, heads, head_dim)
         attended = attention(q, k, v, (tokens,) * count, backend, causal=False)
         return self.out_proj(attended.reshape(hidden_states.shape))

@@ -7,16 +7,19 @@ kept: the share of the vision tokens that float32 keeps behind a drop point and 
     drop point in it.
 divergence: of the first answer token, from float32's distribution to this one's (Kullback-Leibler), in nats.
 changed: prompts in which another first token is the likeliest.
+
+The last table compares what enters the decoder for vision tokens, which tower and projector have computed.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dropping import TokenDropper
@@ -105,13 +108,37 @@ def overlap(expected: Tensor, given: Tensor) -> float:
     return torch.isin(expected, given).float().mean().item()
 
 
-def comparisons(model: str, dtypes: Sequence[str], plans: Sequence[Plan], requests: Sequence[Request]) -> Iterator[Comparison]:
-    """A row for each plan and dtype. Raises what `load` raises."""
-    batches = [requests[start : start + BATCH] for start in range(0, len(requests), BATCH)]
-    models = {dtype: load(model, dtype=dtype) for dtype in (REFERENCE, *dtypes)}
+def comparisons(
+    models: Mapping[str, VisionLanguageModel], plans: Sequence[Plan], requests: Sequence[Request]
+) -> Iterator[Comparison]:
+    """A row for each plan and each of the models, which are given by their dtypes, but the reference."""
     for plan in plans:
-        found = {dtype: first_tokens(vlm, batches, plan) for dtype, vlm in models.items()}
-        yield from (compare(plan, dtype, found[REFERENCE], found[dtype]) for dtype in dtypes)
+        found = {dtype: first_tokens(vlm, batches_of(requests), plan) for dtype, vlm in models.items()}
+        yield from (compare(plan, dtype, found[REFERENCE], found[dtype]) for dtype in models if dtype != REFERENCE)
+
+
+def batches_of(requests: Sequence[Request]) -> list[Sequence[Request]]:
+    return [requests[start : start + BATCH] for start in range(0, len(requests), BATCH)]
+
+
+def feature_errors(models: Mapping[str, VisionLanguageModel], requests: Sequence[Request]) -> dict[str, tuple[float, float]]:
+    """How far what enters the decoder for vision tokens is from the reference, by dtype.
+
+    The norm of the difference as a share of the reference's norm, and the smallest cosine of a token.
+    """
+    features = {dtype: torch.cat([vision_rows(vlm, batch) for batch in batches_of(requests)]) for dtype, vlm in models.items()}
+    wanted = features.pop(REFERENCE)
+    return {
+        dtype: (float((own - wanted).norm() / wanted.norm()), float(F.cosine_similarity(own, wanted, dim=-1).min()))
+        for dtype, own in features.items()
+    }
+
+
+@torch.no_grad()
+def vision_rows(vlm: VisionLanguageModel, requests: Sequence[Request]) -> Tensor:
+    """(vision tokens of all requests, D) float32: the results of tower and projector"""
+    packed = vlm.prepare(requests)
+    return packed.inputs_embeds[packed.vision_mask].float()
 
 
 def markdown_row(row: Comparison) -> str:
@@ -137,8 +164,12 @@ def main() -> None:
         plans, task = plans_of(args.methods.split(",")), load_task(args.task or args.model, None)
         requests = [sample.request for sample in islice(task.samples(args.limit), args.limit)]
         print("| method | budget | dtype | kept, % | divergence, nats | changed |\n|---|---|---|---|---|---|")
-        for row in comparisons(args.model, args.dtypes.split(","), plans, requests):
+        models = {dtype: load(args.model, dtype=dtype) for dtype in (REFERENCE, *args.dtypes.split(","))}
+        for row in comparisons(models, plans, requests):
             print(markdown_row(row), flush=True)
+        print("\n| dtype | relative error of the features | smallest cosine of a token |\n|---|---|---|")
+        for dtype, (error, cosine) in feature_errors(models, requests).items():
+            print(f"| {dtype} | {100 * error:.2f} % | {cosine:.5f} |")
     except (ValueError, OSError, WeightsUnavailable) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 

@@ -8,9 +8,19 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovlm_v2drop.loading.zoo import load
+from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
 from nanovlm_v2drop.processing.prompts import Request
-from nanovlm_v2drop.research.precision import First, comparisons, first_tokens, markdown_row, overlap, overlaps, plans_of
+from nanovlm_v2drop.research.precision import (
+    First,
+    comparisons,
+    feature_errors,
+    first_tokens,
+    markdown_row,
+    overlap,
+    overlaps,
+    plans_of,
+    vision_rows,
+)
 from nanovlm_v2drop.tasks import load_task
 
 INDICES = st.sets(st.integers(0, 30), min_size=1).map(sorted)
@@ -35,8 +45,15 @@ def test_prompts_of_which_nothing_is_kept_are_left_out() -> None:
     assert overlaps([reference], [other]) == {1: 0.75, 4: 1.0}
 
 
-def test_a_dtype_is_the_same_as_itself(requests: list[Request]) -> None:
-    rows = list(comparisons("demo", ["float32"], plans_of(["dense", "v2drop"]), requests))
+@pytest.fixture(scope="module")
+def models() -> dict[str, VisionLanguageModel]:
+    return {name: load("demo", dtype=name) for name in ("float32", "bfloat16")}
+
+
+def test_a_dtype_is_the_same_as_itself(requests: list[Request], models: dict[str, VisionLanguageModel]) -> None:
+    same = {"float32": models["float32"], "again": models["float32"]}
+    assert feature_errors(same, requests)["again"] == (0, pytest.approx(1))
+    rows = list(comparisons(same, plans_of(["dense", "v2drop"]), requests))
     assert [(row.method, row.budget) for row in rows] == [
         ("dense", ""),
         ("v2drop", "33.33%"),
@@ -49,10 +66,12 @@ def test_a_dtype_is_the_same_as_itself(requests: list[Request]) -> None:
         assert len(row.kept) == (0 if row.method == "dense" else 3)
 
 
-def test_the_divergence_is_torchs_and_the_table_shows_it(requests: list[Request]) -> None:
+def test_the_divergence_is_torchs_and_the_table_shows_it(
+    requests: list[Request], models: dict[str, VisionLanguageModel]
+) -> None:
     plan = plans_of(["v2drop"])[0]
-    (row,) = comparisons("demo", ["bfloat16"], [plan], requests)
-    pair = [first_tokens(load("demo", dtype=name), [requests], plan)[0] for name in ("float32", "bfloat16")]
+    (row,) = comparisons(models, [plan], requests)
+    pair = [first_tokens(models[name], [requests], plan)[0] for name in ("float32", "bfloat16")]
     expected, found = (first.log_probabilities for first in pair)
     divergence = F.kl_div(found, expected, log_target=True, reduction="batchmean").item()
     assert row.divergence == pytest.approx(divergence, rel=1e-4, abs=1e-7)
@@ -60,6 +79,18 @@ def test_the_divergence_is_torchs_and_the_table_shows_it(requests: list[Request]
     assert row.changed == int((expected.argmax(-1) != found.argmax(-1)).sum())
     assert markdown_row(row).startswith("| v2drop | 33.33% | bfloat16 | ")
     assert markdown_row(row).endswith(" of 3 |")
+
+
+def test_the_error_of_features_is_that_of_their_rows(
+    requests: list[Request], models: dict[str, VisionLanguageModel]
+) -> None:
+    wanted, own = (vision_rows(models[name], requests).double() for name in ("float32", "bfloat16"))
+    assert wanted.shape == (3 * 144, models["float32"].config.text_config.hidden_size)
+    error, cosine = feature_errors(models, requests)["bfloat16"]
+    assert error == pytest.approx(float((own - wanted).square().sum().sqrt() / wanted.square().sum().sqrt()), rel=1e-4)
+    assert 0 < error < 0.05
+    cosines = (own * wanted).sum(-1) / (own.norm(dim=-1) * wanted.norm(dim=-1))
+    assert cosine == pytest.approx(float(cosines.min()), rel=1e-5)
 
 
 def test_an_unknown_method_is_named() -> None:
