@@ -162,16 +162,30 @@ def prefill_row(contender: Contender, seconds: Mapping[str, list[float]]) -> dic
 
 
 def decode_rows(contenders: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
-    """Time the decoding of each contender from the cache of its own prefill, and one reading of the first one's weights."""
+    """Time the decoding of each contender from the cache of its own prefill, and one reading of the first one's weights.
+
+    The matrix products of one token are timed alone too, for each dtype of the weights.
+    """
     runs: dict[str, Run] = {contender.name: contender.decoding(contender.prefill()) for contender in contenders}
+    for workload in {contender.workload.precision.name: contender.workload for contender in reversed(contenders)}.values():
+        products = gemm_products(workload.decoder, [1] * len(workload.decoder.layers))
+        runs[token_products_name(workload)] = gemm_run(products, workload.packed.inputs_embeds)
     read_bytes, device = min(contenders[0].weight_bytes, READ_BYTES), contenders[0].workload.device
     runs["read"] = read_run(read_bytes, device)
     seconds = time_rounds(runs, repeats, device)
-    return [decode_row(contender, seconds, read_bytes) for contender in contenders]
+    first = token_products_name(contenders[0].workload)
+    return [decode_row(contender, seconds, read_bytes, seconds[first]) for contender in contenders]
 
 
-def decode_row(contender: Contender, seconds: Mapping[str, list[float]], read_bytes: int) -> dict[str, Any]:
-    workload = contender.workload
+def token_products_name(workload: Workload) -> str:
+    return f"products of a token in {workload.precision.name}"
+
+
+def decode_row(
+    contender: Contender, seconds: Mapping[str, list[float]], read_bytes: int, first_products: Sequence[float]
+) -> dict[str, Any]:
+    workload, products = contender.workload, seconds[token_products_name(contender.workload)]
+    speedup, kernel_speedup = median_ratio(seconds[DENSE], seconds[contender.name]), median_ratio(first_products, products)
     own = [value / workload.decode_steps for value in seconds[contender.name]]
     # The cache grows by one token per step, so the mean over all steps is the mean of the first and the last step.
     cache = fmean(workload.cache_bytes(contender.schedule, step) for step in (1, workload.decode_steps))
@@ -184,6 +198,10 @@ def decode_row(contender: Contender, seconds: Mapping[str, list[float]], read_by
         "gb_per_s": touched / median(own) / 1e9,
         "read_gb_per_s": read_bytes / median(seconds["read"]) / 1e9,
         "bandwidth_percent": 100 * median_ratio(seconds["read"], own) * touched / read_bytes,
-        "speedup": median_ratio(seconds[DENSE], seconds[contender.name]),
+        "speedup": speedup,
+        "products_ms": 1e3 * median(products),
+        "products_percent": 100 * median_ratio(products, own),
+        "kernel_speedup": kernel_speedup,
+        "of_kernel_percent": 100 * speedup / kernel_speedup,
         "rounds_ms": [1e3 * value for value in own],
     }

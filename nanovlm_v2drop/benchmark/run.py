@@ -29,6 +29,8 @@ achieved_percent: the share of that speed-up that was measured.
 drop_points: scoring, selecting and gathering alone, on tensors of the same shape.
 peak_memory: includes the weights, which are in memory twice if transformers runs beside prepacked weights. On a CPU it is the
     memory of the whole process, and the mark is reset before each run where Linux allows it.
+products_percent, kernel_speedup: the time of the matrix products of one decoded token alone as a share of its whole time, and
+    the speed-up of these products over those of the first dtype. of_kernel_percent is the share of it that decoding reaches.
 touched: the bytes that one token reads in decode, weights and cache.
 fastest_ms: the minimum over the rounds.
 memory: of processes that hold one model each, see memory.py. It is measured where llama.cpp is a peer.

@@ -217,6 +217,19 @@ def test_an_int8_cache_runs_beside_a_float_one_on_the_same_weights_and_its_bytes
     assert (floats.decoder.kv_cache_dtype, rounded.decoder.kv_cache_dtype) == ("auto", "int8")
 
 
+@needs_int4
+def test_the_products_of_a_token_are_timed_for_each_dtype_of_the_weights(capsys, monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", replace(SHAPES["tiny"], **QUANTISABLE))
+    options = ["--methods=v2drop", "--tokens=16", "--dtype=float32,int8,int4", "--kv-cache-dtype=auto,int8", "--peers=none"]
+    report, _ = run(capsys, *options, prompt=(PICTURE,))
+    rows = report["decode"]
+    assert len({row["products_ms"] for row in rows}) == 3
+    for row in rows:
+        weights = row["decode"].partition(" ")[0].partition("/")[0]
+        assert (row["kernel_speedup"] == 1) == (weights not in ("int8", "int4"))
+        assert row["of_kernel_percent"] == pytest.approx(100 * row["speedup"] / row["kernel_speedup"])
+
+
 def test_gemm_products_are_every_matrix_of_the_decoder_once():
     decoder = tiny_workload().decoder
     products = gemm_products(decoder, range(10, 16))
