@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .attention import joined
 from .linear import ROWS, QuantisedLinear, replace_linears
 
 LARGEST = 127
 ZERO_POINT = 128  # oneDNN is fast with unsigned values only
 MARGIN = 1.003  # a scale is rounded to bfloat16, by up to 1 / 512 of itself; no value may be beyond 127.5 scales
+AT_ONCE = 2**19  # values that are quantised at once; large float32 copies cost more than the arithmetic
 SLICE = 256  # rows of a weight that are quantised at once, so that little of it exists in float32
 
 
@@ -40,8 +42,9 @@ class QuantisedRows(NamedTuple):
 
 
 def quantise_rows(values: Tensor) -> QuantisedRows:
-    """Quantise values (..., K) with one scale a row."""
-    signed, scale = quantise_symmetric(values.reshape(-1, values.shape[-1]))
+    """Quantise values (..., K) with one scale a row, some rows at a time: their float32 values stay in a CPU's cache."""
+    rows = values.reshape(-1, values.shape[-1]).split(max(1, AT_ONCE // values.shape[-1]))
+    signed, scale = map(joined, zip(*map(quantise_symmetric, rows), strict=True))
     # torch converts to int8 several times faster than to uint8. The other sign bit adds the zero point of 128.
     return QuantisedRows(signed.view(torch.uint8).bitwise_xor_(ZERO_POINT), scale, values.shape)
 
