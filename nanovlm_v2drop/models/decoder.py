@@ -21,7 +21,8 @@ from .parallel import TensorParallel
 from .rotary import rotary_frequencies
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and v (T, K, head_dim) -> (T, H, head_dim)
-CPU_ROWS = 320
+CPU_ROWS = 320  # of an MLP at once
+CPU_VALUES = 2**18  # of a norm at once
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, head_dim) each
 
 
@@ -37,6 +38,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        # On a CPU, the float32 copies of some rows stay in its cache.
+        at_once = torch.compiler.is_compiling() or hidden_states.device.type != "cpu" or hidden_states.numel() <= CPU_VALUES
+        if at_once:
+            return self.some_rows(hidden_states)
+        return joined([self.some_rows(rows) for rows in hidden_states.split(max(1, CPU_VALUES // hidden_states[0].numel()))])
+
+    def some_rows(self, hidden_states: Tensor) -> Tensor:
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(self.weight.dtype)
 

@@ -187,3 +187,12 @@ def test_a_decoder_that_cannot_be_compiled_says_so() -> None:
     decoder.layers[0].mlp.up_proj = PrepackedLinear.__new__(PrepackedLinear)
     with pytest.raises(ValueError, match="with prepacked or quantised weights on a CPU cannot be compiled; run it as it is"):
         decoder.compile_layers()
+
+
+def test_a_norm_of_many_rows_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = RMSNorm(24, 1e-5)
+    norm.weight.data.normal_()
+    rows = torch.randn(11, 3, 24)
+    whole = norm(rows)
+    monkeypatch.setattr(decoder_module, "CPU_VALUES", 4 * 3 * 24 + 1)  # 4, 4 and 3 rows
+    assert torch.equal(norm(rows), whole)
