@@ -14,6 +14,7 @@ from smolvlm import smollm2_tokenizer, smolvlm_reference, write_smolvlm_folder
 from tiny_tasks import mme_rows, pope_rows, write_shards
 
 from nanovlm_v2drop import cli
+from nanovlm_v2drop.benchmark import answer, checkpoint
 from nanovlm_v2drop.benchmark.run import build_parser
 from nanovlm_v2drop.cli.arguments import parse_arguments, parse_comparison
 from nanovlm_v2drop.evaluation.lmms_eval.arguments import parse_model_arguments
@@ -53,6 +54,10 @@ def parse(command: str) -> None:
         build_parser().parse_args(words[3:])
     elif words[1:3] == ["-m", "nanovlm_v2drop.research.smollm2"]:
         assert len(words) == 4
+    elif words[1:3] == ["-m", "nanovlm_v2drop.benchmark.answer"]:
+        answer.build_parser().parse_args(words[3:])
+    elif words[1:3] == ["-m", "nanovlm_v2drop.benchmark.checkpoint"]:
+        checkpoint.build_parser().parse_args(words[3:])
     elif words[1:3] == ["-m", "nanovlm_v2drop.research.precision"]:
         precision.build_parser().parse_args(words[3:])
     elif words[1:3] == ["-m", "nanovlm_v2drop.loading.saving"]:

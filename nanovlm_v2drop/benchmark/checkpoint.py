@@ -110,12 +110,17 @@ def noise(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     return values
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Write a full-size checkpoint of noise.")
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="of the decoder; default: all of the model")
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         write_checkpoint(args.model, args.folder, args.seed, args.layers)
