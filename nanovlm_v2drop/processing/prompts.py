@@ -53,12 +53,11 @@ class Request:
             given = "both" if self.text is not None else "neither"
             raise ValueError(f"a request takes either text or an already templated prompt, got {given}")
         check_unicode("text" if self.prompt is None else "prompt", self.text if self.prompt is None else self.prompt)
-        match self.images:
-            case [*_]:
-                pass
-            case _:
-                kind = type(self.images).__name__
-                raise ValueError(f"images must be a list of pictures, got {kind}; wrap a single picture in a list")
+        if not isinstance(self.images, Sequence) or isinstance(self.images, str | bytes):
+            kind = type(self.images).__name__
+            raise ValueError(f"images must be a list of pictures, got {kind}; wrap a single picture in a list")
+        if self.video is not None and not isinstance(self.video, str | Path | Sequence):
+            raise ValueError(f"the video must be a file or a list of frames, got {type(self.video).__name__}")
 
     @property
     def videos(self) -> list[VideoSource]:
