@@ -149,7 +149,9 @@ def test_options_that_do_not_fit_are_refused_in_one_line(options, message, capsy
         (["--video", "FOLDER", "--prompt", "What?", "--model", "demo-video"], "is a folder; give a file"),
         (["--video", "FILE", "--prompt", "What?"], "--video: demo takes pictures only; models that take a video: demo-video"),
         (["--weights", "FOLDER/nowhere"], "--weights FOLDER/nowhere: there is no such folder"),
-        (["--weights", "FOLDER", "--model", "llava-1.5-7b"], "holds no config.json"),
+        (["--weights", "FOLDER", "--model", "llava-1.5-7b"], "--weights FOLDER holds no config.json, no *.safetensors, no tok"),
+        (["--model", "FOLDER"], "--model FOLDER holds no config.json, no *.safetensors, no tokenizer*; give the folder of a"),
+        (["--model", "FOLDER", "--claims"], "--model FOLDER holds no config.json"),  # before any data is asked for
         (["--data", "FILE", "--tasks", "pope"], "--data FILE: there is no such folder"),
         (["--output", "FILE"], "FILE is a file; give a folder"),
         (["--output", "FILE/run"], "FILE is a file; give a folder"),

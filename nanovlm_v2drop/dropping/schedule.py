@@ -67,6 +67,9 @@ class DropSchedule(Mapping[int, float]):
     def check(self, num_layers: int, earliest: int = 0, latest: int | None = None) -> None:
         """Raise ValueError for a drop point that cannot act in a decoder of `num_layers`, or outside `earliest` to `latest`."""
         latest = num_layers - 1 if latest is None else latest
+        if self and earliest >= num_layers:
+            layers = "1 layer runs" if num_layers == 1 else f"{num_layers} layers run"
+            raise ValueError(f"this method works from layer {earliest} on, but {layers}; run at least {earliest + 1}")
         for layer in self:
             if not earliest <= layer <= latest:
                 raise ValueError(
