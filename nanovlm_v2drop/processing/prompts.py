@@ -217,6 +217,7 @@ QWEN_IMAGE, QWEN_VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|visio
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(vicuna_v1, system=f"{VICUNA_SYSTEM} ", answer=" {answer}</s>"),
     "hub": Template(hub, answer=" {answer} "),
+    # An answer is " " + answer + " </s>": haotian-liu/LLaVA, llava/conversation.py, SeparatorStyle.LLAMA_2.
     "mistral_instruct": Template(mistral_instruct, answer=" {answer} </s>"),
     "qwen_1_5": Template(qwen_1_5, system=QWEN_SYSTEM_TURN, answer=QWEN_ANSWER),
     "qwen_hub": Template(qwen_hub, answer=QWEN_ANSWER),
