@@ -280,13 +280,13 @@ def test_a_method_that_scores_nan_ends_in_one_line_and_exit_code_2(tmp_path, cap
     assert "Traceback" not in error
 
 
-def test_missing_weights_end_in_two_lines_and_exit_code_2(tmp_path, monkeypatch, capsys):
+def test_missing_weights_end_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     code, out, error = run(capsys, "--model", "llava-1.5-7b", "--tasks", "demo", "--output", tmp_path / "run")
     assert code == 2
     assert out == ""
-    assert len(error.strip().splitlines()) == 2
+    assert len(error.strip().splitlines()) == 1
     assert "llava-hf/llava-1.5-7b-hf" in error
     assert "--weights" in error
     assert not (tmp_path / "run").exists()

@@ -98,9 +98,9 @@ def refused(arguments, capsys) -> str:
         (["--forget"], "--forget belongs together with --chat or --conversations"),
         (["--conversations", "1"], "--conversations 1 is out of range; it must be from 2 to 100,000"),
         (["--conversations", "9", "--image", "a.png", "--limit", "3"], "beside --conversations --image, --limit would be"),
-        (["--chat"], "--image or --video belongs together with --prompt or --chat"),
-        (["--image", "a.png"], "--image or --video belongs together with --prompt or --chat"),
-        (["--prompt", "What?"], "--image or --video belongs together with --prompt or --chat"),
+        (["--chat"], "--image or --video belongs together with --prompt or --chat; add --image FILE or --video FILE"),
+        (["--image", "a.png"], "--image or --video belongs together with --prompt or --chat; add --prompt QUESTION or --chat"),
+        (["--prompt", "What?"], "belongs together with --prompt or --chat; add --image FILE or --video FILE"),
         (["--resume"], "--resume needs the --output"),
         (["--methods", ""], "argument --methods: nothing is named"),
         (["--methods", "nowhere.py:Own"], "there is no file nowhere.py"),
@@ -149,7 +149,9 @@ def test_options_that_do_not_fit_are_refused_in_one_line(options, message, capsy
         (["--video", "FOLDER", "--prompt", "What?", "--model", "demo-video"], "is a folder; give a file"),
         (["--video", "FILE", "--prompt", "What?"], "--video: demo takes pictures only; models that take a video: demo-video"),
         (["--weights", "FOLDER/nowhere"], "--weights FOLDER/nowhere: there is no such folder"),
-        (["--weights", "FOLDER", "--model", "llava-1.5-7b"], "holds no config.json"),
+        (["--weights", "FOLDER", "--model", "llava-1.5-7b"], "--weights FOLDER holds no config.json, no *.safetensors, no tok"),
+        (["--model", "FOLDER"], "--model FOLDER holds no config.json, no *.safetensors, no tokenizer*; give the folder of a"),
+        (["--model", "FOLDER", "--claims"], "--model FOLDER holds no config.json"),  # before any data is asked for
         (["--data", "FILE", "--tasks", "pope"], "--data FILE: there is no such folder"),
         (["--output", "FILE"], "FILE is a file; give a folder"),
         (["--output", "FILE/run"], "FILE is a file; give a folder"),
@@ -264,3 +266,10 @@ def test_options_and_chains_of_methods_are_read_without_torch(capsys):
 def test_a_comparison_of_everything_in_a_folder_leaves_the_shared_script_out() -> None:
     runs = parse_comparison(["results/a", "results/b", "results/plotly-4.1.1.min.js"]).runs
     assert [run.name for run in runs] == ["a", "b"]
+
+
+def test_the_help_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []

@@ -5,12 +5,16 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from rich.cells import cell_len
 from rich.console import Console
 
 from nanovlm_v2drop import Request, cli, generate, load
 from nanovlm_v2drop.cli import chat as chat_module
 from nanovlm_v2drop.cli.arguments import parse_arguments
+from nanovlm_v2drop.cli.chat import WordWrap
 from nanovlm_v2drop.evaluation.loading import sampling_of
 from nanovlm_v2drop.processing.video import (
     FpsSampling,
@@ -151,6 +155,33 @@ def test_a_question_that_cannot_be_asked_is_told_and_the_conversation_goes_on_wi
     digits = [line for line in out.splitlines() if re.fullmatch(r"\d", line)]
     assert len(digits) == 2
     assert digits[0] == digits[1]
+
+
+def test_a_line_with_a_slash_is_a_command_and_with_two_a_question(scene, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(chat_module, "answer", lambda conversation, plan, media, question: asked.append(question))
+    type_in(monkeypatch, "/help", "/forget it", "//forget", " //", "a/b")
+    code, out, _ = run(capsys, "--image", scene, "--chat", "--methods", "dense")
+    assert (code, asked) == (0, ["/forget", "/", "a/b"])
+    told = "unknown command {0}; the only one is /forget. Type /{0} to ask this as a question"
+    assert out.splitlines()[1:3] == [told.format("/help"), told.format("/forget it")]
+
+
+@given(st.lists(st.text("ab \n\N{CJK UNIFIED IDEOGRAPH-6F22}", max_size=12), max_size=20), st.integers(3, 9))
+@settings(max_examples=200, deadline=None)
+def test_streamed_lines_break_between_words(pieces, width):
+    def shown(parts):
+        lines = WordWrap(width)
+        return "".join(map(lines.add, parts)) + lines.rest()
+
+    text, wrapped = "".join(pieces), shown(pieces)
+    assert wrapped == shown([text])
+    assert all(cell_len(line) <= width for line in wrapped.split("\n"))
+    assert "".join(wrapped.split()) == "".join(text.split())
+    narrow = [word for word in text.split() if word.isascii() and len(word) < width]
+    assert [word for word in narrow if word not in wrapped.split()] == []
+    if all(cell_len(line) <= width for line in text.split("\n")):
+        assert wrapped == re.sub(r" +(?=\n|$)", "", text)  # nothing is broken that fits
 
 
 def test_with_forget_each_question_is_answered_as_if_it_were_the_first(scene, capsys, monkeypatch):

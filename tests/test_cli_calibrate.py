@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanovlm_v2drop import cli
+from nanovlm_v2drop.cli import calibrate
 from nanovlm_v2drop.cli.arguments import parse_arguments
 from nanovlm_v2drop.cli.calibrate import checked, command_for, questions_of, verdict
 from nanovlm_v2drop.dropping.budget import Budget
@@ -75,9 +76,11 @@ def test_a_single_video_cannot_be_checked_with_another(capsys):
         (["--calibrate", "--claims"], "beside --claims --calibrate would be ignored"),
         (["--calibrate", "--image", "a.png"], "--image or --video belongs together with --prompt or --chat"),
         (["--calibrate", "--retain", "0.01", "--limit", "2"], "a mean of 1.44 vision tokens is out of reach"),
+        (["--calibrate", "--tokens", "500", "--limit", "2"], "a mean of 500 vision tokens is out of reach"),
     ],
 )
-def test_what_cannot_be_calibrated_is_refused_in_one_line(options, message, capsys):
+def test_what_cannot_be_calibrated_is_refused_in_one_line(options, message, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "dense_answers", lambda *_: pytest.fail("prompts are answered"))
     try:
         code = cli.main(options)
     except SystemExit as stop:

@@ -9,6 +9,7 @@ from text_models import text_reference, write_text_folder
 from nanovlm_v2drop import DROPPERS, cli
 from nanovlm_v2drop.cli import choices
 from nanovlm_v2drop.dropping.before_decoder import BeforeDecoder
+from nanovlm_v2drop.report import tables
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +27,16 @@ METHODS = {"dense", "none", "oracle", "question-words", "v2drop"}
 
 
 def test_a_run_answers_every_question_with_every_method_and_can_be_continued(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tables, "PIPED_WIDTH", 80)
     output = tmp_path / "out"
     command = ["--text", ",".join(METHODS), "--model", str(folder), "--texts", "paraphrased,prose", "--output", str(output)]
     assert cli.main([*command, "--limit", "1", "--json"]) == 0
-    run = json.loads(capsys.readouterr().out.splitlines()[-1])
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in shown if not line.startswith(("output:", "tables:")))
+    assert sum(line.startswith("question-words") for line in shown) == 5  # two parts a kind of text, and the times
+    run = json.loads(last)
     rows = {(row["texts"], row["method"]): row for row in run["results"]}
     assert set(rows) == {("paraphrased", method) for method in METHODS} | {("prose", method) for method in METHODS - {"oracle"}}
     shares = {method: row["share"] for (_, method), row in rows.items()}
@@ -39,6 +44,7 @@ def test_a_run_answers_every_question_with_every_method_and_can_be_continued(
     assert all(abs(share - 1 / 3) < 0.01 for share in shares.values())
     assert "| question-words | 0.33" in (output / "text.md").read_text()
     answers = (output / "text.jsonl").read_text()
+    (output / "text.jsonl").write_text(answers + '{"texts": "retr')  # an interrupted run
     assert cli.main([*command, "--limit", "1"]) == 2
     assert "continue it with --resume" in capsys.readouterr().err
     assert cli.main([*command, "--limit", "2", "--resume"]) == 0

@@ -17,21 +17,20 @@ from . import choices
 DESCRIPTION = """Measure what dropping vision tokens costs and saves, without any training.
 
   nanovlm-v2drop                            the shipped demo model
-  nanovlm-v2drop --model demo-video         the shipped video model, every method
+  nanovlm-v2drop --model demo-video         shipped video model, every method
   nanovlm-v2drop --methods all              every method at equal budgets
   nanovlm-v2drop --methods all --accounting official
                                             every method as it was published
-  nanovlm-v2drop --ablation metric,layers,steps,schedules
-                                            the paper's ablations
+  nanovlm-v2drop --ablation metric,layers   the paper's ablations
   nanovlm-v2drop --claims                   the paper's claims with verdicts
   nanovlm-v2drop --claims --model llava-1.5-7b
                                             those on the paper's benchmarks
   nanovlm-v2drop --calibrate                drop layers for a model, measured
-  nanovlm-v2drop --text                     the same question for the tokens of texts
+  nanovlm-v2drop --text                     the tokens of texts are dropped
   nanovlm-v2drop --model llava-1.5-7b --tasks pope,mme
                                             official weights, from the Hub
   nanovlm-v2drop --model llava-1.5-7b --tasks paper-image
-                                            the paper's benchmarks, beside its table
+                                            the paper's benchmarks and table
   nanovlm-v2drop --model llava-1.5-7b --weights DIR --data DIR
                                             the same from local folders
   nanovlm-v2drop --image photo.jpg --prompt "What is this?" --tokens 48
@@ -49,8 +48,7 @@ The output folder gets samples.jsonl (one JSON line per answer), summary.json,
 results.csv and report.html. If stdout is not a terminal, or with --json, the
 last line of stdout is one JSON object with all numbers.
 """
-ACCOUNTINGS = ("equal", "official")
-FORMATS = ("table", "markdown", "latex", "csv")  # of a comparison
+ACCOUNTINGS, FORMATS = ("equal", "official"), ("table", "markdown", "latex", "csv")  # formats of a comparison
 DEMOS = ("demo", "demo-video")
 TOGETHER = 8  # prompts of --text, --calibrate and --conversations, whose prompts are much alike
 SEEDS_OF_DEMOS, SEEDS = 3, 1  # a real model takes hours, so it draws once
@@ -81,7 +79,7 @@ LIMITS = {  # option -> smallest and largest value
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage, which is longer than a screen."""
+    """Says what is wrong in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
@@ -136,7 +134,8 @@ def default_methods(arguments: argparse.Namespace) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="nanovlm-v2drop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser("nanovlm-v2drop", "%(prog)s [options]", DESCRIPTION)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_model_options(parser.add_argument_group("model"))
     add_comparison_options(parser.add_argument_group("what is compared"))
     add_question_options(parser.add_argument_group("one question, or a conversation"))
@@ -145,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_model_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+    add, known = group.add_argument, choices.templates()
     add("--model", default="demo", type=model, help=f"one of {', '.join(MODELS)}; a Hub id; or a checkpoint's folder")
     add("--list-models", action="store_true", help="list the models: size, licence, and what they take")
     add("--weights", type=path, help="folder with the official checkpoint of --model, instead of the Hub")
@@ -156,7 +155,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--compile", action="store_true", help="compile the decoder's layers with torch.compile; takes a minute at first")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="processes, started by torchrun, that share a decoder")
     add("--image-aspect-ratio", choices=choices.aspect_ratios(), help="LLaVA-1.5: pad as the papers, or crop as llava-hf")
-    add("--template", choices=choices.templates(), help="prompt template; default the model's own")
+    add("--template", choices=known, metavar="NAME", help=f"prompt: {', '.join(known)}; default the model's own")
     add("--max-pixels", type=int, metavar="N", help="Qwen-VL: largest picture or frame; default the checkpoint's own")
     add("--sampling", choices=choices.samplings(), help="rule that chooses a video's frames; default the model's own")
     add("--frames", type=int, metavar="N", help="frames of a video: evenly spaced, or with --sampling the most that it takes")
@@ -220,7 +219,8 @@ def check_conflicts(parser: argparse.ArgumentParser, arguments: argparse.Namespa
             parser.error(f"beside --{name} {', '.join(ignored)} would be ignored; leave one of them out")
     asks = arguments.prompt is not None or arguments.chat
     if (arguments.image is None and arguments.video is None) == asks:
-        parser.error("--image or --video belongs together with --prompt or --chat")
+        missing = "--image FILE or --video FILE" if asks else "--prompt QUESTION or --chat"
+        parser.error(f"--image or --video belongs together with --prompt or --chat; add {missing}")
     if arguments.text is None and "texts" in given:
         parser.error("--texts names kinds of text for --text; give both")
     if arguments.resume and arguments.output is None:

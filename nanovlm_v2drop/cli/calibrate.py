@@ -3,8 +3,8 @@
 import argparse
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from itertools import islice
+from dataclasses import asdict, replace
+from itertools import islice, product
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from ..dropping import V2Drop
 from ..dropping.budget import Budget
 from ..evaluation.loading import load_model
+from ..evaluation.plans import out_of_reach, prompt_shape
 from ..evaluation.summary import run_summary
 from ..loading.zoo import VisionLanguageModel
 from ..processing.prompts import Request
@@ -38,17 +39,18 @@ def run_calibration(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     asked = list(requests_of(arguments))
     vlm, console = load_model(arguments), console_for(wide=False)
-    decoder = vlm.model.language_model
-    searching, checking = (answered(vlm, part, arguments.batch_size) for part in halves(asked))
-    shape = searching[0].shapes[0]
+    decoder, shape = vlm.model.language_model, replace(prompt_shape(vlm, asked[0]), alike=True)
     if not shape.num_vision_tokens:
         raise ValueError("the first prompt has no picture or video, so there is nothing to drop; calibrate with another task")
+    budgets = budgets_for(shape, arguments)
+    if unreached := [error for budget in budgets for error in out_of_reach([V2Drop], budget, shape).values()]:
+        raise unreached[0]  # before anything is answered
+    searching, checking = (answered(vlm, part, arguments.batch_size) for part in halves(asked))
+    for budget, own in product(budgets, {own for batch in (*searching, *checking) for own in batch.shapes}):
+        budget.schedule(V2Drop, own)  # raises for a prompt that cannot reach it, before layers are measured
     counts = [sum(len(batch.shapes) for batch in part) for part in (searching, checking)]
     about = f"{shape.num_layers} layers, {shape.num_vision_tokens} vision tokens"
     console.print(f"{vlm.name}: {about}; {counts[0]} prompts to search, {counts[1]} to check")
-    budgets = budgets_for(shape, arguments)
-    for budget in budgets:
-        budget.schedule(V2Drop, shape)  # raises for one that is out of reach, before anything is measured
     share = budgets[0].mean_tokens(shape.num_vision_tokens) / shape.num_vision_tokens
     rows = list(layer_rows(decoder, searching, share))
     print_layers(rows, share, console)

@@ -62,7 +62,8 @@ def answer(conversation: Chat, plan: Plan, media: Request, question: str) -> Non
                 print(lines.add(printable(piece)), end="", flush=True)
         print(lines.rest())
     except ValueError as error:
-        print(lines.rest(), end="")
+        if lines.column or lines.word:
+            print(lines.rest())
         show(f"{error}\nthe conversation is as it was; {FORGET} keeps the pictures and forgets what was said")
         return
     except KeyboardInterrupt:
@@ -87,7 +88,7 @@ class WordWrap:
     """Breaks lines between words in a text that comes piece by piece. A word is held back until its end is known.
 
     Characters that take two columns, as in Chinese and Japanese, are words of their own. A word that is longer than a line is
-    left to the terminal.
+    broken at the end of the line.
     """
 
     def __init__(self, width: float) -> None:
@@ -115,9 +116,9 @@ class WordWrap:
         if not self.word:
             return ""
         gap, length = self.gap, cell_len(self.word)
-        if self.column and self.column + len(gap) + length > self.width:
-            gap, self.column = "\n", 0
+        if self.column + len(gap) + length > self.width:
+            gap, self.column = "\n" if self.column else "", 0
         printed = gap + self.word
-        self.column += length if gap == "\n" else len(gap) + length
+        self.column += len(gap.removeprefix("\n")) + length
         self.gap = self.word = ""
         return printed

@@ -27,8 +27,10 @@ def check_files_and_packages(arguments: argparse.Namespace) -> None:
     for name in ("weights", "data"):
         if (folder := getattr(arguments, name)) is not None:
             check_folder(folder, f"--{name}")
-    if arguments.weights is not None and not (arguments.weights / "config.json").is_file():
-        raise FileNotFoundError(f"--weights {arguments.weights} holds no config.json; give the folder of a checkpoint")
+    if arguments.weights is not None:
+        check_checkpoint(arguments.weights, "--weights")
+    elif (model := Path(arguments.model).expanduser()).is_dir() and arguments.model not in MODELS:
+        check_checkpoint(model, "--model")
     if arguments.output is not None:
         check_output(arguments.output)
     check_packages(arguments)
@@ -72,6 +74,14 @@ def check_folder(folder: Path, option: str) -> None:
         raise FileNotFoundError(f"{option} {folder}: there is no such folder")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise PermissionError(f"{option} {folder}: no permission to read it")
+
+
+def check_checkpoint(folder: Path, option: str) -> None:
+    """Raise FileNotFoundError for a folder without config.json; the message also names the other files that are not there."""
+    check_folder(folder, option)
+    if not (folder / "config.json").is_file():
+        missing = [file for file in ("config.json", "*.safetensors", "tokenizer*") if not any(folder.glob(file))]
+        raise FileNotFoundError(f"{option} {folder} holds no {', no '.join(missing)}; give the folder of a checkpoint")
 
 
 def check_output(output: Path) -> None:

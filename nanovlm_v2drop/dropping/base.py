@@ -206,7 +206,7 @@ class TokenDropper:
     def finite_scores(self, state: PrefillState) -> Tensor:
         """(T,) finite float32 scores, so that no vision token can push a text token out of the top k.
 
-        Raises ValueError for a wrong shape, and NotANumber for NaN at a vision token (on a GPU, RuntimeError at the next wait).
+        Raises ValueError for a wrong shape, and NotANumber for NaN at a vision token (on a GPU as `require`).
         """
         scores: Any = self.score(state)
         if not isinstance(scores, Tensor) or scores.shape != state.vision_mask.shape:
@@ -250,9 +250,18 @@ def has_type_of(value: Any, default: Any) -> bool:
 
 
 def check_numbers(name: str, ranked: Tensor) -> None:
-    """Raise NotANumber if the numbers that rank vision tokens hold NaN. On a GPU, RuntimeError follows at the next wait."""
+    """Raise NotANumber if the numbers that rank vision tokens hold NaN; on a GPU as `require`."""
     message = f"{name} scored a vision token NaN: it divides by zero, or activations overflow"
-    are_numbers = ranked.isnan().any().logical_not()
-    if ranked.device.type == "cpu" and not are_numbers:
-        raise NotANumber(message)
-    torch._assert_async(are_numbers, message)
+    require(ranked.isnan().any().logical_not(), NotANumber, message, "try --dtype float32, and if it stays, ")
+
+
+def require(holds: Tensor, error: type[Exception], message: str, remedy: str = "") -> None:
+    """Raise `error` where `holds` (one boolean) is false.
+
+    A GPU is not waited for: it prints the message and the way out, and RuntimeError follows at the next wait.
+    """
+    if holds.device.type == "cpu":
+        if not holds:
+            raise error(message)
+        return
+    torch._assert_async(holds, f"{message}; {remedy}run it again with --device cpu, which stops at the line of the error")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from numbers import Real
 
 from ..models.vlm import PackedInputs
 from .base import TokenDropper
@@ -33,9 +34,12 @@ class Budget:
     retain: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for both, for none, and for a number out of range."""
+        """Raises ValueError for both, for none, and for a number out of range; TypeError for what is no number."""
         if (self.tokens is None) == (self.retain is None):
             raise ValueError(f"a budget is either tokens or retain, not tokens {self.tokens} and retain {self.retain}")
+        for name, value, example in (("tokens", self.tokens, "192"), ("retain", self.retain, "1/3")):
+            if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
+                raise TypeError(f"{name} is {value!r}: give a number, such as {name}={example}")
         if self.tokens is not None and not 0 <= self.tokens < inf:
             raise ValueError(f"a budget of {self.tokens} tokens must be 0 or more, and finite")
         if self.retain is not None and not 0 < self.retain <= 1:

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .base import PrefillState, TokenDropper
+from .base import PrefillState, TokenDropper, require
 
 
 class ContractBroken(ValueError):
@@ -21,7 +21,7 @@ def check_kept(dropper: TokenDropper, before: PrefillState, after: PrefillState)
     """Raise ContractBroken for rows that may not stand behind a drop point.
 
     The text rows of `before` must be there in their order and unchanged, the vision rows as many as `vision_counts` says, and
-    none twice unless the method `merges`. On a GPU a wrong row is a RuntimeError at the next wait.
+    none twice unless the method `merges`. On a GPU a wrong row is told as by `require`.
     """
     check_sizes(dropper, after)
     text = [torch.cat(state.text_rows()) for state in (before, after)]
@@ -29,10 +29,12 @@ def check_kept(dropper: TokenDropper, before: PrefillState, after: PrefillState)
         raise ContractBroken(f"{dropper.name} keeps {len(text[1])} of {len(text[0])} text rows: text must never leave")
     old, new = before.hidden_states[text[0]], after.hidden_states[text[1]]
     # Compared as bytes, in which NaN equals itself.
-    require((as_bytes(old) == as_bytes(new)).all(), f"{dropper.name} loses, moves or changes text rows: text must stay")
+    is_same, place = (as_bytes(old) == as_bytes(new)).all(), f", at the drop point of layer {before.layer_idx}"
+    require(is_same, ContractBroken, f"{dropper.name} loses, moves or changes text rows: text must stay{place}")
     masks = after.vision_mask.split(after.seqlens)
     for mask, count in zip(masks, after.vision_counts, strict=True):
-        require(mask.sum() == count, f"{dropper.name} keeps other rows than the {count} vision tokens that it should")
+        message = f"{dropper.name} keeps other rows than the {count} vision tokens that it should{place}"
+        require(mask.sum() == count, ContractBroken, message)
     if not dropper.merges:
         check_order(dropper, before, after)
 
@@ -47,7 +49,8 @@ def check_order(dropper: TokenDropper, before: PrefillState, after: PrefillState
         known = places.new_full((size + 1,), -1).scatter(0, torch.where(numbers < 0, size, numbers), places)
         largest_so_far = torch.cat([kept.new_full((1,), -1), kept]).cummax(0).values[:-1]
         in_order = (kept > largest_so_far) & (known[kept.clamp(0, size)] == kept_places) | (kept < 0)
-        require(in_order.all(), f"{dropper.name} keeps a vision row twice, or moves rows: they must stay in reading order")
+        message = f"{dropper.name} keeps a vision row twice, or moves rows: they must stay in reading order"
+        require(in_order.all(), ContractBroken, f"{message}, at the drop point of layer {before.layer_idx}")
 
 
 def parts_of(state: PrefillState) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -80,10 +83,3 @@ def check_sizes(dropper: TokenDropper, after: PrefillState) -> None:
 
 def as_bytes(rows: Tensor) -> Tensor:
     return rows.contiguous().view(torch.uint8)
-
-
-def require(holds: Tensor, message: str) -> None:
-    """Raise ContractBroken where `holds` (one boolean) is false; off the CPU RuntimeError, at the next wait."""
-    if holds.device.type == "cpu" and not holds:
-        raise ContractBroken(message)
-    torch._assert_async(holds, message)

@@ -6,6 +6,7 @@ in the V2Drop paper is the mean of these counts over the layers.
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import ClassVar
 
 from ..models.config import TextConfig
@@ -25,7 +26,14 @@ class DropSchedule(Mapping[int, float]):
     shown_as: ClassVar[str] = ".4g"  # the format of a value
 
     def __init__(self, keep_ratios: Mapping[int, float], minimum: int = 1) -> None:
-        """Raises ValueError for layers out of order or negative, ratios outside [0, 1], a negative minimum."""
+        """Raises ValueError for layers out of order or negative, ratios outside [0, 1], a negative minimum.
+
+        Raises TypeError for anything else than numbers by whole numbers.
+        """
+        kinds = isinstance(keep_ratios, Mapping) and isinstance(minimum, Integral)
+        if not kinds or not all(isinstance(one, Integral) and isinstance(two, Real) for one, two in keep_ratios.items()):
+            way = "give layers and shares, such as DropSchedule({3: 0.5, 17: 0.3}, minimum=1)"
+            raise TypeError(f"{keep_ratios!r} with minimum {minimum!r} is no schedule: {way}")
         layers = list(keep_ratios)
         if layers != sorted(layers) or any(layer < 0 for layer in layers):
             raise ValueError(f"drop layers {layers} must be in rising order and not negative")
@@ -59,6 +67,9 @@ class DropSchedule(Mapping[int, float]):
     def check(self, num_layers: int, earliest: int = 0, latest: int | None = None) -> None:
         """Raise ValueError for a drop point that cannot act in a decoder of `num_layers`, or outside `earliest` to `latest`."""
         latest = num_layers - 1 if latest is None else latest
+        if self and earliest >= num_layers:
+            layers = "1 layer runs" if num_layers == 1 else f"{num_layers} layers run"
+            raise ValueError(f"this method works from layer {earliest} on, but {layers}; run at least {earliest + 1}")
         for layer in self:
             if not earliest <= layer <= latest:
                 raise ValueError(

@@ -1,6 +1,7 @@
 """Answers on disk: one JSON line each in samples.jsonl. Each of several processes writes a file of its own."""
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import isfinite
@@ -44,8 +45,11 @@ def records_path(output: Path, processes: Processes) -> Path:
     return output / ("samples.jsonl" if processes.world_size == 1 else f"samples-{processes.rank}.jsonl")
 
 
-def append_records(path: Path, records: Sequence[Record]) -> None:
-    """Write answers to the end of a file, one JSON line each. Raises OSError with the file's name, as for a full disk."""
+def append_records(path: Path, records: Sequence[Any]) -> None:
+    """Write answers (dataclasses) to the end of a file, one JSON line each.
+
+    Raises OSError with the file's name, as for a full disk.
+    """
     try:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
@@ -70,11 +74,18 @@ def records_of(path: Path) -> list[Record]:
 
     Raises ValueError for any other line that is no record.
     """
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
-    return [parse_record(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+    return [parse_record(line, f"line {number} of {path}") for number, line in enumerate(whole_lines(path), 1)]
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file, without a last one that an interruption has cut off; none where there is no file."""
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+
+def remove_cut_line(path: Path) -> None:
+    """Remove a last line that an interruption has cut off, so that whole lines can follow."""
+    if path.is_file():
+        os.truncate(path, sum(len(line) + 1 for line in whole_lines(path)))
 
 
 def parse_record(line: bytes, place: str) -> Record:

@@ -61,7 +61,7 @@ class Chat:
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling = GREEDY,
     ) -> None:
-        budget = check_options(vlm, dropper, tokens, retain, max_new_tokens)
+        budget = check_options(vlm, dropper, tokens, retain, max_new_tokens, sampling)
         self.vlm, self.max_new_tokens, self.sampling = vlm, max_new_tokens, sampling
         self.conversation = ConversationBatch(vlm, 1, dropper, budget, history, max_new_tokens)
         self.turns: list[Turn] = []  # since the beginning, or since `forget`

@@ -99,7 +99,7 @@ class ConversationBatch:
         if self.cache is None:
             return nothing, self.loss
         vision_tokens = frozenset(self.vlm.config.vision_tokens.values())
-        counts = [common_length(*pair, vision_tokens) for pair in zip(self.cached, written, strict=True)]
+        counts = [reusable_length(*pair, vision_tokens) for pair in zip(self.cached, written, strict=True)]
         if not all(counts):
             return nothing, "the earlier turns or their pictures are written in another way now"
         pairs = list(zip(self.cached, written, counts, strict=True))
@@ -176,16 +176,20 @@ class ConversationBatch:
             transcript.forget()
 
 
-def common_length(cached: Cached, written: Written, vision_tokens: Collection[int]) -> int:
+def reusable_length(cached: Cached, written: Written, vision_tokens: Collection[int]) -> int:
     """How many of the conversation's tokens are in the cache and can stay; 0 where a picture would have to leave.
 
     One token at least is left to prefill, because its logits are needed.
     """
     same = all(one is other for one, other in zip(cached.media, written.media, strict=False))
-    pairs = zip(cached.token_ids, written.token_ids[:-1], strict=False)
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    common = common_length(cached.token_ids, written.token_ids[:-1])
     leaves = any(token in vision_tokens for token in cached.token_ids[common:])
     return common if same and len(cached.media) <= len(written.media) and not leaves else 0
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first items two sequences share."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def with_cut(dropper: TokenDropper | type[TokenDropper] | None) -> TokenDropper | type[TokenDropper] | None:

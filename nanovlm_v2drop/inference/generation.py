@@ -6,6 +6,8 @@ Shapes: B sequences, V vocabulary.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +17,13 @@ from ..dropping.base import TokenDropper
 from ..dropping.budget import Budget, asked_budget, shapes_of
 from ..dropping.schedule import DropSchedule
 from ..models.decoder import Decoder
+from ..models.language_model import TextPrompt
+from ..processing.prompts import Request
 from .decoding import decode_one_token, decode_steps
 from .prefill_loop import MAX_NEW_TOKENS, NotFinite, Prefilled, advice, prefill
 
 if TYPE_CHECKING:
     from ..loading.zoo import VisionLanguageModel
-    from ..processing.prompts import Request
     from ..processing.tokenizer import Tokenizer
 
 
@@ -33,8 +36,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature {self.temperature} must be >= 0 and top_p {self.top_p} in (0, 1]")
+        """Raises TypeError for what is no number, and ValueError for a number out of range."""
+        for name, wanted in (("temperature", Real), ("top_p", Real), ("seed", Integral)):
+            value = getattr(self, name)
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}: give a number, such as Sampling(temperature=0.7, top_p=0.9, seed=1)")
+        if not 0 <= self.temperature < inf or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature {self.temperature} must be >= 0 and finite, and top_p {self.top_p} in (0, 1]")
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """(B, V) -> (B,)"""
@@ -119,7 +127,7 @@ class Answer:
 
 def generate(
     vlm: "VisionLanguageModel",
-    requests: Sequence["Request"],
+    requests: Sequence[Request],
     dropper: TokenDropper | type[TokenDropper] | None = None,
     *,
     tokens: float | None = None,
@@ -135,11 +143,12 @@ def generate(
         retain: the same as a share of each prompt's own vision tokens, such as 1 / 3.
 
     Raises:
-        TypeError: something else as the dropper, a class without a budget, a budget without a class.
+        TypeError: something else as the model, a request, the dropper or a number; a class without a budget, a budget without
+            a class.
         ValueError: a number out of range; a budget below what the method can reach (OutOfReach); as `vlm.prepare`.
         NotFinite: activations overflow the dtype.
     """
-    budget = check_options(vlm, dropper, tokens, retain, max_new_tokens)
+    budget = check_options(vlm, dropper, tokens, retain, max_new_tokens, sampling)
     prefilled, schedule = prefill_requests(vlm, requests, dropper, budget, max_new_tokens)
     steps = decode_tokens(vlm.model.language_model, prefilled, sampling)
     sequences = decode_until(steps, vlm.config.eos_token_ids, max_new_tokens)
@@ -151,7 +160,7 @@ def generate(
 
 def stream(
     vlm: "VisionLanguageModel",
-    request: "Request",
+    request: Request,
     dropper: TokenDropper | type[TokenDropper] | None = None,
     *,
     tokens: float | None = None,
@@ -163,7 +172,7 @@ def stream(
 
     A character is held back until all its bytes are there. Options and errors are those of `generate`.
     """
-    budget = check_options(vlm, dropper, tokens, retain, max_new_tokens)
+    budget = check_options(vlm, dropper, tokens, retain, max_new_tokens, sampling)
 
     def token_ids() -> Iterator[int]:
         prefilled, _ = prefill_requests(vlm, [request], dropper, budget, max_new_tokens)
@@ -190,12 +199,24 @@ def pieces(tokenizer: "Tokenizer", token_ids: Iterator[int]) -> Iterator[str]:
 
 
 def check_options(
-    vlm: "VisionLanguageModel", dropper: object, tokens: float | None, retain: float | None, max_new_tokens: int
+    vlm: "VisionLanguageModel",
+    dropper: object,
+    tokens: float | None,
+    retain: float | None,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
 ) -> Budget | None:
     """The budget that is asked for; raises TypeError and ValueError as `generate`."""
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling is {sampling!r}: give one such as Sampling(temperature=0.7)")
+    if not isinstance(max_new_tokens, Integral):
+        raise TypeError(f"max_new_tokens is {max_new_tokens!r}: give a whole number, such as {MAX_NEW_TOKENS}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
-    budget, context = asked_budget(dropper, tokens, retain), vlm.model.language_model.config.context_length
+    budget = asked_budget(dropper, tokens, retain)
+    if not hasattr(vlm, "prepare"):
+        raise TypeError(f'the model is {vlm!r}: give what load returns, as by load("demo")')
+    context = vlm.model.language_model.config.context_length
     if context is not None and max_new_tokens > context:  # the cache gets room for all of them at once
         raise ValueError(f"max_new_tokens {max_new_tokens:,} is above the model's context of {context:,} tokens; ask for fewer")
     return budget
@@ -203,12 +224,15 @@ def check_options(
 
 def prefill_requests(
     vlm: "VisionLanguageModel",
-    requests: Sequence["Request"],
+    requests: Sequence[Request],
     dropper: TokenDropper | type[TokenDropper] | None,
     budget: Budget | None,
     max_new_tokens: int,
 ) -> tuple[Prefilled, DropSchedule]:
-    """The prompts through every layer, and the schedule by which their tokens left."""
+    """The prompts through every layer, and the schedule by which their tokens left; raises TypeError as `generate`."""
+    if not isinstance(requests, Sequence) or not all(isinstance(request, Request | TextPrompt) for request in requests):
+        way = 'give a list, such as [Request(text="What is this?", images=["photo.jpg"])]'
+        raise TypeError(f"the requests are {requests!r:.80}: {way}")
     packed, decoder = vlm.prepare(requests), vlm.model.language_model
     if isinstance(dropper, type):
         assert budget is not None  # check_options

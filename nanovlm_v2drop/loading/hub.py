@@ -89,8 +89,8 @@ def download_tokenizer(repository: str) -> Path:
             fetch_all(repository, str(info.sha), names)
             return Path(huggingface_hub.snapshot_download(repository, allow_patterns=names))
     except Exception as error:  # as in `download`
-        first, _ = str(unavailable(ModelSpec("the model's tokenizer", "", repository), error)).split("\n")
-        raise WeightsUnavailable(f"{first}\ncopy tokenizer.json of {repository} into the folder of the model") from error
+        reason = failure(ModelSpec("the model's tokenizer", "", repository), error)
+        raise WeightsUnavailable(f"{reason}; copy tokenizer.json of {repository} into the folder of the model") from error
 
 
 def fetched(spec: ModelSpec, read_config: Callable[[Path], object]) -> Path:
@@ -125,6 +125,7 @@ def wanted(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 @contextmanager
 def bounded_requests() -> Iterator[None]:
     """Give a time limit to the library's requests that have none, since it waits for ever for a Hub that says nothing."""
+
     def bound(request: Any) -> None:
         limits = request.extensions.get("timeout") or {}
         steps = ("connect", "read", "write", "pool")
@@ -202,14 +203,17 @@ def check_download(file: Path) -> None:
 
 
 def unavailable(spec: ModelSpec, error: Exception) -> WeightsUnavailable:
-    """What was tried with the library's whole message in one line, and what to do about it in another."""
+    """What was tried, and what to do about it, in one line."""
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
+    return WeightsUnavailable(f"{failure(spec, error)}; {advice(spec, cause if isinstance(cause, Exception) else error)}")
+
+
+def failure(spec: ModelSpec, error: Exception) -> str:
+    """What was tried, with the library's whole message."""
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
     reasons = [f"{type(each).__name__}: {' '.join(str(each).split())}" for each in (error, cause) if each is not None]
     revision = "" if spec.revision is None else f"@{spec.revision}"
-    return WeightsUnavailable(
-        f"{spec.name}: cannot get {spec.repository}{revision} from {constants.ENDPOINT} ({'; '.join(reasons)})\n"
-        f"{advice(spec, cause if isinstance(cause, Exception) else error)}"
-    )
+    return f"{spec.name}: cannot get {spec.repository}{revision} from {constants.ENDPOINT} ({'; '.join(reasons)})"
 
 
 def advice(spec: ModelSpec, error: Exception) -> str:

@@ -7,6 +7,7 @@ other programs find no weights.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -86,6 +87,8 @@ def write_weights(model: VLM, folder: Path) -> None:
             waiting[name], size = tensor.contiguous(), size + tensor.nbytes
     places = {name: file_name(number) for number, names in enumerate(files) for name in names}
     (folder / OWN_INDEX).write_text(json.dumps({"weight_map": places}, indent=2) + "\n", encoding="utf-8")
+    for number in range(len(files)):  # safetensors makes files that nobody but their owner may read
+        shutil.copymode(folder / OWN_INDEX, folder / file_name(number))
 
 
 def file_name(number: int) -> str:

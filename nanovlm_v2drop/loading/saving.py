@@ -7,6 +7,7 @@
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -23,14 +24,11 @@ def save_quantised(vlm: VisionLanguageModel, folder: str | Path) -> None:
     """Write the quantised copy of a model that was loaded with dtype int8 or int4.
 
     Raises ValueError for a model without quantised weights, and for a settings file that is a link out of its folder;
-    FileExistsError where the folder holds files.
+    OSError as `new_folder`.
     """
     if not vlm.precision.is_quantised or vlm.folder is None:
         raise ValueError(f"{vlm.name} is loaded with {vlm.precision.name} weights; load it with dtype int8 or int4 first")
-    target = Path(folder).expanduser()
-    target.mkdir(parents=True, exist_ok=True)
-    if any(target.iterdir()):
-        raise FileExistsError(f"{target} is not empty; give a new folder")
+    target = new_folder(folder)
     small = [file for file in sorted(vlm.folder.iterdir()) if file.is_file() and file.suffix in SMALL_FILES]
     sources = [inside(vlm.folder, file) for file in small if file.name != INDEX]
     write_weights(vlm.model, target)
@@ -38,6 +36,27 @@ def save_quantised(vlm: VisionLanguageModel, folder: str | Path) -> None:
         shutil.copyfile(file, target / file.name)
     config = {**read_json_object(vlm.folder / "config.json"), "quantization_config": quantisation_settings(vlm.precision)}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def new_folder(folder: str | Path) -> Path:
+    """The folder, which is made with its parents where it is not there.
+
+    Raises FileExistsError for a file and for a folder that holds files, and OSError where the folder cannot be written in.
+    """
+    target = Path(folder).expanduser()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(target.iterdir())
+    except (FileExistsError, NotADirectoryError):
+        place = next(part for part in (target, *target.parents) if part.exists())
+        raise FileExistsError(f"{target} cannot be a folder: {place} is a file; give a new folder") from None
+    except OSError as error:
+        raise type(error)(f"{target} cannot be written to: {error.strerror}; give another folder") from error
+    if not is_empty:
+        raise FileExistsError(f"{target} is not empty; give a new folder")
+    if not os.access(target, os.W_OK | os.X_OK):
+        raise PermissionError(f"{target} cannot be written to: no permission; give another folder")
+    return target
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,6 +71,7 @@ def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
     try:
+        new_folder(args.folder)  # before minutes of quantising
         save_quantised(load(args.model, dtype=args.dtype), args.folder)
     except (ValueError, OSError, WeightsUnavailable) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

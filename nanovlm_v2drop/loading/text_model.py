@@ -148,6 +148,8 @@ def load_decoder(
         FileNotFoundError: a folder without config.json or weights.
         WeightsUnavailable: a model that can be neither found nor downloaded.
     """
+    if not isinstance(model, str | Path):
+        raise ValueError(f"a text model is a folder or an id on the Hub, not {model!r}")
     check_kv_cache_dtype(kv_cache_dtype)
     place = as_device(device or "cpu")
     precision = None if dtype == AUTO else named_precision(dtype, place)  # before anything is downloaded

@@ -329,7 +329,7 @@ def find_folder(spec: ModelSpec) -> Path:
         return spec.folder
     if spec.repository is None:
         raise WeightsUnavailable(
-            f"{spec.name}: its weights come with the repository, but {spec.folder} is not there\n"
+            f"{spec.name}: its weights come with the repository, but {spec.folder} is not there; "
             "work in a clone of the repository (pip install -e .), or give a copy of the folder with --weights DIR"
         )
     from .hub import download  # here: it takes a second to import, and the shipped models never need it

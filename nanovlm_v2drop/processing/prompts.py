@@ -53,12 +53,11 @@ class Request:
             given = "both" if self.text is not None else "neither"
             raise ValueError(f"a request takes either text or an already templated prompt, got {given}")
         check_unicode("text" if self.prompt is None else "prompt", self.text if self.prompt is None else self.prompt)
-        match self.images:
-            case [*_]:
-                pass
-            case _:
-                kind = type(self.images).__name__
-                raise ValueError(f"images must be a list of pictures, got {kind}; wrap a single picture in a list")
+        if not isinstance(self.images, Sequence) or isinstance(self.images, str | bytes):
+            kind = type(self.images).__name__
+            raise ValueError(f"images must be a list of pictures, got {kind}; wrap a single picture in a list")
+        if self.video is not None and not isinstance(self.video, str | Path | Sequence):
+            raise ValueError(f"the video must be a file or a list of frames, got {type(self.video).__name__}")
 
     @property
     def videos(self) -> list[VideoSource]:
@@ -218,6 +217,7 @@ QWEN_IMAGE, QWEN_VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|visio
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(vicuna_v1, system=f"{VICUNA_SYSTEM} ", answer=" {answer}</s>"),
     "hub": Template(hub, answer=" {answer} "),
+    # An answer is " " + answer + " </s>": haotian-liu/LLaVA, llava/conversation.py, SeparatorStyle.LLAMA_2.
     "mistral_instruct": Template(mistral_instruct, answer=" {answer} </s>"),
     "qwen_1_5": Template(qwen_1_5, system=QWEN_SYSTEM_TURN, answer=QWEN_ANSWER),
     "qwen_hub": Template(qwen_hub, answer=QWEN_ANSWER),

@@ -11,8 +11,8 @@ the answer's tokens, or of the first `CONTINUED` tokens of prose. "of the text" 
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from operator import add
 from pathlib import Path
 from statistics import mean
@@ -25,6 +25,7 @@ from ..dropping import DROPPERS, PrefillState, TokenDropper, V2Drop
 from ..dropping.budget import Budget, for_batch, shapes_of
 from ..dropping.random import Random
 from ..dropping.schedule import DropSchedule
+from ..evaluation.records import whole_lines
 from ..inference import Prefilled, padded_answers, prefill, teacher_forced
 from ..loading.text_model import Droppable, TextModel
 from ..models.language_model import TextPrompt
@@ -43,7 +44,7 @@ TEXT_METHODS = (
     "sparsevlm-plus", "transprune", "v2drop", "v2drop-once", "v2drop-plus",
 )  # fmt: skip
 UNDROPPED = ("dense", "none")
-COLUMNS = ("method", "mean share", "evidence kept %", "exact %", "minus dense, points", "nats a token", "of the text %")
+Row = Mapping[str, Any]
 
 
 class Oracle(Random):
@@ -101,9 +102,7 @@ class TextAnswer:
     evidence: float | None
 
 
-def answers(
-    model: TextModel, run: TextRun, texts: str, done: Collection[tuple[str, int]] = ()
-) -> Iterator[list[TextAnswer]]:
+def answers(model: TextModel, run: TextRun, texts: str, done: Collection[tuple[str, int]] = ()) -> Iterator[list[TextAnswer]]:
     """The answers of each method to a batch of questions of one name in TEXTS, batch by batch.
 
     `done`: (method, number of the question) of answers that are there already. Raises OutOfReach where a method cannot drop
@@ -249,44 +248,57 @@ def summary_row(method: str, by_method: Mapping[str, Mapping[int, TextAnswer]]) 
     return row
 
 
-def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as markdown tables, one for each kind of text."""
-    lines = []
+def by_kind_of_text(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """A title and the rows, the best first, of each kind of text at each budget."""
     for texts, retain in dict.fromkeys((row["texts"], row["retain"]) for row in rows):
         own = sorted((row for row in rows if (row["texts"], row["retain"]) == (texts, retain)), key=lambda row: row["nats"])
         most = max(row["tokens"] for row in own)
-        lines += ["", f"{texts}: {own[0]['questions']} questions of {most:.0f} tokens on average, retain {retain:.4g}", ""]
-        lines += ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
-        lines += [table_line(row) for row in own]
-    return "\n".join(lines[1:]) + "\n"
+        yield f"{texts}: {own[0]['questions']} questions of {most:.0f} tokens on average, retain {retain:.4g}", own
 
 
-def table_line(row: Mapping[str, Any]) -> str:
-    scores = [with_interval(row[name], row[f"{name}_interval"], form) for name, form in (("exact", ".1f"), ("nats", ".2f"))]
-    gain, left = "-", f"{row['of_the_text']:.0f}" if "of_the_text" in row else "-"
-    if "exact_difference" in row:
-        gain = with_interval(row["exact_difference"], row["exact_difference_interval"], "+.1f")
-    found = "-" if row["evidence"] is None else f"{row['evidence']:.0f}"
-    return f"| {' | '.join((row['method'], format(row['share'], '.3f'), found, scores[0], gain, scores[1], left))} |"
+def text_table(rows: Sequence[Row]) -> str:
+    """The rows as markdown tables, one for each kind of text."""
+    return "\n".join(f"{title}\n\n{markdown(own, COLUMNS)}" for title, own in by_kind_of_text(rows))
 
 
-def with_interval(value: float, bounds: Sequence[float], form: str) -> str:
-    return f"{value:{form}} [{bounds[0]:{form}}, {bounds[1]:{form}}]"
+def markdown(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
+    """A table with one line for each row, behind its method."""
+    named = {"method": lambda row: row["method"], **columns}
+    cells = [[name.replace("\n", " ") for name in named], ["---"] * len(named)]
+    cells += [[cell(row) for cell in named.values()] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-def write_answers(file: Path, batch: Sequence[TextAnswer]) -> None:
-    """Append answers to `file`, one JSON object a line."""
-    with file.open("a", encoding="utf-8") as opened:
-        opened.writelines(json.dumps(asdict(record)) + "\n" for record in batch)
+def with_interval(name: str, form: str) -> Callable[[Row], str]:
+    """A cell with the row's value of that name and its 95 % interval; "-" where there is none."""
+
+    def shown(row: Row) -> str:
+        return (
+            "-"
+            if name not in row
+            else f"{row[name]:{form}} [{', '.join(format(end, form) for end in row[f'{name}_interval'])}]"
+        )
+
+    return shown
+
+
+def rounded(name: str) -> Callable[[Row], str]:
+    return lambda row: "-" if row.get(name) is None else f"{row[name]:.0f}"
+
+
+COLUMNS: Mapping[str, Callable[[Row], str]] = {
+    "mean\nshare": lambda row: f"{row['share']:.3f}",
+    "evidence\nkept %": rounded("evidence"),
+    "exact %": with_interval("exact", ".1f"),
+    "minus dense,\npoints": with_interval("exact_difference", "+.1f"),
+    "nats\na token": with_interval("nats", ".2f"),
+    "of the\ntext %": rounded("of_the_text"),
+}
 
 
 def read_answers(file: Path) -> list[TextAnswer]:
-    """The answers in `file`, none where there is no file. A last line that an interrupted run left incomplete is not read.
-
-    Raises ValueError for a line that is no answer.
-    """
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    """The answers that `append_records` has written; raises ValueError for a line that is no answer."""
     try:
-        return [TextAnswer(**json.loads(line)) for line in lines if line.endswith("\n")]
+        return [TextAnswer(**json.loads(line)) for line in whole_lines(file)]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} holds a line that is no answer to a text ({error}); choose another --output") from error

@@ -264,7 +264,7 @@ def told_as_unavailable(repo_id: str) -> Iterator[None]:
     except Exception as error:  # the library's HTTP client, and so its errors, changed from release to release
         endpoint, reason = imported("huggingface_hub").constants.ENDPOINT, str(error).strip().partition("\n")[0]
         raise DatasetUnavailable(
-            f"dataset {repo_id} is not available from {endpoint}: {type(error).__name__}: {reason}\n"
+            f"dataset {repo_id} is not available from {endpoint}: {type(error).__name__}: {reason}; "
             f"fetch it where there is a network (hf download {repo_id} --repo-type dataset --local-dir DIR), "
             "then pass --data DIR; or set HF_ENDPOINT to a mirror"
         ) from error

@@ -344,3 +344,9 @@ def test_a_dropper_that_drops_nothing_from_a_picture_warns_loudly(name):
     layer = 0 if DROPPERS[name].latest_layer == 0 else 2
     with pytest.warns(NothingDropped, match="dropped nothing: all 24 vision tokens went through all 6 layers"):
         prefill(tiny_decoder(), one_prompt(5, 24, 7), DROPPERS[name](DropSchedule({layer: 1.0})))
+
+
+def test_a_decoder_that_ends_before_the_method_begins_is_told_with_the_layers_that_it_needs():
+    with pytest.raises(ValueError, match=r"^this method works from layer 1 on, but 1 layer runs; run at least 2$"):
+        V2Drop(DropSchedule({0: 0.5})).check(1)
+    V2Drop(DropSchedule({})).check(1)

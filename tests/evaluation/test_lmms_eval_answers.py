@@ -10,10 +10,11 @@ import torch
 
 from nanovlm_v2drop import DROPPERS, Request, VisionLanguageModel, generate, load
 from nanovlm_v2drop.dropping.schedule import OutOfReach
-from nanovlm_v2drop.evaluation.lmms_eval.answers import Answering, Option, common_length, continuation_tokens
+from nanovlm_v2drop.evaluation.lmms_eval.answers import Answering, Option, continuation_tokens
 from nanovlm_v2drop.evaluation.lmms_eval.arguments import parse_model_arguments
 from nanovlm_v2drop.evaluation.lmms_eval.requests import Decoding
 from nanovlm_v2drop.inference import prefill
+from nanovlm_v2drop.inference.conversation import common_length
 from nanovlm_v2drop.processing.prompts import build_prompt
 from nanovlm_v2drop.tasks import load_task
 

@@ -21,6 +21,7 @@ from nanovlm_v2drop.dropping import DROPPERS, DropSchedule, TokenDropper, V2Drop
 from nanovlm_v2drop.dropping.schedule import OutOfReach
 from nanovlm_v2drop.inference import (
     Answer,
+    Chat,
     NotFinite,
     NothingDropped,
     Prefilled,
@@ -260,7 +261,7 @@ def test_top_p_never_takes_a_token_outside_the_nucleus():
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_a_sampling_setting_out_of_range_is_refused(bad):
-    with pytest.raises(ValueError, match=r"temperature .* must be >= 0 and top_p"):
+    with pytest.raises(ValueError, match=r"temperature .* must be >= 0 and finite, and top_p"):
         Sampling(**bad)
 
 
@@ -409,3 +410,47 @@ def test_prefill_takes_a_dropper_or_none(dropper: Any) -> None:
 def test_a_budget_out_of_range_is_refused(budget: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(None, [], V2Drop, **budget)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"vlm": "demo"}, r"the model is 'demo': give what load returns, as by load\(\"demo\"\)"),
+        ({"retain": "0.3"}, "retain is '0.3': give a number, such as retain=1/3"),
+        ({"tokens": True}, "tokens is True: give a number, such as tokens=192"),
+        ({"max_new_tokens": 5.5}, "max_new_tokens is 5.5: give a whole number, such as 64"),
+        ({"sampling": 0.7}, r"sampling is 0.7: give one such as Sampling\(temperature=0.7\)"),
+        ({"requests": "What?"}, r"the requests are 'What\?': give a list, such as \[Request\("),
+        ({"requests": Request(text="What?")}, r"the requests are Request\(.*: give a list, such as \[Request\("),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_the_value_and_an_example(
+    wrong: dict[str, Any], message: str, vlm: VisionLanguageModel
+) -> None:
+    given = {"vlm": vlm, "requests": [Request(text="What?")], "dropper": V2Drop, **wrong}
+    budget = {} if {"retain", "tokens"} & set(wrong) else {"retain": 0.5}
+    with pytest.raises(TypeError, match=message):
+        generate(**given, **budget)
+
+
+def test_a_conversation_refuses_what_is_no_model() -> None:
+    with pytest.raises(TypeError, match="the model is 'demo': give what load returns"):
+        Chat("demo")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": "0.5"}, {"top_p": None}, {"seed": 0.5}])
+def test_a_sampling_setting_of_another_type_is_refused(wrong: dict[str, Any]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(TypeError, match=f"{name} is {value!r}: give a number"):
+        Sampling(**wrong)
+
+
+@pytest.mark.parametrize("ratios", [[3, 0.5], {3: "0.5"}, {"3": 0.5}, None, 0.3])
+def test_a_schedule_of_other_things_than_numbers_is_refused(ratios: Any) -> None:
+    with pytest.raises(TypeError, match=r"is no schedule: give layers and shares, such as DropSchedule\(\{3: 0.5"):
+        DropSchedule(ratios)
+
+
+def test_a_video_of_another_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="the video must be a file or a list of frames, got int"):
+        Request(text="What?", video=5)  # type: ignore[arg-type]

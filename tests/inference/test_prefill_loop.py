@@ -304,6 +304,24 @@ def test_waiting_for_the_device_would_be_noticed(score, error):
         prefill(decoder, packed, Curious(SCHEDULE))
 
 
+def test_what_a_device_tells_of_a_wrong_method_names_it_and_the_way_out(monkeypatch):
+    class Mine(DROPPERS["v2drop"]):
+        name = "mine"
+
+    told = []
+    monkeypatch.setattr(torch, "_assert_async", lambda holds, message: told.append(message))
+    prefill(tiny_decoder().to(META, torch.bfloat16), on_meta(one_prompt(5, 24, 7)), Mine(DropSchedule({2: 0.5})))
+    way_out = "run it again with --device cpu, which stops at the line of the error"
+    place = "at the drop point of layer 2"
+    assert told == [
+        f"mine scored a vision token NaN: it divides by zero, or activations overflow; try --dtype float32, "
+        f"and if it stays, {way_out}",
+        f"mine loses, moves or changes text rows: text must stay, {place}; {way_out}",
+        f"mine keeps other rows than the 12 vision tokens that it should, {place}; {way_out}",
+        f"mine keeps a vision row twice, or moves rows: they must stay in reading order, {place}; {way_out}",
+    ]
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "blockwise"])
 def test_a_step_that_knows_lengths_on_the_device_alone_gives_the_same_logits(backend, monkeypatch):
     for module in (prefill_loop, decoding):

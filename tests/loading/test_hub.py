@@ -129,7 +129,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: FakeHub, tmp_path: Path) 
     kind, message = unknown
     assert kind == "WeightsUnavailable"
     assert "cannot get somebody/fine-tuned@v9 from" in message
-    assert message.splitlines()[1].startswith("check the revision behind the @; http://127.0.0.1")
+    assert "); check the revision behind the @; http://127.0.0.1" in message
 
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -168,7 +168,7 @@ def test_a_refusal_is_told_with_the_hubs_whole_message_and_the_way_out(hub: Fake
         parts = REFUSALS[name][1]
         assert kind == "WeightsUnavailable", message
         assert message.startswith(f"{name.rpartition('/')[2]}: cannot get {name} from {hub.endpoint} (")
-        assert message.count("\n") == 1, message
+        assert "\n" not in message, message
         assert not [part for part in parts if part not in message], message
 
 
@@ -176,7 +176,7 @@ def test_a_token_that_is_not_accepted_is_told_as_such(hub: FakeHub, tmp_path: Pa
     hub.refused_token = Refusal(401, "", "Invalid credentials in Authorization header")
     ((_, message),) = run_download([OTHER], hub.endpoint, tmp_path, HF_TOKEN="hf_expired")
     assert "Invalid credentials in Authorization header" in message
-    assert message.splitlines()[1].startswith("the Hub does not accept your token")
+    assert "; the Hub does not accept your token" in message
     assert "hf_expired" not in message
 
 
@@ -217,9 +217,9 @@ def test_a_model_of_an_unknown_family_or_with_quantised_weights_is_refused_befor
     assert not [name for name in hub.downloads if name.endswith(".safetensors")]
 
 
-def test_an_unreachable_hub_is_told_in_two_lines(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_told_in_one_line(tmp_path: Path) -> None:
     ((_, unreachable),) = run_download(["llava-1.5-13b"], "http://127.0.0.1:9", tmp_path)
-    first, second = unreachable.split("\n")
+    first, second = unreachable.split("); ")
     assert first.startswith("llava-1.5-13b: cannot get llava-hf/llava-1.5-13b-hf from http://127.0.0.1:9 (")
     assert "refused" in first
     assert second == (
@@ -227,7 +227,7 @@ def test_an_unreachable_hub_is_told_in_two_lines(tmp_path: Path) -> None:
         "hf download llava-hf/llava-1.5-13b-hf --local-dir weights/llava-1.5-13b"
     )
     ((_, offline),) = run_download(["llava-1.5-13b"], "http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
-    assert offline.splitlines()[1].startswith("unset HF_HUB_OFFLINE to download it, or give a local copy")
+    assert "); unset HF_HUB_OFFLINE to download it, or give a local copy" in offline
 
 
 def test_a_hub_that_says_nothing_is_given_up_after_a_bounded_time(hub: FakeHub, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Quantised copies: what is written is what is read, everything else is refused, and no file stays mapped."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from tiny import logits_of
 
 from nanovlm_v2drop import Request, load, save_quantised
 from nanovlm_v2drop.benchmark.loading import write_checkpoint
-from nanovlm_v2drop.loading import quantised
+from nanovlm_v2drop.loading import quantised, saving
 from nanovlm_v2drop.loading.files import CheckpointError
 from nanovlm_v2drop.loading.precision import Precision
+from nanovlm_v2drop.loading.saving import new_folder
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel
 from nanovlm_v2drop.models.config import TextConfig
 from nanovlm_v2drop.models.linear import QuantisedLinear
@@ -98,6 +100,45 @@ def test_only_quantised_models_from_a_folder_can_be_written_and_only_into_a_new_
         save_quantised(load("demo"), tmp_path / "float")
     with pytest.raises(FileExistsError, match="is not empty; give a new folder"):
         save_quantised(original, copy)
+
+
+def test_the_files_of_a_copy_follow_the_umask(original: VisionLanguageModel, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_quantised(original, tmp_path / "copy")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "copy").iterdir()} == {"0o640"}
+
+
+def test_a_place_that_can_be_no_folder_is_told_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for target in (file, file / "deep" / "copy"):
+        with pytest.raises(FileExistsError, match=rf"^{target} cannot be a folder: {file} is a file; give a new folder$"):
+            new_folder(target)
+    assert new_folder(tmp_path / "new" / "copy").is_dir()
+    monkeypatch.setattr(saving.os, "access", lambda *_: False)
+    with pytest.raises(
+        PermissionError, match=f"^{tmp_path / 'new' / 'copy'} cannot be written to: no permission; give another"
+    ):
+        new_folder(tmp_path / "new" / "copy")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match=f"^{tmp_path / 'other'} cannot be written to: Permission denied; give another"):
+        new_folder(tmp_path / "other")
+
+
+def test_a_bad_folder_ends_the_command_before_the_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(saving, "load", lambda *_, **__: pytest.fail("the model is read"))
+    monkeypatch.setattr(sys, "argv", ["saving", "demo", str(tmp_path / "file"), "--dtype", "int8"])
+    with pytest.raises(SystemExit) as stop:
+        saving.main()
+    assert stop.value.code == 2
 
 
 def test_a_link_out_of_the_folder_is_not_copied(original: VisionLanguageModel, tmp_path: Path) -> None:

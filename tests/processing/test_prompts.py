@@ -58,6 +58,9 @@ def test_default_template_is_in_the_table():
 def test_mistral_is_asked_between_its_instruction_marks():
     request = Request(text="What is this?", images=[picture()])
     assert build_prompt(request, "mistral_instruct") == "[INST] <image>\nWhat is this? [/INST]"
+    earlier = [Exchange([Medium.IMAGE], ["A cat?"], "yes"), Exchange([], ["Two?"], "no")]
+    turns = "[INST] <image>\nA cat? [/INST] yes </s>[INST] Two? [/INST] no </s>[INST] Old? [/INST]"
+    assert build_prompt(Request(text="Old?"), "mistral_instruct", earlier=earlier) == turns
 
 
 def test_pictures_without_a_place_come_first():

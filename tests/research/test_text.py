@@ -8,6 +8,7 @@ from text_models import text_reference, write_text_folder
 
 from nanovlm_v2drop import Droppable, TextModel, load_decoder
 from nanovlm_v2drop.cli import choices
+from nanovlm_v2drop.evaluation.records import append_records, remove_cut_line
 from nanovlm_v2drop.research.text import (
     CONTINUED,
     FIRST,
@@ -22,7 +23,6 @@ from nanovlm_v2drop.research.text import (
     shares,
     summarise_text,
     text_table,
-    write_answers,
 )
 from nanovlm_v2drop.research.text_questions import ITEMS, JOBS, TEXTS
 
@@ -113,10 +113,13 @@ def test_a_summary_pairs_methods_with_dense_by_question(tmp_path: Path) -> None:
     assert "exact_difference" not in rows["dense"]
     assert "| v2drop | 0.333 | 50 | 100.0 [100.0, 100.0] | +50.0 [+0.0, +100.0] |" in text_table(list(rows.values()))
     file = tmp_path / "text.jsonl"
-    write_answers(file, records)
+    append_records(file, records)
     with file.open("a") as opened:
         opened.write('{"texts": "retr')  # an interrupted run
     assert read_answers(file) == records
+    remove_cut_line(file)
+    append_records(file, records[:1])
+    assert read_answers(file) == [*records, records[0]]
     file.write_text('{"other": 1}\n')
     with pytest.raises(ValueError, match="holds a line that is no answer to a text"):
         read_answers(file)

@@ -22,6 +22,7 @@ from ...inference import (
     prefill,
     teacher_forced,
 )
+from ...inference.conversation import common_length
 from ...inference.prefill_loop import advice
 from ...loading.zoo import VisionLanguageModel
 from ...models.vlm import PackedInputs
@@ -171,12 +172,6 @@ def continuation_tokens(
     if empty := [text for text, each in zip(continuations, whole, strict=True) if len(each) == shared]:
         raise ValueError(f"the answer {empty[0]!r} has no tokens, so it has no loss")
     return len(alone) - shared, [each[shared:] for each in whole]
-
-
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first items two sequences share."""
-    pairs = zip(one, other, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 @torch.no_grad()
