@@ -32,7 +32,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tasks": (),
     "evaluation": (
         "machine", "records", "method_names", "paper", "methods", "plans", "features", "batches", "fingerprints", "output",
-        "position_bias", "bootstrap", "summary", "averages", "comparison", "answering", "evaluate", "loading", "lmms_eval",
+        "position_bias", "bootstrap", "summary", "averages", "comparison", "answering", "workers", "evaluate", "loading",
+        "lmms_eval",
     ),
     "benchmark": (
         "workload", "checkpoint", "contenders", "measure", "loading", "gguf_file", "llama_cpp", "memory", "run", "picture",
