@@ -15,6 +15,7 @@ from ..loading.zoo import VisionLanguageModel
 from ..models.vlm import PackedInputs
 from ..tasks import Sample, Task
 from .machine import peak_memory_mb, reset_peak_memory, timestamp
+from .methods import naming_errors
 from .plans import Plan
 
 
@@ -45,8 +46,8 @@ def answer_batch(
     droppers = [dropper_of(vlm, plan, packed) for plan in plans]
     prefix = share_prefix(decoder, packed, droppers, max_new_tokens=task.max_new_tokens)
     for plan, dropper in zip(plans, droppers, strict=True):
-        with plan.answering():
-            prefilled = prefill(decoder, packed, dropper, prefix=prefix)
+        with naming_errors(plan.kind):
+            prefilled = prefill(decoder, packed, dropper, prefix=prefix, warns=plan.warns)
             sizes = cache_sizes(vlm, prefilled)
             sequences = decoded(vlm, task, prefilled)
         schedule = DropSchedule({}) if dropper is None else dropper.schedule
@@ -55,7 +56,7 @@ def answer_batch(
 
 
 def dropper_of(vlm: VisionLanguageModel, plan: Plan, packed: PackedInputs) -> TokenDropper | None:
-    with plan.answering():
+    with naming_errors(plan.kind):
         return plan.dropper_for(packed, vlm.config.text_config.num_hidden_layers)
 
 
@@ -86,7 +87,7 @@ def time_prompt(
     packed = vlm.prepare([sample.request])
     vision_ms = (timestamp(vlm.device) - started) * 1000
     for plan in plans:
-        with plan.answering():
+        with naming_errors(plan.kind):
             yield plan, time_plan(vlm, task, plan, packed, vision_ms)
 
 
@@ -97,7 +98,7 @@ def time_plan(
     dropper = plan.dropper_for(packed, decoder.config.num_hidden_layers)
     reset_peak_memory(device)
     started = timestamp(device)
-    prefilled = prefill(decoder, packed, dropper, max_new_tokens=task.max_new_tokens)
+    prefilled = prefill(decoder, packed, dropper, max_new_tokens=task.max_new_tokens, warns=plan.warns)
     filled = timestamp(device)
     decoded(vlm, task, prefilled)
     finished = timestamp(device)

@@ -48,12 +48,12 @@ class BatchSize:
         return cls(int(found[1]), None if found[2] is None else int(found[2]))
 
     @classmethod
-    def auto(cls, vlm: VisionLanguageModel, samples: int, replicas: int = 1) -> "BatchSize":
+    def auto(cls, vlm: VisionLanguageModel, samples: int, replicas: int = 1, workers: int = 1) -> "BatchSize":
         """What fits into half of the free memory, up to a size beyond which batches are no faster.
 
-        Several replicas get batches that leave none of them idle.
+        Several replicas get batches that leave none of them idle. Several workers share the memory of a replica.
         """
-        fitting = free_memory(vlm.device) // 2 // bytes_of_token(vlm.config.text_config, vlm.dtype)
+        fitting = free_memory(vlm.device) // 2 // workers // bytes_of_token(vlm.config.text_config, vlm.dtype)
         fast = AUTO_TOKENS.get(vlm.device.type, AUTO_TOKENS["cpu"])
         prompts = AUTO_PROMPTS if replicas == 1 else min(AUTO_PROMPTS, -(-samples // replicas))
         return cls(max(1, prompts), max(1, min(fitting, fast)))

@@ -5,23 +5,25 @@ of them alike. Every answer is written as one JSON line at once, and an interrup
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from ..loading.zoo import VisionLanguageModel
 from ..models.parallel import ALONE, Processes
 from ..models.vlm import PackedInputs
 from ..tasks import Sample, Task
-from .answering import Answer, Times, answer_batch, time_prompt
+from .answering import Answer, answer_batch, time_prompt
 from .batches import Batch, BatchSize, Prompt, form_batches, read_ahead
 from .features import SharedFeatures
 from .machine import free_memory
 from .output import batch_size_before, check_same_settings, run_settings
 from .plans import Plan
 from .records import Record, append_records, merge_records, read_records, records_path
+from .workers import answered, num_workers
 
 TIMED = 6  # prompts of a task whose times are taken
 KEPT_FEATURES = 1 / 8  # of the free memory
@@ -72,20 +74,22 @@ def evaluate_batches(
     answers were made with other settings, and where two plans or two samples share a name.
     """
     count, asked = task.num_samples(limit), None if batch_size is None else BatchSize(batch_size)
-    auto = BatchSize.auto(vlm, count, processes.replicas)
+    workers = num_workers(vlm, processes)
+    auto = BatchSize.auto(vlm, count, processes.replicas, workers)
     size = prepare_output(vlm, task, plans, output, asked, auto, resume, processes)
     done = {(record.plan, record.sample_id) for record in read_records(output) if record.task == task.name}
     run = TaskRun(vlm, task, plans, output, timed_places(count, timed), done, processes)
-    order, seen = list[tuple[str, str]](), set[str]()
+    order = list[tuple[str, str]]()
     samples = task.samples(task.default_samples if limit is None else limit)
-    for batch, prompts in read_ahead(vlm, form_batches(vlm, samples, size), run.is_wanted):
-        check_names(f"samples of {task.name}", [sample.sample_id for sample in batch.samples], seen)
+    batches = run.checked(read_ahead(vlm, form_batches(vlm, samples, size), run.is_wanted))
+    for batch in answered(batches, run.answer, workers):
         order += run.order(batch)
-        if prompts:
-            run.answer(batch, prompts)
+        if workers == 1:
+            run.take_times()
         yield batch.samples
+    run.take_times()  # no other batch is being answered
     processes.wait()
-    if processes.is_first and processes.world_size > 1:
+    if processes.is_first and max(processes.world_size, workers) > 1:
         merge_records(output, task.name, order)
     processes.wait()
 
@@ -135,6 +139,8 @@ class TaskRun:
     timed: Collection[int]
     done: Collection[tuple[str, str]]
     processes: Processes
+    packing: Lock = field(default_factory=Lock)  # one batch at a time reads and changes `features`
+    untimed: list[tuple[Sample, dict[str, Record]]] = field(default_factory=list)  # a sample and its answers by plan
 
     @cached_property
     def features(self) -> SharedFeatures:
@@ -148,17 +154,38 @@ class TaskRun:
         """The plans that have not answered all of these samples."""
         return [plan for plan in self.plans if any((plan.key, sample.sample_id) not in self.done for sample in samples)]
 
-    def answer(self, batch: Batch, prompts: Sequence[Prompt]) -> None:
-        """Write the answers that are missing. All samples of the batch are answered, so that its products keep their shapes."""
+    def checked(self, batches: Iterable[tuple[Batch, list[Prompt]]]) -> Iterator[tuple[Batch, list[Prompt]]]:
+        """The batches; raises ValueError before one is answered that names a sample a second time."""
+        seen = set[str]()
+        for batch, prompts in batches:
+            check_names(f"samples of {self.task.name}", [sample.sample_id for sample in batch.samples], seen)
+            yield batch, prompts
+
+    def answer(self, batch: Batch, prompts: Sequence[Prompt]) -> Iterator[None]:
+        """Write the answers that are missing, and yield after each plan; those to samples that are timed wait in `untimed`.
+
+        All samples of the batch are answered, so that its products keep their shapes.
+        """
         token_ids, media = zip(*prompts, strict=True)
-        packed, plans = self.vlm.pack(token_ids, media, self.features), self.plans_missing(batch.samples)
-        timed, others = self.split(batch)
-        answers = dict[str, list[Answer]]()
-        for plan, answers[plan.key] in answer_batch(self.vlm, self.task, plans, packed):
-            self.write(self.record(plan, batch, packed, index, answers[plan.key][index]) for index in others)
-        for index in timed:
-            for plan, times in time_prompt(self.vlm, self.task, plans, batch.samples[index]):
-                self.write([self.record(plan, batch, packed, index, answers[plan.key][index], times)])
+        with self.packing:
+            packed = self.vlm.pack(token_ids, media, self.features)
+        plans, (timed, others) = self.plans_missing(batch.samples), self.split(batch)
+        untimed: dict[int, dict[str, Record]] = {index: {} for index in timed}
+        for plan, answers in answer_batch(self.vlm, self.task, plans, packed):
+            records = [self.record(plan, batch, packed, index, answer) for index, answer in enumerate(answers)]
+            self.write(records[index] for index in others)
+            for index in timed:
+                untimed[index][plan.key] = records[index]
+            yield
+        self.untimed.extend((batch.samples[index], records) for index, records in untimed.items())
+
+    def take_times(self) -> None:
+        """Write the answers that wait for their times; no batch may be answered meanwhile."""
+        while self.untimed:
+            sample, records = self.untimed.pop(0)
+            plans = [plan for plan in self.plans if plan.key in records]
+            for plan, times in time_prompt(self.vlm, self.task, plans, sample):
+                self.write([replace(records[plan.key], **vars(times))])
 
     def split(self, batch: Batch) -> tuple[list[int], list[int]]:
         """The samples of a batch whose times are taken, and the others."""
@@ -173,10 +200,8 @@ class TaskRun:
         written += [(plan, index) for index in timed for plan in self.plans]
         return [(plan.key, batch.samples[index].sample_id) for plan, index in written]
 
-    def record(
-        self, plan: Plan, batch: Batch, packed: PackedInputs, index: int, answer: Answer, times: Times | None = None
-    ) -> Record:
-        """The record of one sample of a batch."""
+    def record(self, plan: Plan, batch: Batch, packed: PackedInputs, index: int, answer: Answer) -> Record:
+        """The record of one sample of a batch, without times."""
         text = self.task.cut(self.vlm.tokenizer.decode(answer.token_ids).strip())
         return Record(
             **answer_fields(self.task, plan, batch.samples[index], text),
@@ -184,7 +209,6 @@ class TaskRun:
             decode_steps=len(answer.token_ids) - 1,
             kv_cache_bytes=answer.cache_bytes,
             kept=answer.kept,
-            **({} if times is None else vars(times)),
         )
 
     def write(self, records: Iterable[Record]) -> None:

@@ -125,15 +125,22 @@ class Plan:
         """Names the plan in results files: its row and, where the method draws at random, the seed."""
         return self.row + (f" seed {self.seed}" if self.kind is not None and self.kind.seeded else "")
 
+    @property
+    def warns(self) -> bool:
+        """Whether a user is warned that nothing was dropped: no row of the table says so.
+
+        A row says so at a floor, and where prompts are smaller than the budget.
+        """
+        return not self.note and self.budget is None
+
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Around answers of this plan: an error in a user's method is one line that names its file.
+        """Around answers of this plan: an error in a user's method is one line that names its file; for warnings see `warns`.
 
-        Nobody is warned that nothing was dropped where a row of the table says so: at a floor, and in a prompt that is smaller
-        than the budget.
+        The warnings are those of the whole program, so this is not for several threads.
         """
         with warnings.catch_warnings(), naming_errors(self.kind):
-            if self.note or self.budget is not None:
+            if not self.warns:
                 warnings.simplefilter("ignore", NothingDropped)
             yield
 

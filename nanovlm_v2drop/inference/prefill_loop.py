@@ -117,12 +117,13 @@ def prefill(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     prefix: SharedPrefix | None = None,
+    warns: bool = True,
 ) -> Prefilled:
     """Run packed prompts (T, D) through every layer once and fill the cache; vision tokens leave at the dropper's drop points.
 
     The layers that these prompts' `prefix` has run are not run again; the cache then has room for the prefix's
     `max_new_tokens`. Raises ValueError for a schedule that cannot act on this decoder; warns where nothing was dropped from a
-    picture.
+    picture, unless `warns` is False.
     """
     if prefix is None:
         prefix = SharedPrefix({0: enter(decoder, packed)}, new_cache(decoder, packed, max_new_tokens))
@@ -138,7 +139,8 @@ def prefill(
         positions.append(state.next_position)
         run_layer(decoder, state, rotary, cache, dropper, reads=layer_idx in read)
     cache.finish(torch.stack(positions), None if dropper is None else dropper.decode_pruning(state))
-    warn_if_nothing_dropped(dropper, packed, state)
+    if warns:
+        warn_if_nothing_dropped(dropper, packed, state)
     return Prefilled(decoder.lm_head(decoder.norm(state.hidden_states[state.last_rows()])), cache, survivors)
 
 

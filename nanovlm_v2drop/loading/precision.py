@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 from ..models.kv_cache import KV_CACHE_DTYPES
-from ..models.linear import PrepackedLinear, WidenedLinear, can_prepack, has_bfloat16_instructions, packable, prepack
+from ..models.linear import (
+    PrepackedLinear,
+    WidenedLinear,
+    can_prepack,
+    has_bfloat16_instructions,
+    packable,
+    prepack,
+    replace_linears,
+)
+from ..models.linear_float32 import OneDNNLinear, is_faster_with_onednn
 from ..models.linear_int4 import int4_obstacle, quantise_int4
 from ..models.linear_int8 import int8_obstacle, quantise_int8
 from .specs import AUTO, DTYPE_NAMES
@@ -132,3 +141,5 @@ def pack(model: nn.Module, precision: Precision, device: torch.device) -> None:
         quantise_int8(model, precision.dtype)
     elif packed_layers(model, precision, device):
         prepack(model, PrepackedLinear if precision.dtype == torch.bfloat16 else WidenedLinear)
+    elif precision.name == "float32" and device.type == "cpu" and is_faster_with_onednn():
+        replace_linears(model, packable(model), OneDNNLinear)
