@@ -17,7 +17,7 @@ from ..models.config import LanguageModelConfig, LlavaConfig, Qwen2VLConfig, Smo
 from ..models.decoder import Decoder
 from ..models.language_model import LanguageModel
 from ..models.linear import as_bfloat16
-from ..models.mapped import let_go
+from ..models.memory import let_go, trim
 from ..models.model_classes import MODEL_CLASSES
 from ..models.vlm import VLM
 from .files import SAFETENSORS_TWINS, CheckpointError, StoredTensor, check_names, list_tensors, listed, open_safetensors
@@ -133,6 +133,7 @@ def fill_quantised(model: Model, sources: dict[str, StoredTensor], precision: Pr
         layer = model.get_submodule(name.removesuffix(".weight"))
         layer.weight = nn.Parameter(stored, requires_grad=False)
         pack(model, precision, place)  # the other matrices have no values yet
+        trim()  # of the float copies
     check_materialised(model)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mapped import let_go
+from .memory import let_go
 
 ROWS = 640  # the order is chosen for products of this many rows: a prompt with one picture
 PIECE = 2**20  # values that are converted at once: in float32 they fit into a CPU's cache

@@ -1,4 +1,4 @@
-"""Pages of mapped files are let go, and only those."""
+"""Pages of mapped files are let go, and only those; freed memory goes back to the system."""
 
 from pathlib import Path
 
@@ -7,12 +7,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from nanovlm_v2drop.benchmark.memory import resident
 from nanovlm_v2drop.loading.zoo import load
-from nanovlm_v2drop.models import mapped
-from nanovlm_v2drop.models.mapped import let_go, mapped_files, whole_pages
+from nanovlm_v2drop.models import memory
+from nanovlm_v2drop.models.memory import let_go, mapped_files, trim, whole_pages
 
 MEGABYTES = 64
-needs_linux = pytest.mark.skipif(not mapped.MAPS.is_file(), reason="only Linux lists a process's mappings")
+needs_linux = pytest.mark.skipif(not memory.MAPS.is_file(), reason="only Linux lists a process's mappings")
 
 
 def resident_file_megabytes() -> float:
@@ -66,8 +67,8 @@ def test_a_page_that_other_tensors_share_is_not_counted() -> None:
 
 
 def test_nothing_happens_where_mappings_are_not_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(mapped, "MAPS", tmp_path / "maps")
-    monkeypatch.setattr(mapped, "madvise", lambda: pytest.fail("asked the kernel"))
+    monkeypatch.setattr(memory, "MAPS", tmp_path / "maps")
+    monkeypatch.setattr(memory, "c_library", lambda: pytest.fail("asked the kernel"))
     let_go(torch.ones(2**20))
 
 
@@ -79,3 +80,17 @@ def test_a_loaded_model_has_let_go_of_what_was_read_to_check_it(
     monkeypatch.setattr("nanovlm_v2drop.loading.checkpoint.let_go", lambda *weights: asked.append(len(weights)))
     vlm = load(tiny_llava_folder)
     assert asked == [len(list(vlm.model.parameters()))]
+
+
+def test_freed_memory_between_values_that_are_kept_goes_back_to_the_system() -> None:
+    if not hasattr(memory.c_library(), "malloc_trim"):
+        pytest.skip("this C library cannot be told to give memory back")
+    kept, freed = [], []
+    for _ in range(2000):
+        kept.append(torch.ones(1024))
+        freed.append(torch.ones(16 * 1024))  # 64 KB each: the C library takes them out of one heap
+    freed.clear()
+    before = resident("self")["anonymous_mb"]
+    trim()
+    assert resident("self")["anonymous_mb"] < before - 80
+    assert all(values.sum() == 1024 for values in kept)

@@ -1,7 +1,9 @@
-"""Pages of mapped files, which count as memory of this process until they are let go.
+"""Memory that this process holds without need, and how it goes back to the system.
 
-A weight in the dtype of its file stays a view of the file. Reading it makes its pages resident, and they stay so, although a
-weight that has been checked or reordered is not read again soon. Pages that were let go are read from the file when needed.
+A weight in the dtype of its file stays a view of the mapped file. Reading it makes its pages resident, and they stay so,
+although a weight that has been checked or reordered is not read again soon. Pages that were let go are read from the file when
+needed.
+The C library also keeps what it is given back, in pieces between other values.
 """
 
 import ctypes
@@ -26,7 +28,7 @@ def let_go(*weights: Tensor) -> None:
     for weight in weights:
         first, end = whole_pages(weight)
         if first < end and any(first >= start and end <= stop for start, stop in spans):
-            madvise()(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+            c_library().madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
 
 
 def whole_pages(weight: Tensor) -> tuple[int, int]:
@@ -46,7 +48,13 @@ def mapped_files() -> Iterator[tuple[int, int]]:
             yield int(start, 16), int(stop, 16)
 
 
+def trim() -> None:
+    """Give the system the memory that is freed in this process, where the C library can do so (glibc)."""
+    if hasattr(c_library(), "malloc_trim"):
+        c_library().malloc_trim(0)
+
+
 @cache
-def madvise() -> Any:
-    """The C library's function; Python's own needs the mapping object, which safetensors keeps."""
-    return ctypes.CDLL(None, use_errno=True).madvise
+def c_library() -> Any:
+    """Python's own madvise needs the object of the mapping, which safetensors keeps."""
+    return ctypes.CDLL(None)
