@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,7 +110,10 @@ def test_a_stopped_run_says_how_to_continue_and_continues(number, tmp_path):
     output = tmp_path / "out"
     script = str(ROOT / "train_free_eval.py")
     command = [sys.executable, script, "--methods", "dense", "--limit", "2000", "--output", str(output)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    # Programs that a shell starts in the background ignore SIGINT, and so do those that they start.
+    default = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, preexec_fn=default)
     answers = output / "samples.jsonl"
     while not (answers.is_file() and answers.stat().st_size) and process.poll() is None:
         time.sleep(0.02)
