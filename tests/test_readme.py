@@ -14,7 +14,7 @@ from smolvlm import smollm2_tokenizer, smolvlm_reference, write_smolvlm_folder
 from tiny_tasks import mme_rows, pope_rows, write_shards
 
 from nanovlm_v2drop import cli
-from nanovlm_v2drop.benchmark import answer, checkpoint
+from nanovlm_v2drop.benchmark import answer, checkpoint, picture
 from nanovlm_v2drop.benchmark.run import build_parser
 from nanovlm_v2drop.cli.arguments import parse_arguments, parse_comparison
 from nanovlm_v2drop.evaluation.lmms_eval.arguments import parse_model_arguments
@@ -27,6 +27,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OTHER_COMMANDS = ("git clone", "cd ", "python3 -m venv ", "bash .ci/run", "hf download ")
 PROGRAMS = (".venv/bin/python train_free_eval.py", "nanovlm-v2drop", "train_free_eval.py")
+MODULES = {module.__name__: module for module in (answer, checkpoint, picture, precision, saving)}
 OFFICIAL = {"smolvlm-256m": "smolvlm", "qwen2-vl-2b": "qwen2vl", "llava-1.5-7b": "llava"}
 
 
@@ -54,14 +55,8 @@ def parse(command: str) -> None:
         build_parser().parse_args(words[3:])
     elif words[1:3] == ["-m", "nanovlm_v2drop.research.smollm2"]:
         assert len(words) == 4
-    elif words[1:3] == ["-m", "nanovlm_v2drop.benchmark.answer"]:
-        answer.build_parser().parse_args(words[3:])
-    elif words[1:3] == ["-m", "nanovlm_v2drop.benchmark.checkpoint"]:
-        checkpoint.build_parser().parse_args(words[3:])
-    elif words[1:3] == ["-m", "nanovlm_v2drop.research.precision"]:
-        precision.build_parser().parse_args(words[3:])
-    elif words[1:3] == ["-m", "nanovlm_v2drop.loading.saving"]:
-        saving.build_parser().parse_args(words[3:])
+    elif words[1] == "-m" and words[2] in MODULES:
+        MODULES[words[2]].build_parser().parse_args(words[3:])
     elif words[1] == "-c":
         exec(words[2], {})
     elif words[1:] in (["-m", "pytest", "-n", "auto"], ["lab", "notebooks"]):
