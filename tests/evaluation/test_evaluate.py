@@ -1,8 +1,6 @@
 """Plans, answers on disk, resuming, and rows whose numbers follow from the answers, on a tiny model."""
 
 import json
-import multiprocessing
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -12,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from killed import kill_twenty_times
 from PIL import Image
 
 from nanovlm_v2drop.dropping.budget import Budget, Shape
@@ -337,23 +336,12 @@ def test_a_run_that_was_killed_twenty_times_has_the_very_rows_of_one_that_was_no
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     list(evaluate(vlm, Twins(), plans, whole, limit=30, batch_size=4, timed=2))
-    file, step = killed / "samples.jsonl", (whole / "samples.jsonl").stat().st_size / 12
 
     def answer() -> None:
         list(evaluate(vlm, Twins(), plans, killed, limit=30, batch_size=4, timed=2, resume=True))
 
-    rng, interrupted = np.random.default_rng(0), 0
-    for _ in range(20):
-        end = (file.stat().st_size if file.exists() else 0) + rng.uniform(1, step)
-        process = multiprocessing.get_context("fork").Process(target=answer)
-        process.start()
-        while process.is_alive() and (not file.exists() or file.stat().st_size < end):
-            time.sleep(0.001)
-        interrupted += process.is_alive()
-        process.kill()
-        process.join()
+    kill_twenty_times(answer, killed / "samples.jsonl", (whole / "samples.jsonl").stat().st_size)
     answer()
-    assert interrupted >= 10
     assert rows_without_times(killed) == rows_without_times(whole)
     assert sum(record.prefill_ms is not None for record in read_records(killed)) == 2 * len(plans)
 

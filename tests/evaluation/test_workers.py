@@ -1,16 +1,16 @@
 """Batches that several threads answer at the same time."""
 
-import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from killed import kill_twenty_times
 
 from nanovlm_v2drop.dropping.budget import Budget, Shape
 from nanovlm_v2drop.evaluation import evaluate as module
@@ -78,7 +78,7 @@ def test_batches_are_answered_at_the_same_time_with_one_core_each_and_given_in_o
 
 
 def test_what_a_worker_raises_is_raised_for_its_batch_and_no_other_batch_is_begun() -> None:
-    begun = list[int]()
+    before, begun = threading.active_count(), list[int]()
 
     def answer(batch: Batch, prompts: list[Any]) -> Iterator[None]:
         begun.extend(batch.places)
@@ -91,7 +91,7 @@ def test_what_a_worker_raises_is_raised_for_its_batch_and_no_other_batch_is_begu
         found.extend(batch for batch in answered(batches(100), answer, 2))
     assert [batch.places for batch in found] == [[0], [1]]
     assert max(begun) < 7
-    assert threading.active_count() == 1
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -134,16 +134,6 @@ def test_a_run_of_three_workers_that_was_killed_twenty_times_has_the_very_rows_o
     vlm: VisionLanguageModel, plans: list[Plan], three_workers: None, tmp_path: Path
 ) -> None:
     whole, killed = run(vlm, plans, tmp_path / "whole"), tmp_path / "killed"
-    file, step = killed / "samples.jsonl", (tmp_path / "whole" / "samples.jsonl").stat().st_size / 12
-    rng, interrupted = np.random.default_rng(0), 0
-    for _ in range(20):
-        end = (file.stat().st_size if file.exists() else 0) + rng.uniform(1, step)
-        process = multiprocessing.get_context("fork").Process(target=run, args=(vlm, plans, killed, True))
-        process.start()
-        while process.is_alive() and (not file.exists() or file.stat().st_size < end):
-            time.sleep(0.001)
-        interrupted += process.is_alive()
-        process.kill()
-        process.join()
+    size = (tmp_path / "whole" / "samples.jsonl").stat().st_size
+    kill_twenty_times(partial(run, vlm, plans, killed, resume=True), killed / "samples.jsonl", size)
     assert run(vlm, plans, killed, resume=True) == whole
-    assert interrupted >= 10
