@@ -36,8 +36,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "lmms_eval",
     ),
     "benchmark": (
-        "workload", "official_llava", "official_smolvlm", "checkpoint", "contenders", "measure", "loading", "gguf_file",
-        "llama_cpp", "memory", "run", "picture", "answer", "__main__",
+        "workload", "official_tokenizer", "official_llava", "official_smolvlm", "checkpoint", "contenders", "measure",
+        "loading", "gguf_file", "llama_cpp", "memory", "run", "picture", "answer", "__main__",
     ),
     "research": (
         "ablations", "theory", "findings", "costs", "smollm2", "question_words", "text_questions", "text", "conversations",

@@ -18,8 +18,6 @@ several commands.
 """
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -29,7 +27,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from rich.console import Console
 
 from ..dropping import TokenDropper
 from ..dropping.budget import Budget, shapes_of
@@ -39,8 +36,8 @@ from ..loading.zoo import VisionLanguageModel, load
 from ..models.vlm import PackedInputs
 from ..processing.prompts import Request
 from .memory import MARKS, resident
-from .picture import CPU, Prompt, noise_picture
-from .run import describe_machine, make_table
+from .picture import Prompt, noise_picture
+from .run import print_rows
 
 QUESTION, SIDE = "What is in the picture?", 1024
 EVERY = 0.005  # seconds between two looks at the memory
@@ -136,9 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = measured(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    Console(width=None if sys.stdout.isatty() else 160).print(make_table([row]), highlight=False)
-    if not sys.stdout.isatty():
-        print(json.dumps({"rows": [row], "machine": describe_machine(CPU)}))
+    print_rows([row])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..loading.files import INDEX
+from ..loading.saving import new_folder
 from ..models.config import VisionConfig
 from .official_llava import llava_files, llava_tensors, llava_tokenizer
 from .official_smolvlm import BASE, LARGE, Sizes, smolvlm_config, smolvlm_settings, smolvlm_tensors, smolvlm_tokenizer
@@ -64,13 +65,11 @@ def layout_of(name: str, layers: int | None) -> Layout:
 def write_checkpoint(name: str, folder: Path, seed: int = 0, layers: int | None = None) -> None:
     """Write a random checkpoint of a model in MODELS, in bfloat16.
 
-    Raises ValueError for another model and for a number of layers that it does not have, and FileExistsError where the folder
-    holds files: a real checkpoint is never replaced.
+    Raises ValueError for another model and for a number of layers that it does not have, and OSError as
+    `new_folder`: a real checkpoint is never replaced.
     """
     layout = layout_of(name, layers)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; give a new folder")
+    folder = new_folder(folder)
     layout.tokenizer.save(str(folder / "tokenizer.json"))
     for file, content in layout.settings.items():
         (folder / file).write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -5,13 +5,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from ..loading.uninitialised import Uninitialised
 from ..models.config import LlavaConfig, TextConfig, VisionConfig, VLMConfig
 from ..models.vlm import LlavaModel
+from .official_tokenizer import byte_tokenizer
 
 HUB_PREFIXES = (
     ("language_model.lm_head.", "language_model.lm_head."),
@@ -58,12 +58,7 @@ def hub_tensors(model: LlavaModel) -> Iterator[tuple[str, Tensor]]:
 
 def llava_tokenizer() -> Tokenizer:
     """The bytes, and invented words up to the vocabulary of LLaMA; the special tokens have the released ids."""
-    pieces = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += [f"<unused{number}>" for number in range(IMAGE_ID - len(pieces))]
-    tokenizer = Tokenizer(BPE({piece: number for number, piece in enumerate(pieces)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*SPECIALS, IMAGE, PAD)])
+    tokenizer = byte_tokenizer(SPECIALS, IMAGE_ID, (*SPECIALS, IMAGE, PAD))
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
     return tokenizer
 

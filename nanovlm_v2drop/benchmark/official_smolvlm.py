@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import Tokenizer
 
 from ..models.config import ARITHMETIC, SiglipVisionConfig, SmolVLMConfig, TextConfig
 from ..models.model_classes import MODEL_CLASSES
+from .official_tokenizer import byte_tokenizer
 
 TILES_A_SIDE = 4  # of the first resize
 ROWS = range(1, 7)
@@ -63,15 +63,8 @@ def official_name(name: str) -> str:
 
 def smolvlm_tokenizer() -> Tokenizer:
     """The bytes, and invented words up to the vocabulary of SmolLM2; the added tokens have the released ids."""
-    pieces = [*BASE_SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += [f"<unused{number}>" for number in range(FIRST_ADDED - len(pieces))]
-    tokenizer = Tokenizer(BPE({piece: number for number, piece in enumerate(pieces)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     reserved = [f"<reserved{number}>" for number in range(END_ID - FIRST_ADDED - len(ADDED))]
-    tokens = [*BASE_SPECIALS, *ADDED, *reserved, END]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
-    return tokenizer
+    return byte_tokenizer(BASE_SPECIALS, FIRST_ADDED, (*BASE_SPECIALS, *ADDED, *reserved, END))
 
 
 def smolvlm_settings(config: SmolVLMConfig) -> dict[str, dict[str, Any]]:

@@ -14,8 +14,6 @@ must equal those of transformers. Memory is measured in a process of its own for
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,7 +40,7 @@ from ..processing.prompts import Request
 from .contenders import Run, compare_logits, decode_and_rewind, transformers_decode_and_rewind
 from .loading import output_of
 from .measure import time_rounds
-from .run import describe_machine, make_table
+from .run import print_rows
 
 CPU = torch.device("cpu")
 QUESTION, DECODED = "What is in the picture?", 8
@@ -230,9 +227,7 @@ def run_and_print(args: argparse.Namespace) -> None:
         retained = {**budgets_of(shares), TRANSFORMERS: None}
         for row, (dtype, name) in zip(rows, product(dtypes, retained), strict=True):
             row["peak_mb"] = peak_apart(args.folder, picture, dtype, name, retained[name])
-    Console(width=None if sys.stdout.isatty() else 160).print(make_table(rows), highlight=False)
-    if not sys.stdout.isatty():
-        print(json.dumps({"rows": rows, "machine": describe_machine(CPU)}))
+    print_rows(rows)
 
 
 if __name__ == "__main__":

@@ -248,6 +248,18 @@ def run_loading(args: argparse.Namespace) -> dict[str, Any]:
     return {**vars(args), "notes": notes, "importing": importing, "loads": rows, "machine": describe_machine(CPU)}
 
 
+def result_console() -> Console:
+    """As wide as the terminal; where stdout is none, wide enough for every table."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows as a table; where stdout is no terminal, also as a JSON object with the machine."""
+    result_console().print(make_table(rows), highlight=False)
+    if not sys.stdout.isatty():
+        print(json.dumps({"rows": rows, "machine": describe_machine(torch.device("cpu"))}))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -259,8 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     report["command"] = " ".join([parser.prog, *map(shlex.quote, sys.argv[1:] if argv is None else argv)])
     if not args.json:
-        console = Console(width=None if sys.stdout.isatty() else 160)
         tables = [make_table(report[name]) for name in ("loads", "prefill", "decode", "memory") if name in report]
-        console.print(*report["notes"], *tables, sep="\n", highlight=False)
+        result_console().print(*report["notes"], *tables, sep="\n", highlight=False)
     if args.json or not sys.stdout.isatty():
         print(json.dumps(report))
