@@ -35,9 +35,8 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     # ru_maxrss begins with the peak of the program that started this one; VmHWM is of this program alone.
-    found = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()) if STATUS.is_file() else None
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if found is None else int(found[1])
-    return kilobytes * 1024 / 1e6
+    peak = kilobytes(STATUS, "VmHWM")
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if peak is None else peak) * 1024 / 1e6
 
 
 def machine_name(device: torch.device) -> str:
@@ -64,8 +63,14 @@ def free_memory(device: torch.device) -> int:
 
 def available_memory() -> int | None:
     """What Linux can give without swapping; None elsewhere."""
-    found = re.search(r"MemAvailable:\s*(\d+) kB", MEMINFO.read_text()) if MEMINFO.is_file() else None
-    return int(found[1]) * 1024 if found else None
+    available = kilobytes(MEMINFO, "MemAvailable")
+    return None if available is None else available * 1024
+
+
+def kilobytes(file: Path, name: str) -> int | None:
+    """What one of Linux's files says for a name; None where there is no such file or name."""
+    found = re.search(rf"^{name}:\s*(\d+) kB", file.read_text(), re.MULTILINE) if file.is_file() else None
+    return int(found[1]) if found else None
 
 
 def left_in_container() -> int | None:

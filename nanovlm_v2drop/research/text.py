@@ -273,11 +273,10 @@ def with_interval(name: str, form: str) -> Callable[[Row], str]:
     """A cell with the row's value of that name and its 95 % interval; "-" where there is none."""
 
     def shown(row: Row) -> str:
-        return (
-            "-"
-            if name not in row
-            else f"{row[name]:{form}} [{', '.join(format(end, form) for end in row[f'{name}_interval'])}]"
-        )
+        if name not in row:
+            return "-"
+        low, high = row[f"{name}_interval"]
+        return f"{row[name]:{form}} [{low:{form}}, {high:{form}}]"
 
     return shown
 
