@@ -21,7 +21,7 @@ from ..models.memory import let_go, trim
 from ..models.model_classes import MODEL_CLASSES
 from ..models.vlm import VLM
 from .files import SAFETENSORS_TWINS, CheckpointError, StoredTensor, check_names, list_tensors, listed, open_safetensors
-from .precision import Precision, check_not_split, pack, packed_layers
+from .precision import Precision, check_not_split, pack, packed_layers, quantise
 from .tensor_parallel import split_decoder
 from .uninitialised import Uninitialised
 
@@ -132,7 +132,7 @@ def fill_quantised(model: Model, sources: dict[str, StoredTensor], precision: Pr
     for name, stored in read_tensors(later, {}, place, precision.dtype, matrices):
         layer = model.get_submodule(name.removesuffix(".weight"))
         layer.weight = nn.Parameter(stored, requires_grad=False)
-        pack(model, precision, place)  # the other matrices have no values yet
+        quantise(model, precision)  # the other matrices have no values yet
         trim()  # of the float copies
     check_materialised(model)
 

@@ -19,7 +19,7 @@ from ..models.linear import (
 )
 from ..models.linear_float32 import OneDNNLinear, is_faster_with_onednn
 from ..models.linear_int4 import int4_obstacle, quantise_int4
-from ..models.linear_int8 import int8_obstacle, quantise_int8
+from ..models.linear_int8 import PROJECTORS, int8_obstacle, quantise_int8
 from .specs import AUTO, DTYPE_NAMES
 
 QUANTISED = {"int8": 1.05, "int4": 0.65}  # bytes of a weight on average: embeddings stay in 16 bits
@@ -125,21 +125,28 @@ def memory_bytes() -> int:
 
 
 def packed_layers(model: nn.Module, precision: Precision, device: torch.device) -> dict[str, nn.Linear]:
-    """The layers, by name, whose weights `pack` takes in the dtype of the file; `pack` converts them."""
-    packs = precision.is_quantised or (precision.name == "bfloat16" and can_prepack(device))
-    return packable(model) if packs else {}
+    """The layers, by name, whose weights `pack` or `quantise` takes in the dtype of the file, and converts."""
+    if precision.is_quantised:
+        return {name: linear for name, linear in packable(model).items() if not PROJECTORS.match(name)}
+    return packable(model) if precision.name == "bfloat16" and can_prepack(device) else {}
 
 
-def pack(model: nn.Module, precision: Precision, device: torch.device) -> None:
-    """Put the matrices of a model on a CPU into the form in which they are multiplied, one after another.
+def quantise(model: nn.Module, precision: Precision) -> None:
+    """Quantise the matrices that have values, as far as the precision asks for it.
 
-    With int4, those outside the decoder's layers become int8: the tower and the head suffer most from four bits.
+    With int4, those outside the decoder's layers become int8: the tower and the head suffer most from four bits. Projectors
+    stay in bfloat16: see linear_int8.PROJECTORS.
     """
     if precision.name == "int4":
         quantise_int4(model, precision.dtype)
     if precision.is_quantised:
         quantise_int8(model, precision.dtype)
-    elif packed_layers(model, precision, device):
+
+
+def pack(model: nn.Module, precision: Precision, device: torch.device) -> None:
+    """Put the matrices of a model on a CPU into the form in which they are multiplied, one after another."""
+    quantise(model, precision)
+    if can_prepack(device) and (precision.is_quantised or precision.name == "bfloat16"):
         prepack(model, PrepackedLinear if precision.dtype == torch.bfloat16 else WidenedLinear)
     elif precision.name == "float32" and device.type == "cpu" and is_faster_with_onednn():
         replace_linears(model, packable(model), OneDNNLinear)

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models.config import VLMConfig
-from ..models.linear import QuantisedLinear, replace_linears
+from ..models.linear import PrepackedLinear, QuantisedLinear, replace_linears
 from ..models.linear_int4 import DECODER_LAYERS, GROUP, LARGEST_MULTIPLE, Int4Linear, check_shape
-from ..models.linear_int8 import Int8Linear, all_linears
+from ..models.linear_int8 import Int8Linear, quantisable
 from ..models.model_classes import MODEL_CLASSES
 from ..models.vlm import VLM
 from .checkpoint import STORED_DTYPES, check_depth, check_finite, check_materialised, converted
@@ -35,7 +35,7 @@ from .files import (
     open_safetensors,
     own_quantisation,
 )
-from .precision import Precision, named_precision
+from .precision import Precision, named_precision, pack
 from .uninitialised import Uninitialised
 
 FILE_BYTES = 2**30  # of tensors in a file; they are collected in memory before they are written
@@ -103,6 +103,8 @@ def stored_tensors(model: VLM) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}.{part}", getattr(module, part)) for part in parts)
             if (bias := getattr(module, "bias", None)) is not None:
                 yield f"{name}.bias", bias
+        elif isinstance(module, PrepackedLinear):
+            yield f"{name}.weight", module.weight
     yield from model.state_dict().items()  # quantised layers hold their tensors as plain attributes, which are not in it
 
 
@@ -116,7 +118,7 @@ def load_quantised(folder: Path, config: VLMConfig, precision: Precision, attent
     check_depth(stored, config, folder)
     with torch.device("meta"), Uninitialised():
         model = MODEL_CLASSES[type(config)](config, attention)
-    linears = all_linears(model)
+    linears = quantisable(model)
     check_forms(stored, expected_forms(model, linears, precision), folder)
     reader = Reader(stored)
     others = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in linears}
@@ -126,6 +128,7 @@ def load_quantised(folder: Path, config: VLMConfig, precision: Precision, attent
         linear = linears.pop(name)
         made = read_linear(reader, name, linear, precision)
         replace_linears(model, {name: linear}, lambda _, made=made: made)  # type: ignore[misc]
+    pack(model, precision, CPU)  # what is not quantised
     check_materialised(model)
     return model.eval().requires_grad_(False)
 

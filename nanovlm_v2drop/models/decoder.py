@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import joined
 from .config import TextConfig
-from .linear import PrepackedLinear, QuantisedLinear, products
+from .linear import PrepackedLinear, QuantisedLinear, RowByRow, Values, added, products
 from .linear_int4 import Int4Linear
 from .parallel import TensorParallel
 from .rotary import rotary_frequencies
@@ -47,6 +47,14 @@ class RMSNorm(nn.Module):
     def some_rows(self, hidden_states: Tensor) -> Tensor:
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(self.weight.dtype)
+
+    def precise(self, hidden_states: Tensor) -> Tensor:
+        """Without the rounding to the dtype of the weight."""
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight.to(hidden_states.dtype), self.eps)
+
+    def row_by_row(self, hidden_states: Tensor) -> RowByRow:
+        """The norm of hidden_states (T, D), for `products`."""
+        return RowByRow(self, self.precise, (hidden_states,))
 
 
 def rotary_table(config: TextConfig, position_ids: Tensor, dtype: torch.dtype, lengths: Tensor | None = None) -> Rotary:
@@ -106,7 +114,7 @@ class SelfAttention(nn.Module):
             RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
         )
 
-    def query_key_value(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def query_key_value(self, hidden_states: Values, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """(T, H, head_dim), and twice (T, K, head_dim); the first two rotated"""
         q, k, v = map(self.heads, products(hidden_states, self.q_proj, self.k_proj, self.v_proj))
         return apply_rotary(self.q_norm(q), rotary), apply_rotary(self.k_norm(k), rotary), v
@@ -133,15 +141,29 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # On a CPU, the values of a few rows are still in its cache when down_proj reads them. A GPU is faster with all rows at
-        # once, and so are 4-bit weights, which are unpacked for each product. Compiled code must be the same for any number of
-        # rows, so it takes no pieces.
-        at_once = isinstance(self.gate_proj, Int4Linear) or torch.compiler.is_compiling() or hidden_states.device.type != "cpu"
-        return joined([self.some_rows(rows) for rows in hidden_states.split(len(hidden_states) if at_once else CPU_ROWS)])
+        rows = hidden_states.split(self.rows_at_once(hidden_states))
+        return joined([products(self.gated(some), self.down_proj)[0] for some in rows])
 
-    def some_rows(self, hidden_states: Tensor) -> Tensor:
-        gate, up = products(hidden_states, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+    def added(self, sums: Tensor, values: Values) -> Tensor:
+        """The sums (T, D) and what `forward` gives for the values."""
+        at_once = self.rows_at_once(sums)
+        rows = zip(sums.split(at_once), values.split(at_once), strict=True)
+        return joined([added(some, self.gated(own), self.down_proj) for some, own in rows])
+
+    def rows_at_once(self, hidden_states: Tensor) -> int:
+        """On a CPU, the values of a few rows are still in its cache when down_proj reads them.
+
+        A GPU is faster with all rows at once, and so are 4-bit weights, which are unpacked for each product. Compiled code must
+        be the same for any number of rows, so it takes no pieces.
+        """
+        in_pieces = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        return CPU_ROWS if in_pieces and not isinstance(self.gate_proj, Int4Linear) else max(1, len(hidden_states))
+
+    def gated(self, values: Values) -> RowByRow:
+        return RowByRow(silu_product, silu_product, tuple(products(values, self.gate_proj, self.up_proj)))
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class ModuleOutputs(NamedTuple):
@@ -181,12 +203,12 @@ class DecoderLayer(nn.Module):
 
     def before_attention(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's input (T, D) -> queries, keys and values"""
-        return self.self_attn.query_key_value(self.input_layernorm(hidden_states), rotary)
+        return self.self_attn.query_key_value(self.input_layernorm.row_by_row(hidden_states), rotary)
 
     def behind_attention(self, hidden_states: Tensor, attended: Tensor) -> Tensor:
         """The layer's input (T, D) and the attention's result (T, H, head_dim) -> the next layer's input"""
-        hidden_states = hidden_states + self.self_attn.o_proj(attended.flatten(-2))
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = added(hidden_states, attended.flatten(-2), self.self_attn.o_proj)
+        return self.mlp.added(hidden_states, self.post_attention_layernorm.row_by_row(hidden_states))
 
     def row_queries_and_keys(self, hidden_states: Tensor, rotary: Rotary, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (R, H, head_dim) of `rows` (R,) and all keys (T, K, head_dim), as `forward` would compute them."""

@@ -11,6 +11,7 @@ keeps the weights in bfloat16 and computes with many rows in float32.
 
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -80,6 +81,37 @@ class WidenedLinear(PrepackedLinear):
         return product if self.bias is None else product.add_(self.bias)
 
 
+@dataclass(frozen=True)
+class RowByRow:
+    """Values (R, K) that are made of `sources` (R, K) each: `compute` makes all of them in the dtype of the layers.
+
+    Quantised layers make them a few rows at a time, with `precise` in float32, and a CPU's cache holds them until they are
+    quantised.
+    """
+
+    compute: Callable[..., Tensor]
+    precise: Callable[..., Tensor]
+    sources: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.sources[0].shape
+
+    def split(self, rows: int) -> list["RowByRow"]:
+        """The same values in parts of so many rows."""
+        parts = zip(*(source.split(rows) for source in self.sources), strict=True)
+        return [RowByRow(self.compute, self.precise, part) for part in parts]
+
+    def whole(self) -> Tensor:
+        return self.compute(*self.sources)
+
+    def wide(self) -> Tensor:
+        return self.precise(*(source.float() for source in self.sources))
+
+
+Values = Tensor | RowByRow  # (..., K), or (R, K)
+
+
 class QuantisedLinear(nn.Module):
     """The common part of quantised layers, which read the values in a form of their own: see `products`."""
 
@@ -91,26 +123,38 @@ class QuantisedLinear(nn.Module):
         """The bytes that a product with one row reads of the weight and its scales."""
         raise NotImplementedError
 
-    def read(self, values: Tensor) -> Any:
-        """The values (..., in_features) in the form that `product` takes; equal for all layers of a kind and width."""
+    def read(self, values: Values) -> Any:
+        """The values in the form that `product` takes; equal for all layers of a kind and width."""
         raise NotImplementedError
 
     def product(self, rows: Any) -> Tensor:
         """What `read` gave -> (..., out_features)"""
         raise NotImplementedError
 
+    def added(self, sums: Tensor, rows: Any) -> Tensor:
+        """The sums (R, out_features) and the product of what `read` gave, in the dtype of the sums."""
+        return sums + self.product(rows)
+
     def forward(self, values: Tensor) -> Tensor:
         check_no_gradients(values, "quantised")
         return self.product(self.read(values))
 
 
-def products(values: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """The values (..., in_features) times the matrix of each layer. Quantised layers share one quantised copy of the values."""
+def products(values: Values, *linears: nn.Module) -> list[Tensor]:
+    """The values times the matrix of each layer. Quantised layers share one quantised copy of the values."""
     first = linears[0]
     if not isinstance(first, QuantisedLinear):
-        return [linear(values) for linear in linears]
+        whole = values.whole() if isinstance(values, RowByRow) else values
+        return [linear(whole) for linear in linears]
     rows = first.read(values)
     return [linear.product(rows) for linear in linears if isinstance(linear, QuantisedLinear)]
+
+
+def added(sums: Tensor, values: Values, linear: nn.Module) -> Tensor:
+    """The sums (R, out_features) and the product of the values with the matrix of a layer."""
+    if isinstance(linear, QuantisedLinear):
+        return linear.added(sums, linear.read(values))
+    return sums + linear(values.whole() if isinstance(values, RowByRow) else values)
 
 
 def check_no_gradients(values: Tensor, kind: str) -> None:

@@ -10,19 +10,27 @@ of an output channel, and a scale for each output channel. So q * m is an exact 
 Shapes: R rows, N out_features, K in_features, G = K / GROUP.
 """
 
+import math
 import re
 
 import torch
 from torch import Tensor, nn
 
-from .linear import QuantisedLinear, replace_linears
-from .linear_int8 import SLICE, ZERO_POINT, QuantisedRows, filled_linears, int8_obstacle, quantise_rows
+from .linear import QuantisedLinear, RowByRow, Values, replace_linears
+from .linear_int8 import (
+    SLICE,
+    ZERO_POINT,
+    QuantisedRows,
+    filled_linears,
+    int8_obstacle,
+    quantise_rows,
+)
 
 GROUP = 64
 LARGEST, LARGEST_MULTIPLE = 7, 18  # their product is the largest multiple of 7 in int8
 FEW_ROWS = 16  # from about here on, unpacking costs less than the one-row kernel loses
 BLOCK = 64  # channels that are together in the layout for AVX-512: in 32 bytes, half of them in the low halves
-CHANNELS, INPUTS = 2048, 512  # of a weight, unpacked at once: these stay in a CPU's cache
+UNPACKED = 2**22  # numbers of a weight that are unpacked at once: more would leave a CPU's cache, fewer take more calls
 LOW = 0x0F0F0F0F0F0F0F0F  # the low half of each of eight bytes
 OFFSET = 8  # stored is q + 8
 DECODER_LAYERS = re.compile(r"^(language_model\.)?layers\.")
@@ -69,28 +77,33 @@ class Int4Linear(QuantisedLinear):
     @property
     def weight(self) -> Tensor:
         """(N, K) float32: what the quantised weight means."""
-        return self.unpacked(slice(0, self.out_features)).T.float() * self.scale[:, None]
+        everything = self.unpacked(slice(None), torch.empty(2 * self.nibbles.nbytes, dtype=torch.int8))
+        return in_order(everything).flatten(1).T.float() * self.scale[:, None]
 
-    def unpacked(self, channels: slice) -> Tensor:
-        """(K, C) int8: q * m of some channels, a multiple of BLOCK."""
+    def pieces(self) -> list[slice]:
+        """The channels that are unpacked at once."""
+        count = max(BLOCK, UNPACKED // self.in_features // BLOCK * BLOCK)
+        return [slice(first, min(first + count, self.out_features)) for first in range(0, self.out_features, count)]
+
+    def unpacked(self, channels: slice, memory: Tensor) -> Tensor:
+        """(K, C) int8: q * m of some channels, in the order of `by_halves`. They are written to the `memory` of K * C bytes."""
         packed = self.nibbles[channels].view(torch.int64).view(-1, self.in_features, BLOCK // 16)  # blocks, K, 32 bytes
-        unpacked = torch.empty(self.in_features, len(packed) * BLOCK, dtype=torch.int8)
-        halves = unpacked.view(torch.int64).view(self.in_features, len(packed), 2, BLOCK // 16)
-        multiples = self.multiples[:, None, channels].split(INPUTS // GROUP)
-        parts = zip(packed.split(INPUTS, 1), halves.split(INPUTS), unpacked.split(INPUTS), multiples, strict=True)
-        for source, target, numbers, own in parts:
-            inputs_first = source.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # changed in place below
-            target[:, :, 0] = inputs_first & LOW
-            target[:, :, 1] = inputs_first.bitwise_right_shift_(4).bitwise_and_(LOW)
-            numbers.sub_(OFFSET).unflatten(0, (-1, GROUP)).mul_(own)
+        both = packed.transpose(0, 1).clone(memory_format=torch.contiguous_format).flatten(1)
+        unpacked = memory[: 2 * both.nbytes].view(self.in_features, -1)
+        low, high = unpacked.view(torch.int64).chunk(2, dim=1)
+        torch.bitwise_and(both, LOW, out=low)
+        torch.bitwise_and(both.bitwise_right_shift_(4), LOW, out=high)
+        unpacked.sub_(OFFSET).unflatten(0, (-1, GROUP)).mul_(by_halves(self.multiples[:, None, channels]))
         return unpacked
 
     @property
     def read_bytes(self) -> int:
         return self.nibbles.nbytes + self.scales_and_zeros.nbytes
 
-    def read(self, values: Tensor) -> Tensor | QuantisedRows:
-        return values if values.numel() <= FEW_ROWS * self.in_features else quantise_rows(values)
+    def read(self, values: Values) -> Tensor | QuantisedRows:
+        if math.prod(values.shape) > FEW_ROWS * self.in_features:
+            return quantise_rows(values)
+        return values.whole() if isinstance(values, RowByRow) else values
 
     def product(self, rows: Tensor | QuantisedRows) -> Tensor:
         product = self.of_many(rows) if isinstance(rows, QuantisedRows) else self.of_few(rows)
@@ -103,14 +116,27 @@ class Int4Linear(QuantisedLinear):
         return product.to(self.dtype).view(*values.shape[:-1], self.out_features)
 
     def of_many(self, rows: QuantisedRows) -> Tensor:
-        """By int8 products, some channels at a time."""
-        signed = rows.q.bitwise_xor(ZERO_POINT).view(torch.int8)
-        product, scale = torch.empty(len(signed), self.out_features, dtype=self.dtype), self.scale.to(self.dtype)
-        for first in range(0, self.out_features, CHANNELS):
-            channels = slice(first, min(first + CHANNELS, self.out_features))
-            sums = torch._int_mm(signed, self.unpacked(channels))
-            product[:, channels] = sums.to(self.dtype).mul_(scale[channels]).mul_(rows.scale.to(self.dtype))
+        """By int8 products, some channels at a time. All use the same memory, because new memory takes the system's time."""
+        signed, scale = rows.q.bitwise_xor(ZERO_POINT).view(torch.int8), rows.scale.to(self.dtype)
+        product, pieces = torch.empty(len(signed), self.out_features, dtype=self.dtype), self.pieces()
+        memory = torch.empty(pieces[0].stop * self.in_features, dtype=torch.int8)
+        sums = torch.empty(pieces[0].stop * len(signed), dtype=torch.int32)
+        for channels in pieces:
+            weight, own = self.unpacked(channels, memory), by_halves(self.scale[channels]).to(self.dtype)
+            whole = torch._int_mm(signed, weight, out=sums[: len(signed) * len(own)].view(len(signed), -1))
+            scaled = whole.to(self.dtype).mul_(own).mul_(scale)
+            product[:, channels].unflatten(1, (-1, 2, BLOCK // 2)).copy_(in_order(scaled))
         return product.view(*rows.shape[:-1], self.out_features)
+
+
+def by_halves(values: Tensor) -> Tensor:
+    """(..., C) in the order in which channels are unpacked: those in the low halves of all blocks, then those in the high."""
+    return values.unflatten(-1, (-1, 2, BLOCK // 2)).transpose(-3, -2).flatten(-3)
+
+
+def in_order(values: Tensor) -> Tensor:
+    """(..., C) as `by_halves` gives them -> (..., blocks, 2, 32) in their own order"""
+    return values.unflatten(-1, (2, -1, BLOCK // 2)).transpose(-3, -2)
 
 
 def check_shape(linear: nn.Linear) -> None:

@@ -7,19 +7,23 @@ with one scale for each token, so that the sums are exact integers. Source of th
 Shapes: R rows, N out_features, K in_features.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .attention import joined
-from .linear import ROWS, QuantisedLinear, replace_linears
+from .linear import ROWS, QuantisedLinear, RowByRow, Values, replace_linears
 
 LARGEST = 127
 ZERO_POINT = 128  # oneDNN is fast with unsigned values only
+SMALLEST = torch.finfo(torch.float32).tiny  # of a scale: that of a row of zeros
 MARGIN = 1.003  # a scale is rounded to bfloat16, by up to 1 / 512 of itself; no value may be beyond 127.5 scales
 AT_ONCE = 2**19  # values that are quantised at once; large float32 copies cost more than the arithmetic
 SLICE = 256  # rows of a weight that are quantised at once, so that little of it exists in float32
+# What these compute enters the decoder as it is: their rounding would be half of the error of a whole tower in int8.
+PROJECTORS = re.compile(r"^(multi_modal_projector|connector|visual\.(merger|deepstack_merger_list))\.")
 
 
 def quantise_symmetric(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,8 +33,8 @@ def quantise_symmetric(values: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = values.float()
     largest = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
-    scale = (largest * (MARGIN / LARGEST)).bfloat16().float()
-    return (wide * torch.where(scale == 0, 0.0, 1 / scale)).round_().to(torch.int8), scale
+    scale = (largest * (MARGIN / LARGEST)).clamp_(min=SMALLEST).bfloat16().float()
+    return (wide * scale.reciprocal()).round_().to(torch.int8), scale
 
 
 class QuantisedRows(NamedTuple):
@@ -41,9 +45,13 @@ class QuantisedRows(NamedTuple):
     shape: torch.Size
 
 
-def quantise_rows(values: Tensor) -> QuantisedRows:
+def quantise_rows(values: Values) -> QuantisedRows:
     """Quantise values (..., K) with one scale a row, some rows at a time: their float32 values stay in a CPU's cache."""
-    rows = values.reshape(-1, values.shape[-1]).split(max(1, AT_ONCE // values.shape[-1]))
+    at_once = max(1, AT_ONCE // values.shape[-1])
+    if isinstance(values, RowByRow):
+        rows = (some.wide() for some in values.split(at_once))
+    else:
+        rows = values.reshape(-1, values.shape[-1]).split(at_once)
     signed, scale = map(joined, zip(*map(quantise_symmetric, rows), strict=True))
     # torch converts to int8 several times faster than to uint8. The other sign bit adds the zero point of 128.
     return QuantisedRows(signed.view(torch.uint8).bitwise_xor_(ZERO_POINT), scale, values.shape)
@@ -91,15 +99,21 @@ class Int8Linear(QuantisedLinear):
     def read_bytes(self) -> int:
         return self.out_features * self.in_features + self.scale.nbytes
 
-    def read(self, values: Tensor) -> QuantisedRows:
+    def read(self, values: Values) -> QuantisedRows:
         return quantise_rows(values)
 
     def product(self, rows: QuantisedRows) -> Tensor:
-        # The scale of the values is left at 1 here: oneDNN takes one for all rows, and each row has its own.
-        weight = (self.packed_weight, self.scale, self.zero_points, None)
-        whole = torch.ops.onednn.qlinear_pointwise(rows.q, 1.0, ZERO_POINT, *weight, 1.0, 0, self.dtype, "none", [], "")
-        scaled = whole.mul_(rows.scale.to(self.dtype)).view(*rows.shape[:-1], self.out_features)
+        scaled = self.unscaled(rows, self.dtype).mul_(rows.scale.to(self.dtype)).view(*rows.shape[:-1], self.out_features)
         return scaled if self.bias is None else scaled.add_(self.bias)
+
+    def added(self, sums: Tensor, rows: QuantisedRows) -> Tensor:
+        added = torch.addcmul(sums, self.unscaled(rows, sums.dtype), rows.scale.to(sums.dtype))
+        return added if self.bias is None else added.add_(self.bias)
+
+    def unscaled(self, rows: QuantisedRows, dtype: torch.dtype) -> Tensor:
+        """(R, N): the product without the scales of the rows, because oneDNN takes one for all of them."""
+        weight = (self.packed_weight, self.scale, self.zero_points, None)
+        return torch.ops.onednn.qlinear_pointwise(rows.q, 1.0, ZERO_POINT, *weight, 1.0, 0, dtype, "none", [], "")
 
 
 def int8_obstacle(device: torch.device) -> str | None:
@@ -111,16 +125,20 @@ def int8_obstacle(device: torch.device) -> str | None:
     return None if torch.cpu._is_vnni_supported() else "this processor has no AVX-512 VNNI instructions"
 
 
-def all_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear by name. A head that shares its weight with the embeddings is one of them; the embeddings keep theirs."""
-    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+def quantisable(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every nn.Linear by name but those of projectors.
+
+    A head that shares its weight with the embeddings is one of them; the embeddings keep theirs.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    return {name: linear for name, linear in layers.items() if not PROJECTORS.match(name)}
 
 
 def filled_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that have values, by name."""
-    return {name: linear for name, linear in all_linears(model).items() if not linear.weight.is_meta}
+    """The quantisable layers that have values, by name."""
+    return {name: linear for name, linear in quantisable(model).items() if not linear.weight.is_meta}
 
 
 def quantise_int8(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every nn.Linear that has values, one after another, so that at most one of them is held in both forms."""
+    """Replace every quantisable layer that has values, one after another: at most one of them is held in both forms."""
     replace_linears(model, filled_linears(model), lambda linear: Int8Linear.of(linear, dtype))

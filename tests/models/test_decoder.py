@@ -14,7 +14,7 @@ from nanovlm_v2drop.inference import decode_one_token, prefill
 from nanovlm_v2drop.models import decoder as decoder_module
 from nanovlm_v2drop.models.config import TextConfig, flatten_rope, from_fields
 from nanovlm_v2drop.models.decoder import Decoder, GatedMLP, RMSNorm, rotary_table
-from nanovlm_v2drop.models.linear import PrepackedLinear
+from nanovlm_v2drop.models.linear import PrepackedLinear, RowByRow
 from nanovlm_v2drop.models.vlm import PackedInputs
 
 SIZES: dict[str, Any] = {
@@ -152,12 +152,15 @@ def test_the_norm_equals_the_official_one_bit_for_bit(dtype: torch.dtype) -> Non
 
 
 def test_an_mlp_that_takes_some_rows_at_a_time_gives_what_it_gives_for_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    mlp, values = GatedMLP(32, 48), torch.randn(21, 32)
-    wanted, calls, some_rows = mlp(values), [], mlp.some_rows
+    mlp, values, sums, calls = GatedMLP(32, 48), torch.randn(21, 32), torch.randn(21, 32), []
+    wanted, gated = mlp(values), mlp.gated
     monkeypatch.setattr(decoder_module, "CPU_ROWS", 8)
-    monkeypatch.setattr(mlp, "some_rows", lambda rows: calls.append(len(rows)) or some_rows(rows))
+    monkeypatch.setattr(mlp, "gated", lambda rows: calls.append(rows.shape[0]) or gated(rows))
     torch.testing.assert_close(mlp(values), wanted, atol=1e-6, rtol=0)
-    assert calls == [8, 8, 5]
+    normed = RowByRow(torch.neg, torch.neg, (-values,))
+    for given in (values, normed):
+        torch.testing.assert_close(mlp.added(sums, given), sums + wanted, atol=1e-6, rtol=0)
+    assert calls == [8, 8, 5] * 3
 
 
 @pytest.mark.slow  # it runs a compiler

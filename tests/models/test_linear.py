@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from nanovlm_v2drop.models import linear as linear_module
-from nanovlm_v2drop.models.linear import FEW_ROWS, PrepackedLinear, WidenedLinear, as_bfloat16, can_prepack, prepack, products
+from nanovlm_v2drop.models.linear import (
+    FEW_ROWS,
+    PrepackedLinear,
+    RowByRow,
+    WidenedLinear,
+    added,
+    as_bfloat16,
+    can_prepack,
+    prepack,
+    products,
+)
 
 CPU = torch.device("cpu")
 needs_bfloat16 = pytest.mark.skipif(not can_prepack(CPU), reason="this processor has no fast bfloat16")
@@ -138,3 +148,18 @@ def test_few_rows_are_multiplied_in_bfloat16_all_the_same(shape) -> None:
 def test_products_of_plain_layers_are_those_of_each_layer() -> None:
     layers, values = [nn.Linear(8, size) for size in (3, 5)], torch.randn(2, 8)
     assert all(map(torch.equal, products(values, *layers), [layer(values) for layer in layers]))
+
+
+def test_plain_layers_take_values_that_are_made_row_by_row_as_a_whole() -> None:
+    layers, sources = [nn.Linear(8, size) for size in (3, 5)], (torch.randn(4, 8), torch.randn(4, 8))
+    values = RowByRow(torch.mul, torch.add, sources)
+    assert values.shape == (4, 8)
+    assert all(map(torch.equal, products(values, *layers), [layer(sources[0] * sources[1]) for layer in layers]))
+    assert [part.whole().tolist() for part in values.split(3)] == [part.tolist() for part in values.whole().split(3)]
+
+
+def test_a_sum_with_a_product_is_the_same_in_one_step() -> None:
+    layer, sums, values = nn.Linear(8, 3), torch.randn(4, 3), torch.randn(4, 8)
+    wanted = sums + layer(values)
+    assert torch.equal(added(sums, values, layer), wanted)
+    assert torch.equal(added(sums, RowByRow(torch.neg, torch.neg, (-values,)), layer), wanted)

@@ -73,13 +73,13 @@ def test_values_that_are_not_contiguous_are_multiplied_right(rows: int) -> None:
 
 
 @needs_int4
-@pytest.mark.parametrize(("channels", "inputs"), [(64, 64), (128, 128), (256, 512)])
-def test_pieces_of_any_size_give_the_same_numbers(channels: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("at_once", "pieces"), [(1, 5), (192 * 64, 5), (192 * 130, 3), (192 * 320, 1)])
+def test_pieces_of_any_size_give_the_same_numbers(at_once: int, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, layer = random_layer()
     values = torch.randn(40, 192)
     whole = layer(values)
-    monkeypatch.setattr(linear_int4, "CHANNELS", channels)
-    monkeypatch.setattr(linear_int4, "INPUTS", inputs)
+    monkeypatch.setattr(linear_int4, "UNPACKED", at_once)
+    assert len(layer.pieces()) == pieces
     assert torch.equal(layer(values), whole)
 
 

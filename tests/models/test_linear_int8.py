@@ -11,7 +11,7 @@ from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
 from nanovlm_v2drop.inference import decode_one_token, prefill
 from nanovlm_v2drop.models import linear_int8
 from nanovlm_v2drop.models.decoder import Decoder
-from nanovlm_v2drop.models.linear import products
+from nanovlm_v2drop.models.linear import RowByRow, added, products
 from nanovlm_v2drop.models.linear_int8 import (
     LARGEST,
     ZERO_POINT,
@@ -133,6 +133,30 @@ def test_layers_with_the_same_input_quantise_it_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(linear_int8, "quantise_rows", lambda rows: calls.append(1) or original(rows))
     assert all(map(torch.equal, products(values, *layers), wanted))
     assert len(calls) == 1
+
+
+@needs_int8
+def test_values_that_are_made_row_by_row_are_made_in_float32_for_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, layer = random_layer(dtype=torch.bfloat16)
+    sources, sizes = (torch.randn(7, 96).bfloat16(), torch.randn(7, 96).bfloat16()), []
+    monkeypatch.setattr(linear_int8, "AT_ONCE", 3 * 96)
+    values = RowByRow(torch.mul, lambda one, other: sizes.append(len(one)) or one * other, sources)
+    assert torch.equal(products(values, layer)[0], layer(sources[0].float() * sources[1].float()))
+    assert sizes == [3, 3, 1]
+
+
+@needs_int8
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_sum_with_a_product_has_the_digits_of_the_sum(dtype: torch.dtype, bias: bool) -> None:
+    _, layer = random_layer(bias, torch.bfloat16)
+    sums, values = torch.randn(7, 40).to(dtype), torch.randn(7, 96).bfloat16()
+    twin = ExactTwin(layer)
+    twin.dtype = torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    given = added(sums, values, layer)
+    assert given.dtype == dtype
+    torch.testing.assert_close(given.float(), sums.float() + twin(values), rtol=tolerance, atol=tolerance)
 
 
 @needs_int8
