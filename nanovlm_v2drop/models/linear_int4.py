@@ -53,16 +53,17 @@ def quantise_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Int4Linear(QuantisedLinear):
     """An nn.Linear for inference with a 4-bit weight: (..., K) -> (..., N) in `dtype`.
 
-    `nibbles` (N, K / 2) uint8 is in the order of torch's kernel; `multiples` (G, N) int8; `scale` (N,) float32.
+    `nibbles` (N, K / 2) uint8 is in the order of torch's kernel; `multiples` (G, N) int8; `scale` (N,) float32. The products of
+    the last two, as the kernel takes them, hold the multiples, which are not kept a second time.
     """
 
     def __init__(self, nibbles: Tensor, multiples: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = len(nibbles), 2 * nibbles.shape[1]
-        self.nibbles, self.multiples, self.scale, self.dtype = nibbles, multiples, scale, dtype
+        self.nibbles, self.scale, self.dtype = nibbles, scale, dtype
         self.bias = None if bias is None else bias.detach().to(dtype)
         steps = (multiples * scale).bfloat16()
-        self.scales_and_zeros = torch.stack([steps, torch.zeros_like(steps)], dim=-1)  # (G, N, 2), as the kernel takes them
+        self.scales_and_zeros = torch.stack([steps, torch.zeros_like(steps)], dim=-1)  # (G, N, 2)
 
     @classmethod
     def of(cls, linear: nn.Linear, dtype: torch.dtype) -> "Int4Linear":
@@ -80,6 +81,14 @@ class Int4Linear(QuantisedLinear):
         everything = self.unpacked(slice(None), torch.empty(2 * self.nibbles.nbytes, dtype=torch.int8))
         return in_order(everything).flatten(1).T.float() * self.scale[:, None]
 
+    @property
+    def multiples(self) -> Tensor:
+        return self.multiples_of(slice(None))
+
+    def multiples_of(self, channels: slice) -> Tensor:
+        """(G, C) int8: exact, because the rounding of a step to bfloat16 moves none by more than 0.04."""
+        return (self.scales_and_zeros[:, channels, 0].float() / self.scale[channels]).round_().to(torch.int8)
+
     def pieces(self) -> list[slice]:
         """The channels that are unpacked at once."""
         count = max(BLOCK, UNPACKED // self.in_features // BLOCK * BLOCK)
@@ -93,7 +102,7 @@ class Int4Linear(QuantisedLinear):
         low, high = unpacked.view(torch.int64).chunk(2, dim=1)
         torch.bitwise_and(both, LOW, out=low)
         torch.bitwise_and(both.bitwise_right_shift_(4), LOW, out=high)
-        unpacked.sub_(OFFSET).unflatten(0, (-1, GROUP)).mul_(by_halves(self.multiples[:, None, channels]))
+        unpacked.sub_(OFFSET).unflatten(0, (-1, GROUP)).mul_(by_halves(self.multiples_of(channels)[:, None]))
         return unpacked
 
     @property
