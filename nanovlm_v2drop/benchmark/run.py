@@ -55,6 +55,7 @@ from rich.table import Table
 from ..dropping import DropSchedule
 from ..dropping.schedule import PAPER_VISION_TOKENS
 from ..evaluation.machine import processor_name
+from ..models.linear import has_bfloat16_instructions
 from .contenders import ATTENTIONS, Contender, check_logits, decoding_contenders, our_contenders, transformers_contenders
 from .llama_cpp import QUANTISATIONS, LlamaCpp, PeerUnavailable, llama_cpp_contenders
 from .loading import LOADERS, import_row, loading_rows
@@ -199,11 +200,12 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def instruction_sets() -> list[str]:
-    """What decides the speed of products on this processor."""
+    """What decides the speed of products on this processor, as far as oneDNN may use it."""
+    has_bfloat16 = has_bfloat16_instructions()
     known = {
         "VNNI": torch.cpu._is_vnni_supported(),
-        "AVX512_BF16": torch.cpu._is_avx512_bf16_supported(),
-        "AMX": torch.cpu._is_amx_tile_supported(),
+        "AVX512_BF16": has_bfloat16 and torch.cpu._is_avx512_bf16_supported(),
+        "AMX": has_bfloat16 and torch.cpu._is_amx_tile_supported(),
     }
     return [torch.backends.cpu.get_cpu_capability(), *(name for name, has in known.items() if has)]
 

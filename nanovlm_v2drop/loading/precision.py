@@ -8,18 +8,11 @@ import torch
 from torch import nn
 
 from ..models.kv_cache import KV_CACHE_DTYPES
-from ..models.linear import (
-    PrepackedLinear,
-    WidenedLinear,
-    can_prepack,
-    has_bfloat16_instructions,
-    packable,
-    prepack,
-    replace_linears,
-)
+from ..models.linear import can_prepack, has_bfloat16_instructions, packable, prepack, replace_linears
 from ..models.linear_float32 import OneDNNLinear, is_faster_with_onednn
 from ..models.linear_int4 import int4_obstacle, quantise_int4
 from ..models.linear_int8 import PROJECTORS, int8_obstacle, quantise_int8
+from ..models.linear_widened import WidenedLinear
 from .specs import AUTO, DTYPE_NAMES
 
 QUANTISED = {"int8": 1.05, "int4": 0.65}  # bytes of a weight on average: embeddings stay in 16 bits
@@ -147,6 +140,14 @@ def pack(model: nn.Module, precision: Precision, device: torch.device) -> None:
     """Put the matrices of a model on a CPU into the form in which they are multiplied, one after another."""
     quantise(model, precision)
     if can_prepack(device) and (precision.is_quantised or precision.name == "bfloat16"):
-        prepack(model, PrepackedLinear if precision.dtype == torch.bfloat16 else WidenedLinear)
+        pack_bfloat16(model, precision.dtype)
     elif precision.name == "float32" and device.type == "cpu" and is_faster_with_onednn():
         replace_linears(model, packable(model), OneDNNLinear)
+
+
+def pack_bfloat16(model: nn.Module, computed: torch.dtype) -> None:
+    """Pack bfloat16 weights for values of the dtype `computed`."""
+    if computed == torch.bfloat16:
+        prepack(model)
+    else:
+        replace_linears(model, packable(model), WidenedLinear)

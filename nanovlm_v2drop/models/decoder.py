@@ -17,6 +17,7 @@ from .attention import joined
 from .config import TextConfig
 from .linear import PrepackedLinear, QuantisedLinear, RowByRow, Values, added, products
 from .linear_int4 import Int4Linear
+from .linear_widened import WidenedLinear
 from .parallel import TensorParallel
 from .rotary import rotary_frequencies
 
@@ -245,7 +246,7 @@ class Decoder(nn.Module):
         prompts of unequal length and at the first decoded token. Raises ValueError for a decoder that cannot be compiled.
         """
         is_shared = self.tensor_parallel is not None
-        is_packed = any(isinstance(module, PrepackedLinear | QuantisedLinear) for module in self.modules())
+        is_packed = any(isinstance(module, PrepackedLinear | WidenedLinear | QuantisedLinear) for module in self.modules())
         if is_shared or is_packed:
             reason = "shared by processes" if is_shared else "with prepacked or quantised weights on a CPU"
             raise ValueError(f"a decoder {reason} cannot be compiled; run it as it is, or in float32 by one process")

@@ -4,25 +4,22 @@ oneDNN computes these products for torch and reads a matrix in blocks. With a pl
 about 15 % of the time of a prefill, and for a decoded token more time than the product itself. Here, a weight is reordered
 once, at the first product; until then it can be a view of an unread file. The results are identical to the last bit. Source of
 the operators: torch's own compiler, which freezes weights with them (torch/_inductor/fx_passes/mkldnn_fusion.py).
-
-A processor without bfloat16 instructions emulates these products, several times slower than float32. There, `WidenedLinear`
-keeps the weights in bfloat16 and computes with many rows in float32.
 """
 
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .memory import let_go
 
 ROWS = 640  # the order is chosen for products of this many rows: a prompt with one picture
+WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")  # instruction sets of oneDNN
 PIECE = 2**20  # values that are converted at once: in float32 they fit into a CPU's cache
-FEW_ROWS = 4  # emulated bfloat16 products of at most this many rows are limited by memory, so they are faster than float32
 
 
 class PrepackedLinear(nn.Module):
@@ -56,29 +53,6 @@ class PrepackedLinear(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         check_no_gradients(values, "prepacked bfloat16")
         return torch.ops.mkldnn._linear_pointwise(values, self.pack(), self.bias, "none", [], "")
-
-
-class WidenedLinear(PrepackedLinear):
-    """A PrepackedLinear for float32 values on a processor without bfloat16 instructions; the bias is float32.
-
-    With at most FEW_ROWS rows the values are rounded to bfloat16. With more rows the weight is converted to float32, a piece at
-    a time, and the product is that of float32.
-    """
-
-    def forward(self, values: Tensor) -> Tensor:
-        check_no_gradients(values, "prepacked bfloat16")
-        if values.numel() > FEW_ROWS * self.in_features:
-            return self.wide_product(values)
-        product = torch.ops.mkldnn._linear_pointwise(values.bfloat16(), self.pack(), None, "none", [], "").float()
-        return product if self.bias is None else product.add_(self.bias)
-
-    def wide_product(self, values: Tensor) -> Tensor:
-        weight = self.weight if self.plain_weight is None else self.plain_weight
-        product = values.new_empty(*values.shape[:-1], self.out_features)
-        pieces = weight.split(max(1, PIECE // self.in_features))
-        for target, piece in zip(product.split([len(piece) for piece in pieces], dim=-1), pieces, strict=True):
-            target.copy_(F.linear(values, piece.float()))
-        return product if self.bias is None else product.add_(self.bias)
 
 
 @dataclass(frozen=True)
@@ -173,7 +147,12 @@ def can_prepack(device: torch.device) -> bool:
 
 
 def has_bfloat16_instructions() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers itself. On x86, torch's own check is true for every AVX-512 processor."""
+    """Whether this CPU multiplies bfloat16 numbers itself. On x86, torch's own check is true for every AVX-512 processor.
+
+    oneDNN emulates them as well where the environment limits it to older instructions.
+    """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in WITHOUT_BFLOAT16:
+        return False
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -202,12 +181,12 @@ def packable(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def prepack(model: nn.Module, kind: type[PrepackedLinear] = PrepackedLinear) -> None:
+def prepack(model: nn.Module) -> None:
     """Replace every nn.Linear that is `packable`, one after another, so that at most one weight exists twice."""
     linears = packable(model)
     others = [linear.weight.numel() for linear in linears.values() if linear.weight.dtype != torch.bfloat16]
     buffer = torch.empty(max(others, default=0), dtype=torch.bfloat16)  # shared: allocating memory is slower than converting
-    replace_linears(model, linears, lambda linear: kind(linear, buffer))
+    replace_linears(model, linears, lambda linear: PrepackedLinear(linear, buffer))
 
 
 def replace_linears(model: nn.Module, linears: dict[str, nn.Linear], made: Callable[[nn.Linear], nn.Module]) -> None:

@@ -1,5 +1,8 @@
 """Which numbers a model computes with, by processor, memory and size."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +18,15 @@ from nanovlm_v2drop.loading.precision import (
     Precision,
     check_not_split,
     chosen_precision,
+    computing_dtype,
     memory_bytes,
     named_precision,
     pack,
 )
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel
-from nanovlm_v2drop.models.linear import PrepackedLinear, WidenedLinear, can_prepack
+from nanovlm_v2drop.models.linear import PrepackedLinear, can_prepack, has_bfloat16_instructions
 from nanovlm_v2drop.models.linear_int8 import Int8Linear, int8_obstacle
+from nanovlm_v2drop.models.linear_widened import WidenedLinear
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_bfloat16 = pytest.mark.skipif(not can_prepack(CPU), reason="no prepacked bfloat16 here")
@@ -63,6 +68,41 @@ def test_auto_keeps_the_most_digits_that_are_fast_and_fit(
     set_machine(monkeypatch, bfloat16, int8, memory_gb)
     chosen = chosen_precision(CPU, weights)
     assert (chosen.name, chosen.dtype) == (name, dtype)
+
+
+@pytest.mark.parametrize(("limit", "emulates"), [("AVX512_CORE_VNNI", True), ("avx2", True), ("AVX512_CORE_AMX", False)])
+def test_a_limit_of_onednn_counts_as_a_processor_without_the_instructions(
+    limit: str, emulates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert has_bfloat16_instructions() is not emulates
+    assert computing_dtype("bfloat16", CPU) == (torch.float32 if emulates else torch.bfloat16)
+
+
+EMULATED = """
+import torch
+from nanovlm_v2drop import load, load_task
+from nanovlm_v2drop.inference import prefill
+request, logits = load_task("demo", None).first_sample().request, {}
+for name in ("float32", "bfloat16", "int8"):
+    vlm = load("demo", dtype=name)
+    assert vlm.dtype == torch.float32, vlm.dtype
+    with torch.no_grad():
+        logits[name] = prefill(vlm.model.language_model, vlm.prepare([request])).logits
+wanted = logits.pop("float32")
+print(*(((found - wanted).norm() / wanted.norm()).item() for found in logits.values()))
+"""
+
+
+@needs_int8
+@pytest.mark.slow  # it starts another process, because oneDNN reads its limit once
+def test_a_processor_without_bfloat16_instructions_answers_from_bfloat16_and_int8_weights() -> None:
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
+    run = subprocess.run([sys.executable, "-c", EMULATED], capture_output=True, text=True, env=environment, check=True)
+    of_bfloat16, of_int8 = map(float, run.stdout.split())
+    assert 0 < of_bfloat16 < 0.01
+    assert 0 < of_int8 < 0.05
 
 
 def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

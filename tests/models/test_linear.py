@@ -7,17 +7,7 @@ import torch
 from torch import nn
 
 from nanovlm_v2drop.models import linear as linear_module
-from nanovlm_v2drop.models.linear import (
-    FEW_ROWS,
-    PrepackedLinear,
-    RowByRow,
-    WidenedLinear,
-    added,
-    as_bfloat16,
-    can_prepack,
-    prepack,
-    products,
-)
+from nanovlm_v2drop.models.linear import PrepackedLinear, RowByRow, added, as_bfloat16, can_prepack, prepack, products
 
 CPU = torch.device("cpu")
 needs_bfloat16 = pytest.mark.skipif(not can_prepack(CPU), reason="this processor has no fast bfloat16")
@@ -115,34 +105,6 @@ def test_hooks_of_a_layer_go_on() -> None:
         wanted = model(values)
         prepack(model)
         assert torch.equal(model(values), wanted)
-
-
-@needs_bfloat16
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(FEW_ROWS + 1, 96), (3, 5, 96)])
-def test_many_rows_are_multiplied_in_float32_without_bfloat16_instructions(shape, bias, monkeypatch) -> None:
-    monkeypatch.setattr(linear_module, "PIECE", 7 * 96)  # several pieces, the last one shorter
-    linear, values = random_linear(96, 40, bias=bias), torch.randn(shape)
-    widened = WidenedLinear(linear, torch.empty(0))
-    widened.bias = linear.float().bias
-    with torch.no_grad():
-        unpacked = widened(values)
-        widened.pack()
-        assert torch.equal(widened(values), unpacked)
-        torch.testing.assert_close(unpacked, linear(values))
-
-
-@needs_bfloat16
-@pytest.mark.parametrize("shape", [(96,), (1, 96), (FEW_ROWS, 96), (0, 96)])
-def test_few_rows_are_multiplied_in_bfloat16_all_the_same(shape) -> None:
-    linear, values = random_linear(96, 40), torch.randn(shape)
-    widened = WidenedLinear(linear, torch.empty(0))
-    widened.bias = linear.float().bias
-    with torch.no_grad():
-        wanted = linear(values.bfloat16().float())
-        got = widened(values)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, wanted, atol=1e-2, rtol=1e-2)
 
 
 def test_products_of_plain_layers_are_those_of_each_layer() -> None:
