@@ -82,9 +82,10 @@ def test_a_limit_of_onednn_counts_as_a_processor_without_the_instructions(
 
 EMULATED = """
 import torch
-from nanovlm_v2drop import load, load_task
+from nanovlm_v2drop import load
 from nanovlm_v2drop.inference import prefill
-request, logits = load_task("demo", None).first_sample().request, {}
+from nanovlm_v2drop.tasks import load_task
+request, logits = load_task("demo").first_sample().request, {}
 for name in ("float32", "bfloat16", "int8"):
     vlm = load("demo", dtype=name)
     assert vlm.dtype == torch.float32, vlm.dtype
