@@ -19,10 +19,10 @@ Outcome = dict[str, Any]
 
 
 def outcomes(decoder: Decoder) -> dict[str, Outcome]:
-    """Kept tokens, all logits and the bytes of the cache, by method; None means no dropping."""
+    """Kept tokens, all logits and the bytes of the cache, by method; None means no dropping. Two have a cache in int8."""
     packed = pack_together(tiny_prompts(hidden_size=decoder.config.hidden_size))
     found = {}
-    for name in (None, *DROPPERS):
+    for name, decoder.kv_cache_dtype in [*((name, "auto") for name in (None, *DROPPERS)), (None, "int8"), ("v2drop", "int8")]:
         method = None if name is None else DROPPERS[name]
         layers = (0,) if method is not None and method.latest_layer == 0 else (2, 4)
         dropper = None if method is None else method(DropSchedule(dict.fromkeys(layers, 0.5)))
@@ -31,7 +31,8 @@ def outcomes(decoder: Decoder) -> dict[str, Outcome]:
         for _ in range(4):
             logits.append(decode_one_token(decoder, logits[-1].argmax(-1), prefilled.cache))
         kept = [[rows.tolist() for rows in sequences] for _, sequences in prefilled.survivors]
-        found[str(name)] = {"kept": kept, "logits": torch.stack(logits), "nbytes": nbytes}
+        key = str(name) if decoder.kv_cache_dtype == "auto" else f"{name} with an int8 cache"
+        found[key] = {"kept": kept, "logits": torch.stack(logits), "nbytes": nbytes}
     return found
 
 

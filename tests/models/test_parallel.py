@@ -25,6 +25,7 @@ from nanovlm_v2drop.models.parallel import ALONE, Processes, join_processes
 ROOT = Path(__file__).parents[2]
 PICTURE = str(ROOT / "weights" / "demo" / "report.png")
 TOLERANCE = 1e-4  # share of the largest logit in float32; only the order of sums differs
+INT8_TOLERANCE = 2e-3  # a sum in another order can be rounded to the next int8 number
 OPTIONS = ("--methods", "dense,v2drop,random", "--tokens", "32", "--seeds", "2", "--limit", "5", "--batch-size", "1")
 
 
@@ -90,6 +91,15 @@ def test_a_shared_decoder_keeps_the_tokens_of_a_whole_one_and_gives_its_logits(k
     assert torch.equal(first["logits"], second["logits"])
     assert (first["logits"] - whole["logits"]).abs().max() < TOLERANCE * whole["logits"].abs().max()
     assert first["nbytes"] == second["nbytes"] == whole["nbytes"] // 2  # half of the key and value heads each
+
+
+@pytest.mark.parametrize("name", ["None", "v2drop"])
+@pytest.mark.parametrize("kind", ["llava", "qwen"])
+def test_the_parts_of_an_int8_cache_give_the_logits_of_a_whole_one(kind, name, shared, alone):
+    first, whole = (found["outcomes"][f"{name} with an int8 cache"] for found in (shared[kind][0], alone[kind]))
+    assert first["kept"] == whole["kept"]
+    assert first["nbytes"] == whole["nbytes"] // 2 < alone[kind]["outcomes"][name]["nbytes"] // 4
+    assert (first["logits"] - whole["logits"]).abs().max() < INT8_TOLERANCE * whole["logits"].abs().max()
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen"])
