@@ -110,8 +110,7 @@ class QuantisedLinear(nn.Module):
         return sums + self.product(rows)
 
     def forward(self, values: Tensor) -> Tensor:
-        check_no_gradients(values, "quantised")
-        return self.product(self.read(values))
+        return products(values, self)[0]
 
 
 def products(values: Values, *linears: nn.Module) -> list[Tensor]:
@@ -120,6 +119,7 @@ def products(values: Values, *linears: nn.Module) -> list[Tensor]:
     if not isinstance(first, QuantisedLinear):
         whole = values.whole() if isinstance(values, RowByRow) else values
         return [linear(whole) for linear in linears]
+    check_no_gradients(values, "quantised")
     rows = first.read(values)
     return [linear.product(rows) for linear in linears if isinstance(linear, QuantisedLinear)]
 
@@ -127,13 +127,15 @@ def products(values: Values, *linears: nn.Module) -> list[Tensor]:
 def added(sums: Tensor, values: Values, linear: nn.Module) -> Tensor:
     """The sums (R, out_features) and the product of the values with the matrix of a layer."""
     if isinstance(linear, QuantisedLinear):
+        check_no_gradients(values, "quantised")
         return linear.added(sums, linear.read(values))
     return sums + linear(values.whole() if isinstance(values, RowByRow) else values)
 
 
-def check_no_gradients(values: Tensor, kind: str) -> None:
+def check_no_gradients(values: Values, kind: str) -> None:
     """Raise RuntimeError where a derivative is asked for."""
-    if torch.is_grad_enabled() and values.requires_grad:
+    sources = values.sources if isinstance(values, RowByRow) else (values,)
+    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         raise RuntimeError(f"{kind} weights have no gradients; load the model in float32 for those")
 
 

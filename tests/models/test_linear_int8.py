@@ -161,8 +161,12 @@ def test_a_sum_with_a_product_has_the_digits_of_the_sum(dtype: torch.dtype, bias
 
 @needs_int8
 def test_gradients_are_refused_with_the_way_out() -> None:
-    with pytest.raises(RuntimeError, match="quantised weights have no gradients; load the model in float32"):
-        random_layer()[1](torch.randn(2, 96, requires_grad=True))
+    _, layer = random_layer()
+    values = torch.randn(2, 96, requires_grad=True)
+    normed = RowByRow(torch.neg, torch.neg, (values,))
+    for call in (lambda: layer(values), lambda: products(normed, layer), lambda: added(torch.zeros(2, 40), normed, layer)):
+        with pytest.raises(RuntimeError, match="quantised weights have no gradients; load the model in float32"):
+            call()
 
 
 @pytest.fixture(params=["untied", "tied"])
