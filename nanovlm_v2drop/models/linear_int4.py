@@ -97,11 +97,12 @@ class Int4Linear(QuantisedLinear):
     def unpacked(self, channels: slice, memory: Tensor) -> Tensor:
         """(K, C) int8: q * m of some channels, in the order of `by_halves`. They are written to the `memory` of K * C bytes."""
         packed = self.nibbles[channels].view(torch.int64).view(-1, self.in_features, BLOCK // 16)  # blocks, K, 32 bytes
-        both = packed.transpose(0, 1).clone(memory_format=torch.contiguous_format).flatten(1)
-        unpacked = memory[: 2 * both.nbytes].view(self.in_features, -1)
+        unpacked = memory[: 2 * packed.nbytes].view(self.in_features, -1)
         low, high = unpacked.view(torch.int64).chunk(2, dim=1)
-        torch.bitwise_and(both, LOW, out=low)
-        torch.bitwise_and(both.bitwise_right_shift_(4), LOW, out=high)
+        low.unflatten(1, (-1, BLOCK // 16)).copy_(packed.transpose(0, 1))
+        torch.bitwise_right_shift(low, 4, out=high)
+        for half in (low, high):
+            half.bitwise_and_(LOW)
         unpacked.sub_(OFFSET).unflatten(0, (-1, GROUP)).mul_(by_halves(self.multiples_of(channels)[:, None]))
         return unpacked
 
