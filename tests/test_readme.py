@@ -39,7 +39,8 @@ def commands(page: str) -> list[str]:
 
 
 def parse(command: str) -> None:
-    """Have the program's own parser read a command; one that nobody knows is an error."""
+    """Have the program's own parser read a command, behind settings of the environment; one that nobody knows is an error."""
+    command = re.sub(r"^([A-Z_]+=\S+ +)+", "", command)
     words = shlex.split(command)
     if command.startswith(OTHER_COMMANDS):
         return
