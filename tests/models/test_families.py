@@ -19,9 +19,11 @@ from tiny import META, NoWaiting
 from tiny_methods import every_method
 from tiny_methods import make as make_at
 
+from nanovlm_v2drop import save_quantised
 from nanovlm_v2drop.dropping import DROPPERS, TokenDropper
 from nanovlm_v2drop.inference import Prefilled, decode_one_token, initial_state, prefill
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
+from nanovlm_v2drop.models.linear_int8 import PROJECTORS, Int8Linear, int8_obstacle
 from nanovlm_v2drop.processing.prompts import Request
 
 LLAVA_VIDEO = {"mm_newline_position": "grid", "mm_spatial_pool_mode": "average"}
@@ -164,3 +166,17 @@ def test_towers_splice_and_prefill_never_wait_for_the_device(family, models) -> 
         packed = far.model.pack(prompts, media, (0,) * len(prompts))
         logits = [prefill(far.model.language_model, packed, make(name)).logits for name in DROPPERS]
     assert {each.device for each in [packed.inputs_embeds, packed.position_ids, packed.vision_mask, *logits]} == {META}
+
+
+@pytest.mark.skipif(int8_obstacle(torch.device("cpu")) is not None, reason="no int8 on this processor")
+@every_family
+def test_with_int8_weights_the_projector_stays_in_floats_and_a_saved_copy_answers_alike(family, models, tmp_path):
+    quantised = load(models[family].folder, dtype="int8")
+    layers = {name: module for name, module in quantised.model.named_modules() if hasattr(module, "in_features")}
+    floats = {name for name, layer in layers.items() if not isinstance(layer, Int8Linear)}
+    assert floats == {name for name in layers if PROJECTORS.match(name)}
+    assert floats
+    save_quantised(quantised, tmp_path / "copy")
+    requests = REQUESTS[family]
+    answers = [prefill(vlm.model.language_model, vlm.prepare(requests)) for vlm in (quantised, load(tmp_path / "copy"))]
+    assert torch.equal(answers[0].logits, answers[1].logits)
