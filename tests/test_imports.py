@@ -13,8 +13,7 @@ PACKAGE = Path(nanovlm_v2drop.__file__).parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "models": (
         *("config", "attention", "memory", "linear", "linear_float32", "linear_widened", "linear_int8", "linear_int4"),
-        "kv_cache_int8",
-        *("kv_cache", "arrange", "parallel", "rotary", "decoder"),
+        *("kv_cache_int8", "kv_cache", "arrange", "parallel", "rotary", "decoder"),
         *("vision", "vision_qwen2", "vision_qwen2_5", "vision_qwen3"),
         *("vlm", "qwen2_vl", "qwen3_vl", "smolvlm", "language_model", "model_classes"),
     ),
