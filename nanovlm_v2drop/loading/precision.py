@@ -11,7 +11,7 @@ from ..models.kv_cache import KV_CACHE_DTYPES
 from ..models.linear import can_prepack, has_bfloat16_instructions, packable, prepack, replace_linears
 from ..models.linear_float32 import OneDNNLinear, is_faster_with_onednn
 from ..models.linear_int4 import int4_obstacle, quantise_int4
-from ..models.linear_int8 import PROJECTORS, int8_obstacle, quantise_int8
+from ..models.linear_int8 import int8_obstacle, quantisable, quantise_int8
 from ..models.linear_widened import WidenedLinear
 from .specs import AUTO, DTYPE_NAMES
 
@@ -120,7 +120,7 @@ def memory_bytes() -> int:
 def packed_layers(model: nn.Module, precision: Precision, device: torch.device) -> dict[str, nn.Linear]:
     """The layers, by name, whose weights `pack` or `quantise` takes in the dtype of the file, and converts."""
     if precision.is_quantised:
-        return {name: linear for name, linear in packable(model).items() if not PROJECTORS.match(name)}
+        return quantisable(model)
     return packable(model) if precision.name == "bfloat16" and can_prepack(device) else {}
 
 

@@ -86,6 +86,10 @@ class RowByRow:
 Values = Tensor | RowByRow  # (..., K), or (R, K)
 
 
+def whole(values: Values) -> Tensor:
+    return values.whole() if isinstance(values, RowByRow) else values
+
+
 class QuantisedLinear(nn.Module):
     """The common part of quantised layers, which read the values in a form of their own: see `products`."""
 
@@ -117,8 +121,8 @@ def products(values: Values, *linears: nn.Module) -> list[Tensor]:
     """The values times the matrix of each layer. Quantised layers share one quantised copy of the values."""
     first = linears[0]
     if not isinstance(first, QuantisedLinear):
-        whole = values.whole() if isinstance(values, RowByRow) else values
-        return [linear(whole) for linear in linears]
+        tensor = whole(values)
+        return [linear(tensor) for linear in linears]
     check_no_gradients(values, "quantised")
     rows = first.read(values)
     return [linear.product(rows) for linear in linears if isinstance(linear, QuantisedLinear)]
@@ -129,7 +133,7 @@ def added(sums: Tensor, values: Values, linear: nn.Module) -> Tensor:
     if isinstance(linear, QuantisedLinear):
         check_no_gradients(values, "quantised")
         return linear.added(sums, linear.read(values))
-    return sums + linear(values.whole() if isinstance(values, RowByRow) else values)
+    return sums + linear(whole(values))
 
 
 def check_no_gradients(values: Values, kind: str) -> None:

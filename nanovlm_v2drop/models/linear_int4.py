@@ -16,15 +16,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from .linear import QuantisedLinear, RowByRow, Values, replace_linears
-from .linear_int8 import (
-    SLICE,
-    ZERO_POINT,
-    QuantisedRows,
-    filled_linears,
-    int8_obstacle,
-    quantise_rows,
-)
+from .linear import QuantisedLinear, Values, replace_linears, whole
+from .linear_int8 import SLICE, ZERO_POINT, QuantisedRows, filled_linears, int8_obstacle, quantise_rows
 
 GROUP = 64
 LARGEST, LARGEST_MULTIPLE = 7, 18  # their product is the largest multiple of 7 in int8
@@ -111,9 +104,8 @@ class Int4Linear(QuantisedLinear):
         return self.nibbles.nbytes + self.scales_and_zeros.nbytes
 
     def read(self, values: Values) -> Tensor | QuantisedRows:
-        if math.prod(values.shape) > FEW_ROWS * self.in_features:
-            return quantise_rows(values)
-        return values.whole() if isinstance(values, RowByRow) else values
+        has_many_rows = math.prod(values.shape) > FEW_ROWS * self.in_features
+        return quantise_rows(values) if has_many_rows else whole(values)
 
     def product(self, rows: Tensor | QuantisedRows) -> Tensor:
         product = self.of_many(rows) if isinstance(rows, QuantisedRows) else self.of_few(rows)
@@ -133,8 +125,8 @@ class Int4Linear(QuantisedLinear):
         sums = torch.empty(pieces[0].stop * len(signed), dtype=torch.int32)
         for channels in pieces:
             weight, own = self.unpacked(channels, memory), by_halves(self.scale[channels]).to(self.dtype)
-            whole = torch._int_mm(signed, weight, out=sums[: len(signed) * len(own)].view(len(signed), -1))
-            scaled = whole.to(self.dtype).mul_(own).mul_(scale)
+            products = torch._int_mm(signed, weight, out=sums[: len(signed) * len(own)].view(len(signed), -1))
+            scaled = products.to(self.dtype).mul_(own).mul_(scale)
             product[:, channels].unflatten(1, (-1, 2, BLOCK // 2)).copy_(in_order(scaled))
         return product.view(*rows.shape[:-1], self.out_features)
 
