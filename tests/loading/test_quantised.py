@@ -257,7 +257,7 @@ print(max(most) - before, anonymous() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
-@pytest.mark.parametrize(("name", "width"), [("int8", 1.0), ("int4", 0.55)])
+@pytest.mark.parametrize(("name", "width"), [("int8", 1.0), ("int4", 0.534)])
 def test_the_memory_of_loading_a_float_checkpoint_is_near_that_of_the_quantised_weights(
     name: str, width: float, tmp_path: Path
 ) -> None:
@@ -269,5 +269,5 @@ def test_the_memory_of_loading_a_float_checkpoint_is_near_that_of_the_quantised_
     command = [sys.executable, "-c", PEAK, str(tmp_path / "large"), str(tmp_path / "small"), name]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, left = map(float, done.stdout.split())
-    assert 0.9 * width * weights < left <= peak  # malloc has had some free memory
+    assert 0.95 * width * weights < left <= peak  # malloc has had some free memory
     assert peak < 1.7 * width * weights + 20  # in float16 it is 2 a weight; malloc keeps freed pieces between the matrices
