@@ -234,12 +234,14 @@ from dataclasses import replace
 from pathlib import Path
 from nanovlm_v2drop.benchmark.loading import load_ours
 from nanovlm_v2drop.benchmark.memory import resident
+from nanovlm_v2drop.models.memory import trim
 
 def anonymous():
     return resident("self")["anonymous_mb"]
 
 torch.set_num_threads(1)
 load_ours(Path(sys.argv[2]), sys.argv[3])  # a small one: what the libraries need once
+trim()  # of what the small one needed itself, or the large one would take it over
 before, most, ended = anonymous(), [0.0], threading.Event()
 
 def watch():
@@ -257,7 +259,7 @@ print(max(most) - before, anonymous() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
-@pytest.mark.parametrize(("name", "width"), [("int8", 1.0), ("int4", 0.534)])
+@pytest.mark.parametrize(("name", "width"), [("int8", 1.0), ("int4", 0.55)])
 def test_the_memory_of_loading_a_float_checkpoint_is_near_that_of_the_quantised_weights(
     name: str, width: float, tmp_path: Path
 ) -> None:
