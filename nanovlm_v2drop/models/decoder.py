@@ -230,6 +230,7 @@ class Decoder(nn.Module):
         self.attention = attention  # the requested back end; see attention.resolve_backend
         self.kv_cache_dtype = "auto"  # see kv_cache.KV_CACHE_DTYPES
         self.cuda_graph = False  # decode by a CUDA graph; see inference.GraphedSteps
+        self.float32_sums = True  # see `widened`
         self.tensor_parallel: TensorParallel | None = None  # the processes that hold the other parts of it
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
@@ -264,10 +265,12 @@ class Decoder(nn.Module):
         """What enters layer 0: on a CPU in float32 at least, in which the sums of all layers then stay.
 
         Methods rank tokens by small differences of these sums. Rounding the sums to bfloat16 would disturb that order, and
-        float32 costs less than 1 % of the time. On a GPU they keep their dtype, as in transformers.
+        float32 costs less than 1 % of the time. On a GPU they keep their dtype, as in transformers. On a CPU they do so
+        without `float32_sums`, to see what a GPU's rounding changes.
         """
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        return hidden_states.to(wide) if hidden_states.device.type == "cpu" else hidden_states
+        if hidden_states.device.type != "cpu" or not self.float32_sums:
+            return hidden_states
+        return hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
 
     def all_heads(self, heads: Tensor) -> Tensor:
         """(..., own heads, head_dim) -> (..., all heads, head_dim)"""

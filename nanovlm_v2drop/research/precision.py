@@ -8,6 +8,9 @@ kept: the share of the vision tokens that float32 keeps behind a drop point and 
 divergence: of the first answer token, from float32's distribution to this one's (Kullback-Leibler), in nats.
 changed: prompts in which another first token is the likeliest.
 
+On a CPU, the sums of the layers are in float32 with every dtype, and on a GPU they are rounded to bfloat16. `--rounded-sums`
+adds bfloat16 with such sums, computed on the CPU.
+
 The last table compares what enters the decoder for vision tokens, which tower and projector have computed.
 """
 
@@ -34,6 +37,7 @@ from .ablations import share_of_paper
 from .theory import kl_divergence
 
 REFERENCE, BATCH = "float32", 10
+ROUNDED = "bfloat16, rounded sums"
 PAPER_BUDGETS = (192, 128, 64)  # of 576 tokens; the same shares are asked for here
 Kept = list[tuple[int, list[Tensor]]]
 
@@ -147,12 +151,22 @@ def markdown_row(row: Comparison) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def load_models(name: str, dtypes: Sequence[str], rounded_sums: bool) -> dict[str, VisionLanguageModel]:
+    """The reference and the others, by what the tables call them; raises as `load`."""
+    models = {dtype: load(name, dtype=dtype) for dtype in (REFERENCE, *dtypes)}
+    if rounded_sums:
+        models[ROUNDED] = load(name, dtype="bfloat16")
+        models[ROUNDED].model.language_model.float32_sums = False
+    return models
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m nanovlm_v2drop.research.precision", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="demo", help="default: %(default)s")
     parser.add_argument("--task", help="whose questions are asked; default: the model's name")
     parser.add_argument("--methods", default="v2drop", help="default: %(default)s")
     parser.add_argument("--dtypes", default="bfloat16,int8,int4", help="default: %(default)s")
+    parser.add_argument("--rounded-sums", action="store_true", help=f"also compare {ROUNDED}, as on a GPU")
     parser.add_argument("--limit", type=int, default=60, help="questions; default: %(default)s")
     return parser
 
@@ -164,7 +178,7 @@ def main() -> None:
         plans, task = plans_of(args.methods.split(",")), load_task(args.task or args.model, None)
         requests = [sample.request for sample in islice(task.samples(args.limit), args.limit)]
         print("| method | budget | dtype | kept, % | divergence, nats | changed |\n|---|---|---|---|---|---|")
-        models = {dtype: load(args.model, dtype=dtype) for dtype in (REFERENCE, *args.dtypes.split(","))}
+        models = load_models(args.model, args.dtypes.split(","), args.rounded_sums)
         for row in comparisons(models, plans, requests):
             print(markdown_row(row), flush=True)
         print("\n| dtype | relative error of the features | smallest cosine of a token |\n|---|---|---|")

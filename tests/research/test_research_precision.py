@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
 from nanovlm_v2drop.processing.prompts import Request
 from nanovlm_v2drop.research.precision import (
+    ROUNDED,
     First,
     comparisons,
     feature_errors,
     first_tokens,
+    load_models,
     markdown_row,
     overlap,
     overlaps,
@@ -91,6 +93,17 @@ def test_the_error_of_features_is_that_of_their_rows(
     assert 0 < error < 0.05
     cosines = (own * wanted).sum(-1) / (own.norm(dim=-1) * wanted.norm(dim=-1))
     assert cosine == pytest.approx(float(cosines.min()), rel=1e-5)
+
+
+def test_only_the_model_with_rounded_sums_keeps_them_in_bfloat16(requests: list[Request]) -> None:
+    models = load_models("demo", ["bfloat16"], rounded_sums=True)
+    embeddings = torch.zeros(1, 2, dtype=torch.bfloat16)
+    sums = {name: vlm.model.language_model.widened(embeddings).dtype for name, vlm in models.items()}
+    assert sums == {name: torch.bfloat16 if name == ROUNDED else torch.float32 for name in models}
+    (plan,) = plans_of(["dense"])
+    first = {name: first_tokens(models[name], [requests], plan)[0].log_probabilities for name in ("bfloat16", ROUNDED)}
+    assert not torch.equal(first["bfloat16"], first[ROUNDED])
+    assert ROUNDED not in load_models("demo", ["bfloat16"], rounded_sums=False)
 
 
 def test_an_unknown_method_is_named() -> None:
