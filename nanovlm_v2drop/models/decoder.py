@@ -163,6 +163,7 @@ class GatedMLP(nn.Module):
     def gated(self, values: Values) -> RowByRow:
         return RowByRow(silu_product, silu_product, tuple(products(values, self.gate_proj, self.up_proj)))
 
+
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
@@ -262,15 +263,14 @@ class Decoder(nn.Module):
         return self.embed_tokens.weight.dtype
 
     def widened(self, hidden_states: Tensor) -> Tensor:
-        """What enters layer 0: on a CPU in float32 at least, in which the sums of all layers then stay.
+        """What enters layer 0: in float32 at least, in which the sums of all layers then stay.
 
-        Methods rank tokens by small differences of these sums. Rounding the sums to bfloat16 would disturb that order, and
-        float32 costs less than 1 % of the time. On a GPU they keep their dtype, as in transformers. On a CPU they do so
-        without `float32_sums`, to see what a GPU's rounding changes.
+        Methods rank tokens by small differences of these sums. Rounding the sums to bfloat16 disturbs that order: see
+        research/precision.py. On a CPU, float32 costs less than 1 % of the time. Without `float32_sums`, the sums keep their
+        dtype, as in transformers.
         """
-        if hidden_states.device.type != "cpu" or not self.float32_sums:
-            return hidden_states
-        return hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        return hidden_states.to(wide) if self.float32_sums else hidden_states
 
     def all_heads(self, heads: Tensor) -> Tensor:
         """(..., own heads, head_dim) -> (..., all heads, head_dim)"""

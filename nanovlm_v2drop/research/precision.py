@@ -8,8 +8,8 @@ kept: the share of the vision tokens that float32 keeps behind a drop point and 
 divergence: of the first answer token, from float32's distribution to this one's (Kullback-Leibler), in nats.
 changed: prompts in which another first token is the likeliest.
 
-On a CPU, the sums of the layers are in float32 with every dtype, and on a GPU they are rounded to bfloat16. `--rounded-sums`
-adds bfloat16 with such sums, computed on the CPU.
+The sums of the layers are in float32 with every dtype. transformers and the released codes of the methods keep them in the
+dtype of the weights. `--rounded-sums` adds bfloat16 with such sums.
 
 The last table compares what enters the decoder for vision tokens, which tower and projector have computed.
 """
@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", help="whose questions are asked; default: the model's name")
     parser.add_argument("--methods", default="v2drop", help="default: %(default)s")
     parser.add_argument("--dtypes", default="bfloat16,int8,int4", help="default: %(default)s")
-    parser.add_argument("--rounded-sums", action="store_true", help=f"also compare {ROUNDED}, as on a GPU")
+    parser.add_argument("--rounded-sums", action="store_true", help=f"also compare {ROUNDED}, as in transformers")
     parser.add_argument("--limit", type=int, default=60, help="questions; default: %(default)s")
     return parser
 
