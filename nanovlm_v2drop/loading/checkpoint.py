@@ -344,4 +344,3 @@ def check_materialised(model: Model) -> None:
     tensors = chain(model.named_parameters(), model.named_buffers())
     if left := [name for name, tensor in tensors if tensor.is_meta]:
         raise CheckpointError(f"never filled from the checkpoint: {listed(left)}")
-

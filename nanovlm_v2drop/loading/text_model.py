@@ -116,8 +116,7 @@ class TextModel:
         text, length = self.config.text_config, len(prompt.token_ids)
         if text.context_length is not None and length > text.context_length:
             raise ValueError(
-                f"the prompt has {length} tokens, but the context of {self.name} holds {text.context_length}; "
-                "shorten it"
+                f"the prompt has {length} tokens, but the context of {self.name} holds {text.context_length}; shorten it"
             )
         smallest, largest = min(prompt.token_ids), max(prompt.token_ids)
         if smallest < 0 or largest >= text.vocab_size:

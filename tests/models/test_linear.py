@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from nanovlm_v2drop.models import linear as linear_module
-from nanovlm_v2drop.models.linear import PrepackedLinear, RowByRow, added, as_bfloat16, can_prepack, prepack, products
+from nanovlm_v2drop.models.linear import (
+    PrepackedLinear,
+    RowByRow,
+    added,
+    added_and_product,
+    as_bfloat16,
+    can_prepack,
+    prepack,
+    products,
+)
 
 CPU = torch.device("cpu")
 needs_bfloat16 = pytest.mark.skipif(not can_prepack(CPU), reason="this processor has no fast bfloat16")
@@ -125,3 +134,4 @@ def test_a_sum_with_a_product_is_the_same_in_one_step() -> None:
     wanted = sums + layer(values)
     assert torch.equal(added(sums, values, layer), wanted)
     assert torch.equal(added(sums, RowByRow(torch.neg, torch.neg, (-values,)), layer), wanted)
+    assert all(map(torch.equal, added_and_product(sums, values, layer), (wanted, layer(values))))
