@@ -121,13 +121,13 @@ class SelfAttention(nn.Module):
         q, k, v = map(self.heads, products(hidden_states, self.q_proj, self.k_proj, self.v_proj))
         return apply_rotary(self.q_norm(q), rotary), apply_rotary(self.k_norm(k), rotary), v
 
-    def query(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
+    def query(self, hidden_states: Values, rotary: Rotary) -> Tensor:
         """(T, H, head_dim), rotated"""
-        return apply_rotary(self.q_norm(self.heads(self.q_proj(hidden_states))), rotary)
+        return apply_rotary(self.q_norm(self.heads(*products(hidden_states, self.q_proj))), rotary)
 
-    def key(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
+    def key(self, hidden_states: Values, rotary: Rotary) -> Tensor:
         """(T, K, head_dim), rotated"""
-        return apply_rotary(self.k_norm(self.heads(self.k_proj(hidden_states))), rotary)
+        return apply_rotary(self.k_norm(self.heads(*products(hidden_states, self.k_proj))), rotary)
 
     def heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim))
@@ -224,9 +224,10 @@ class DecoderLayer(nn.Module):
         return sums
 
     def row_queries_and_keys(self, hidden_states: Tensor, rotary: Rotary, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (R, H, head_dim) of `rows` (R,) and all keys (T, K, head_dim), as `forward` would compute them."""
-        normed, (cos, sin) = self.input_layernorm(hidden_states), rotary
-        return self.self_attn.query(normed[rows], (cos[rows], sin[rows])), self.self_attn.key(normed, rotary)
+        """Queries (R, H, head_dim) of `rows` (R,) and all keys (T, K, head_dim), as `forward` computes them."""
+        normed, (cos, sin) = self.input_layernorm.row_by_row, rotary
+        queries = self.self_attn.query(normed(hidden_states[rows]), (cos[rows], sin[rows]))
+        return queries, self.self_attn.key(normed(hidden_states), rotary)
 
 
 class Decoder(nn.Module):

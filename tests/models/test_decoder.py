@@ -201,6 +201,20 @@ def test_a_layer_that_shows_its_module_outputs_computes_the_same_to_the_last_bit
         hidden_states = wanted
 
 
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda precision: precision.noted)
+def test_queries_and_keys_of_a_layer_that_has_not_run_are_those_of_its_run(precision: Precision) -> None:
+    decoder, seen = packed_decoder(precision), []
+    hidden_states = decoder.widened(torch.randn(41, 64, generator=torch.Generator().manual_seed(0)).to(precision.dtype))
+    rotary, rows = rotary_table(decoder.config, torch.arange(41), precision.dtype), torch.arange(20, 41)
+    layer = decoder.layers[1]
+    layer(hidden_states, rotary, lambda q, k, v: seen.extend((q, k)) or v)
+    queries, keys = decoder.row_queries_and_keys(layer, hidden_states, rotary, rows)
+    assert torch.equal(keys, seen[1])
+    # A product with fewer rows can be rounded otherwise, but not that of whole numbers.
+    tolerance = 0 if precision.is_quantised else 16 * torch.finfo(queries.dtype).eps
+    torch.testing.assert_close(queries, seen[0][rows], rtol=0, atol=tolerance)
+
+
 @pytest.mark.slow  # it runs a compiler
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_compiled_layers_answer_as_before_and_are_compiled_once_for_all_layers_and_lengths(family: str) -> None:
