@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dropping import DropSchedule
+from ..loading.device import as_device
 from ..loading.precision import Precision, named_precision, pack
-from ..loading.zoo import as_device
 from ..models.attention import resolve_backend
 from ..models.config import LengthScaling, TextConfig
 from ..models.decoder import Decoder

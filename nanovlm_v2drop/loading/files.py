@@ -1,6 +1,6 @@
 """The files of a checkpoint folder: which weights it holds, and which folders cannot be loaded at all.
 
-A folder may come from a stranger: nothing outside it is opened, and no pickle is.
+A folder may come from a stranger: no weights outside of it are opened, and no pickle is.
 """
 
 import re
@@ -146,7 +146,7 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
     """The folder's safetensors files, in order, with the tensor names that an index promises in each (or none)."""
     single, index = folder / "model.safetensors", folder / (INDEX if own_quantisation(folder) is None else OWN_INDEX)
     if single.is_file():  # before the index, as transformers decides it
-        return {single: set()}
+        return {inside(folder, single): set()}
     if index.is_file():
         return indexed_files(index)
     files = sorted(folder.glob("*.safetensors"))
@@ -154,7 +154,7 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
         raise CheckpointError(f"{folder} has {len(files)} safetensors files but no {index.name}; download that too")
     if not files:
         raise missing_weights(folder)
-    return {files[0]: set()}
+    return {inside(folder, files[0]): set()}
 
 
 def indexed_files(index: Path) -> dict[Path, set[str]]:

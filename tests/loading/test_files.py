@@ -171,7 +171,7 @@ def test_an_index_names_no_file_outside_of_its_folder(case: str, folder: Path, t
         load(folder)
 
 
-@pytest.mark.parametrize("linked", ["shard", "folder of the shard"])
+@pytest.mark.parametrize("linked", ["shard", "folder of the shard", "model.safetensors", "a.safetensors"])
 def test_a_link_does_not_lead_out_of_the_folder(linked: str, folder: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -179,6 +179,8 @@ def test_a_link_does_not_lead_out_of_the_folder(linked: str, folder: Path, tmp_p
     if linked == "shard":
         (folder / "a.safetensors").symlink_to(stored)
         put(folder, "model.safetensors.index.json", {"weight_map": {DOWN_PROJ: "a.safetensors"}})
+    elif linked.endswith(".safetensors"):  # the only file
+        (folder / linked).symlink_to(stored)
     else:
         (folder / "inner").symlink_to(elsewhere)
         put(folder, "model.safetensors.index.json", {"weight_map": {DOWN_PROJ: "inner/a.safetensors"}})

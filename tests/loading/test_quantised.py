@@ -85,6 +85,8 @@ def test_other_dtypes_of_a_copy_are_refused(original: VisionLanguageModel, copy:
     with pytest.raises(ValueError, match=f"holds {original.precision} weights, not bfloat16; leave the dtype out"):
         load(copy, dtype="bfloat16")
     assert load(copy, dtype=original.precision.name).precision == original.precision
+    with pytest.raises(ValueError, match=r"holds int\d weights, which cannot run: it is for CPUs, not meta; load the original"):
+        load(copy, device="meta")
 
 
 def test_transformers_finds_no_weights_in_a_copy(copy: Path) -> None:

@@ -89,6 +89,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "flash on a CPU": ({"attention": "flash-attn"}, "'flash-attn' cannot run: it needs a CUDA device, not cpu"),
     "template": ({"template": "chatml"}, "unknown template 'chatml'; choose one of: hub, mistral_instruct, .*vic"),
     "aspect ratio": ({"image_aspect_ratio": "anyres"}, "unknown image_aspect_ratio 'anyres'; choose one of: pad, crop"),
+    "aspect ratio of another model": (
+        {"model": "demo-video", "image_aspect_ratio": "crop"},
+        "image_aspect_ratio 'crop' has no meaning for demo-video: only LLaVA-1.5 makes pictures square; leave it out",
+    ),
     "folder and weights": ({"weights": "elsewhere"}, "or give the folder without other weights"),
 }
 
