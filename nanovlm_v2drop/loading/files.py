@@ -4,11 +4,13 @@ A folder may come from a stranger: no weights outside of it are opened, and no p
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ..models.config import read_json_object
 from ..models.config.settings import MapOf, Text
@@ -228,6 +230,14 @@ def open_safetensors(file: Path) -> Any:
             f"{file} ({file.stat().st_size} bytes) is no complete safetensors file: {error}; "
             "download it again (a Git LFS pointer needs git lfs pull)"
         ) from error
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a file; raises OSError where that fails, as for a full disk."""
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}; remove its folder and make room, or give another folder") from error
 
 
 def listed(names: Iterable[str], limit: int = 3) -> str:

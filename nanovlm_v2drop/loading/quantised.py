@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models.config import VLMConfig
@@ -35,6 +34,7 @@ from .files import (
     listed,
     open_safetensors,
     own_quantisation,
+    write_safetensors,
 )
 from .precision import OBSTACLES, Precision, named_precision, pack_floats
 from .uninitialised import Uninitialised
@@ -78,12 +78,12 @@ def quantisation_settings(precision: Precision) -> dict[str, str | None]:
 
 
 def write_weights(model: VLM, folder: Path) -> None:
-    """Write a model with quantised layers in files of about FILE_BYTES, and the index that names them."""
+    """Write a model with quantised layers in files of about FILE_BYTES, and the index that names them; raises OSError."""
     files: list[list[str]] = []
     waiting, size = dict[str, Tensor](), 0
     for name, tensor in chain(stored_tensors(model), [(None, torch.empty(0))]):
         if waiting and (name is None or size + tensor.nbytes > FILE_BYTES):
-            save_file(waiting, folder / file_name(len(files)), metadata={"format": "pt"})
+            write_safetensors(waiting, folder / file_name(len(files)))
             files.append(list(waiting))
             waiting, size = {}, 0
         if name is not None:

@@ -143,6 +143,34 @@ def test_a_bad_folder_ends_the_command_before_the_model_is_read(tmp_path: Path, 
     assert stop.value.code == 2
 
 
+def test_the_folder_of_the_command_may_be_in_the_home_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["saving", "demo", "~/copy", "--dtype", "int8"])
+    saving.main()
+    assert capsys.readouterr().out == f"wrote 0.01 GB to {tmp_path / 'copy'}\n"
+
+
+FULL = """
+import resource, signal, sys
+from nanovlm_v2drop.loading import saving
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.argv = ["saving", "demo", sys.argv[1], "--dtype", "int8"]
+saving.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it needs a limit to the size of files")
+def test_a_file_that_cannot_be_written_ends_the_command_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "copy")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"error: {tmp_path / 'copy' / FIRST} cannot be written: " in line
+    assert line.endswith("; remove its folder and make room, or give another folder")
+
+
 def test_a_link_out_of_the_folder_is_not_copied(original: VisionLanguageModel, tmp_path: Path) -> None:
     (tmp_path / "elsewhere.txt").write_text("of another folder")
     (tmp_path / "model").mkdir()
