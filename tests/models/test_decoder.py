@@ -16,6 +16,7 @@ from nanovlm_v2drop.models import decoder as decoder_module
 from nanovlm_v2drop.models.config import TextConfig, flatten_rope, from_fields
 from nanovlm_v2drop.models.decoder import Decoder, GatedMLP, RMSNorm, rotary_table
 from nanovlm_v2drop.models.linear import PrepackedLinear, RowByRow
+from nanovlm_v2drop.models.linear_int4 import Int4Linear
 from nanovlm_v2drop.models.vlm import PackedInputs
 
 SIZES: dict[str, Any] = {
@@ -165,6 +166,16 @@ def test_an_mlp_that_takes_some_rows_at_a_time_gives_what_it_gives_for_all_at_on
 
 
 CPU = torch.device("cpu")
+
+
+def test_an_mlp_takes_all_rows_at_once_where_pieces_would_be_slower() -> None:
+    mlp, values = GatedMLP(32, 48), torch.randn(decoder_module.CPU_ROWS + 1, 32)
+    assert mlp.rows_at_once(values) == decoder_module.CPU_ROWS
+    assert mlp.rows_at_once(values.to("meta")) == len(values)
+    mlp.gate_proj = Int4Linear.__new__(Int4Linear)
+    assert mlp.rows_at_once(values) == len(values)
+
+
 PRECISIONS = [
     *(Precision(name, getattr(torch, name)) for name in DTYPE_NAMES if name not in OBSTACLES),
     *(Precision(name, dtype) for name in OBSTACLES for dtype in (torch.bfloat16, torch.float32)),
