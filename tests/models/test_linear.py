@@ -57,13 +57,16 @@ def test_the_plain_weight_can_be_had_back() -> None:
 
 
 @needs_bfloat16
-def test_a_weight_is_packed_at_its_first_product_and_the_plain_one_is_then_let_go() -> None:
-    linear = random_linear(96, 40)
+def test_a_weight_is_packed_at_its_first_product_and_the_plain_one_is_then_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, let_go = random_linear(96, 40), []
+    monkeypatch.setattr(linear_module, "let_go", let_go.append)
     packed = prepacked(linear)
+    assert not let_go
     assert packed.plain_weight.data_ptr() == linear.weight.data_ptr()
     with torch.no_grad():
         packed(torch.randn(2, 96).bfloat16())
     assert packed.plain_weight is None
+    assert [weight.data_ptr() for weight in let_go] == [linear.weight.data_ptr()]
 
 
 @needs_bfloat16
