@@ -18,7 +18,7 @@ from tiny import logits_of
 
 from nanovlm_v2drop import Request, load, save_quantised
 from nanovlm_v2drop.benchmark.loading import write_checkpoint
-from nanovlm_v2drop.loading import quantised, saving
+from nanovlm_v2drop.loading import quantised, saving, zoo
 from nanovlm_v2drop.loading.files import CheckpointError
 from nanovlm_v2drop.loading.precision import Precision
 from nanovlm_v2drop.loading.saving import new_folder
@@ -118,6 +118,12 @@ def test_other_dtypes_of_a_copy_are_refused(original: VisionLanguageModel, copy:
     assert load(copy, dtype=original.precision.name).precision == original.precision
     with pytest.raises(ValueError, match=r"holds int\d weights, which cannot run: it is for CPUs, not meta; load the original"):
         load(copy, device="meta")
+
+
+def test_processes_cannot_share_a_copy(original: VisionLanguageModel, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "find_place", lambda *_: (CPU, object()))
+    with pytest.raises(ValueError, match=f"tensor_parallel with {original.precision.name} weights is not possible; use bfl"):
+        load(copy)
 
 
 def test_transformers_finds_no_weights_in_a_copy(copy: Path) -> None:
