@@ -24,8 +24,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("tokenizer", "prompts", "chat_template"),
     ),
     "loading": (
-        "specs", "precision", "tensor_parallel", "uninitialised", "files", "checkpoint", "quantised", "families", "in_memory",
-        "hub", "zoo", "saving", "text_model",
+        "specs", "precision", "device", "tensor_parallel", "uninitialised", "files", "checkpoint", "quantised", "families",
+        "in_memory", "hub", "zoo", "saving", "text_model",
     ),
     "inference": ("prefill_loop", "decoding", "generation", "turn", "transcript", "conversation", "chat"),
     "demo": ("scenes", "clips", "data", "export", "warm_start", "recipe", "steps", "train_image", "train_video", "train"),

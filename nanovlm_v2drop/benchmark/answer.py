@@ -32,12 +32,13 @@ from ..dropping import TokenDropper
 from ..dropping.budget import Budget, shapes_of
 from ..evaluation.plans import DENSE, find_methods
 from ..inference import decode_tokens, prefill
+from ..loading.specs import WeightsUnavailable
 from ..loading.zoo import VisionLanguageModel, load
 from ..models.vlm import PackedInputs
 from ..processing.prompts import Request
 from .memory import MARKS, resident
 from .picture import Prompt, noise_picture
-from .run import print_rows
+from .run import check_counts, print_rows
 
 QUESTION, SIDE = "What is in the picture?", 1024
 EVERY = 0.005  # seconds between two looks at the memory
@@ -125,13 +126,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name in ("new_tokens", "repeats", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    torch.set_num_threads(args.threads)
     try:
+        check_counts(args, "new_tokens", "repeats", "threads")
+        torch.set_num_threads(args.threads)
         row = measured(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, WeightsUnavailable) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print_rows([row])
 

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..loading.files import INDEX
+from ..loading.files import INDEX, write_safetensors
 from ..loading.saving import new_folder
 from ..models.config import VisionConfig
 from .official_llava import llava_files, llava_tensors, llava_tokenizer
@@ -62,11 +61,11 @@ def layout_of(name: str, layers: int | None) -> Layout:
     return Layout(llava_files(shape, open_sizes), llava_tokenizer(), shapes)
 
 
-def write_checkpoint(name: str, folder: Path, seed: int = 0, layers: int | None = None) -> None:
-    """Write a random checkpoint of a model in MODELS, in bfloat16.
+def write_checkpoint(name: str, folder: Path, seed: int = 0, layers: int | None = None) -> Path:
+    """Write a random checkpoint of a model in MODELS, in bfloat16. Returns its folder.
 
     Raises ValueError for another model and for a number of layers that it does not have, and OSError as
-    `new_folder`: a real checkpoint is never replaced.
+    `new_folder` and `write_safetensors`: a real checkpoint is never replaced.
     """
     layout = layout_of(name, layers)
     folder = new_folder(folder)
@@ -74,6 +73,7 @@ def write_checkpoint(name: str, folder: Path, seed: int = 0, layers: int | None 
     for file, content in layout.settings.items():
         (folder / file).write_text(json.dumps(content, indent=2), encoding="utf-8")
     write_shards(layout.shapes, folder, torch.Generator().manual_seed(seed))
+    return folder
 
 
 def write_shards(shapes: Mapping[str, torch.Size], folder: Path, generator: torch.Generator) -> None:
@@ -82,7 +82,7 @@ def write_shards(shapes: Mapping[str, torch.Size], folder: Path, generator: torc
     places = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: noise(name, shapes[name], generator) for name in names}, folder / file, metadata={"format": "pt"})
+        write_safetensors({name: noise(name, shapes[name], generator) for name in names}, folder / file)
         places.update(dict.fromkeys(names, file))
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2), encoding="utf-8")
 
@@ -122,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        write_checkpoint(args.model, args.folder, args.seed, args.layers)
+        folder = write_checkpoint(args.model, args.folder, args.seed, args.layers)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"wrote {sum(file.stat().st_size for file in args.folder.iterdir()) / 1e9:.2f} GB to {args.folder}")
+    print(f"wrote {sum(file.stat().st_size for file in folder.iterdir()) / 1e9:.2f} GB to {folder}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from ..dropping.budget import Budget, shapes_of
 from ..evaluation.machine import peak_memory_mb
 from ..evaluation.plans import DENSE
 from ..inference import Prefilled, prefill
+from ..loading.specs import WeightsUnavailable
 from ..loading.zoo import VisionLanguageModel, load
 from ..models.config import SmolVLMConfig
 from ..models.vlm import PackedInputs, VisionInput
@@ -40,7 +41,7 @@ from ..processing.prompts import Request
 from .contenders import Run, compare_logits, decode_and_rewind, transformers_decode_and_rewind
 from .loading import output_of
 from .measure import time_rounds
-from .run import print_rows
+from .run import check_counts, numbers, print_rows
 
 CPU = torch.device("cpu")
 QUESTION, DECODED = "What is in the picture?", 8
@@ -211,14 +212,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         run_and_print(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, WeightsUnavailable) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 def run_and_print(args: argparse.Namespace) -> None:
-    """Raises ValueError and OSError for a folder, a picture or a number that cannot be used."""
+    """Raises ValueError and OSError for a folder, a picture or a number that cannot be used, and what `load` raises."""
+    check_counts(args, "repeats", "threads")
     torch.set_num_threads(args.threads)
-    dtypes, shares = args.dtypes.split(","), [float(share) for share in args.retain.split(",")]
+    dtypes, shares = args.dtypes.split(","), numbers("--retain", args.retain)
     with TemporaryDirectory(prefix="nanovlm-picture-") as place:
         picture = args.image or Path(place) / "noise.png"
         if args.image is None:

@@ -76,8 +76,16 @@ def budgets_of(args: argparse.Namespace, vision_tokens: int) -> dict[str, float]
     if tokens is None and shares is None:
         tokens, shares = (PICTURE_TOKENS, None) if args.frames is None else (None, VIDEO_SHARES)
     if tokens is not None:
-        return {f"{budget:g}": budget for budget in map(float, tokens.split(","))}
-    return {f"{100 * share:.4g}%": share * vision_tokens for share in map(float, shares.split(","))}
+        return {f"{budget:g}": budget for budget in numbers("--tokens", tokens)}
+    return {f"{100 * share:.4g}%": share * vision_tokens for share in numbers("--retain", shares)}
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """The numbers of an option; raises ValueError for text that is none."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r} must be numbers with commas between them") from None
 
 
 def named_peers(text: str) -> dict[str, list[str]]:
@@ -102,19 +110,23 @@ def installed_peers(text: str, notes: list[str]) -> dict[str, list[str]]:
     return peers
 
 
-def check_sizes(args: argparse.Namespace) -> None:
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError for options with a number below one."""
+    for name in names:
+        if (count := getattr(args, name)) is not None and count < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {count} must be at least 1")
+
+
+def check_options(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers below one and for graphs without a GPU."""
-    sizes = args.layers, args.repeats, args.decode_steps, args.text_tokens, args.vision_tokens, args.frames
-    if min(size for size in sizes if size is not None) < 1:
-        raise ValueError("layers, repeats, decode steps, frames and numbers of tokens must be at least 1")
+    check_counts(args, "layers", "repeats", "decode_steps", "text_tokens", "vision_tokens", "frames", "threads")
     if args.cuda_graph and args.device == "cpu":
         raise ValueError("--cuda-graph needs --device cuda")
 
 
 @torch.inference_mode()
 def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Check, then measure. Raises ValueError for impossible options and RuntimeError if the logits differ."""
-    check_sizes(args)
+    """Check the logits, then measure. Raises ValueError for impossible options and RuntimeError if the logits differ."""
     notes: list[str] = []
     peers = installed_peers(args.peers, notes)
     workloads = make_workloads(args, TRANSFORMERS in peers)
@@ -267,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     try:
+        check_options(args)
         torch.set_num_threads(args.threads)
         report = (run_loading if args.loading else run_benchmark)(args)
     except ValueError as error:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dropping import DropSchedule
+from ..loading.device import as_device
 from ..loading.precision import Precision, named_precision, pack
-from ..loading.zoo import as_device
 from ..models.attention import resolve_backend
 from ..models.config import LengthScaling, TextConfig
 from ..models.decoder import Decoder
@@ -297,14 +297,14 @@ def shape_of(model: str) -> TextConfig:
 
 
 def prompt_grids(args: argparse.Namespace) -> Grids:
-    """The grid of the video, or of one picture that is as square as possible. Raises ValueError if the model takes no video."""
+    """The grid of the video, or of one picture that is as square as possible. Raises ValueError if the model has no video."""
     if args.frames is None:
         rows = next(rows for rows in range(isqrt(args.vision_tokens), 0, -1) if args.vision_tokens % rows == 0)
         return ((1, rows, args.vision_tokens // rows),)
     for family, video_grids in VIDEO_GRIDS.items():
         if args.model.startswith(family):
             return video_grids(args.frames)
-    raise ValueError(f"{args.model} takes pictures only, not {args.frames} frames of a video; give --vision-tokens instead")
+    raise ValueError(f"no video of {args.model} is known here; give --vision-tokens instead of --frames {args.frames}")
 
 
 def random_decoder(config: TextConfig, device: torch.device, dtype: torch.dtype, attention: str) -> Decoder:

@@ -21,7 +21,7 @@ from ..models.memory import let_go, trim
 from ..models.model_classes import MODEL_CLASSES
 from ..models.vlm import VLM
 from .files import SAFETENSORS_TWINS, CheckpointError, StoredTensor, check_names, list_tensors, listed, open_safetensors
-from .precision import Precision, check_not_split, pack, packed_layers, quantise
+from .precision import Precision, check_not_split, pack_floats, packed_layers, quantise
 from .tensor_parallel import split_decoder
 from .uninitialised import Uninitialised
 
@@ -118,7 +118,7 @@ def load_model(
         fill(model, dict(read_tensors(sources, parts, device, precision.dtype, as_stored)), parts)
         check_materialised(model)
         let_go(*model.parameters())  # every page was read to check its values
-    pack(model, precision, device)
+    pack_floats(model, precision, device)
     return model
 
 
@@ -273,10 +273,8 @@ def check_floating(stored: Sequence[StoredTensor]) -> None:
 def check_nothing_missing(sources: dict[str, StoredTensor], model: Model, folder: Path) -> None:
     """Raise CheckpointError for parameters without a stored tensor; a tied head needs none."""
     optional = {HEAD} if model.config.text_config.tie_word_embeddings else set()
-    missing = [name for name in model.state_dict() if name not in sources and name not in optional]
-    if not missing:
-        return
-    raise CheckpointError(f"{folder} lacks tensors of the model: {listed(missing)}; is the download complete?")
+    if missing := [name for name in model.state_dict() if name not in sources and name not in optional]:
+        raise CheckpointError(f"{folder} lacks tensors of the model: {listed(missing)}; is the download complete?")
 
 
 def check_shapes(sources: dict[str, StoredTensor], parameters: dict[str, Tensor]) -> None:
@@ -344,4 +342,3 @@ def check_materialised(model: Model) -> None:
     tensors = chain(model.named_parameters(), model.named_buffers())
     if left := [name for name, tensor in tensors if tensor.is_meta]:
         raise CheckpointError(f"never filled from the checkpoint: {listed(left)}")
-

@@ -1,14 +1,16 @@
 """The files of a checkpoint folder: which weights it holds, and which folders cannot be loaded at all.
 
-A folder may come from a stranger: nothing outside it is opened, and no pickle is.
+A folder may come from a stranger: no weights outside of it are opened, and no pickle is.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ..models.config import read_json_object
 from ..models.config.settings import MapOf, Text
@@ -146,7 +148,7 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
     """The folder's safetensors files, in order, with the tensor names that an index promises in each (or none)."""
     single, index = folder / "model.safetensors", folder / (INDEX if own_quantisation(folder) is None else OWN_INDEX)
     if single.is_file():  # before the index, as transformers decides it
-        return {single: set()}
+        return {inside(folder, single): set()}
     if index.is_file():
         return indexed_files(index)
     files = sorted(folder.glob("*.safetensors"))
@@ -154,7 +156,7 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
         raise CheckpointError(f"{folder} has {len(files)} safetensors files but no {index.name}; download that too")
     if not files:
         raise missing_weights(folder)
-    return {files[0]: set()}
+    return {inside(folder, files[0]): set()}
 
 
 def indexed_files(index: Path) -> dict[Path, set[str]]:
@@ -228,6 +230,14 @@ def open_safetensors(file: Path) -> Any:
             f"{file} ({file.stat().st_size} bytes) is no complete safetensors file: {error}; "
             "download it again (a Git LFS pointer needs git lfs pull)"
         ) from error
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a file; raises OSError where that fails, as for a full disk."""
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}; remove its folder and make room, or give another folder") from error
 
 
 def listed(names: Iterable[str], limit: int = 3) -> str:

@@ -139,6 +139,11 @@ def quantise(model: nn.Module, precision: Precision) -> None:
 def pack(model: nn.Module, precision: Precision, device: torch.device) -> None:
     """Put the matrices of a model on a CPU into the form in which they are multiplied, one after another."""
     quantise(model, precision)
+    pack_floats(model, precision, device)
+
+
+def pack_floats(model: nn.Module, precision: Precision, device: torch.device) -> None:
+    """As `pack`, for the matrices that stay floats."""
     if can_prepack(device) and (precision.is_quantised or precision.name == "bfloat16"):
         pack_bfloat16(model, precision.dtype)
     elif precision.name == "float32" and device.type == "cpu" and is_faster_with_onednn():

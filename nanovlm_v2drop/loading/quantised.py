@@ -8,6 +8,7 @@ other programs find no weights.
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models.config import VLMConfig
@@ -34,8 +34,9 @@ from .files import (
     listed,
     open_safetensors,
     own_quantisation,
+    write_safetensors,
 )
-from .precision import Precision, named_precision, pack
+from .precision import OBSTACLES, Precision, named_precision, pack_floats
 from .uninitialised import Uninitialised
 
 FILE_BYTES = 2**30  # of tensors in a file; they are collected in memory before they are written
@@ -58,6 +59,8 @@ def saved_precision(folder: Path, asked: Precision | None, device: torch.device)
         raise CheckpointError(f"{folder} is a quantised copy with the unknown dtype {name!r}; write it again")
     if asked is not None and asked.name != name:
         raise ValueError(f"{folder} holds {name} weights, not {asked}; leave the dtype out, or load the original checkpoint")
+    if (reason := OBSTACLES[name](device)) is not None:
+        raise ValueError(f"{folder} holds {name} weights, which cannot run: {reason}; load the original checkpoint")
     found = named_precision(name, device)
     if layout != layout_of(name):
         raise CheckpointError(f"{folder} was written for the kernels of {layout}, not {layout_of(name)}; write it again here")
@@ -75,12 +78,12 @@ def quantisation_settings(precision: Precision) -> dict[str, str | None]:
 
 
 def write_weights(model: VLM, folder: Path) -> None:
-    """Write a model with quantised layers in files of about FILE_BYTES, and the index that names them."""
+    """Write a model with quantised layers in files of about FILE_BYTES, and the index that names them; raises OSError."""
     files: list[list[str]] = []
     waiting, size = dict[str, Tensor](), 0
     for name, tensor in chain(stored_tensors(model), [(None, torch.empty(0))]):
         if waiting and (name is None or size + tensor.nbytes > FILE_BYTES):
-            save_file(waiting, folder / file_name(len(files)), metadata={"format": "pt"})
+            write_safetensors(waiting, folder / file_name(len(files)))
             files.append(list(waiting))
             waiting, size = {}, 0
         if name is not None:
@@ -128,13 +131,13 @@ def load_quantised(folder: Path, config: VLMConfig, precision: Precision, attent
         linear = linears.pop(name)
         made = read_linear(reader, name, linear, precision)
         replace_linears(model, {name: linear}, lambda _, made=made: made)  # type: ignore[misc]
-    pack(model, precision, CPU)  # what is not quantised
+    pack_floats(model, precision, CPU)
     check_materialised(model)
     return model.eval().requires_grad_(False)
 
 
 def is_int4(name: str, precision: Precision) -> bool:
-    """Whether a layer has 4-bit weights; see `pack`."""
+    """Whether a layer has 4-bit weights; see precision.quantise."""
     return precision.name == "int4" and DECODER_LAYERS.search(name) is not None
 
 
@@ -159,10 +162,10 @@ def expected_forms(model: VLM, linears: Mapping[str, nn.Linear], precision: Prec
 
 def check_forms(stored: Sequence[StoredTensor], forms: Mapping[str, Form], folder: Path) -> None:
     """Raise CheckpointError unless exactly these tensors are stored, each once."""
-    names = [tensor.name for tensor in stored]
-    if missing := sorted(forms.keys() - set(names)):
+    names = Counter(tensor.name for tensor in stored)
+    if missing := sorted(forms.keys() - names.keys()):
         raise CheckpointError(f"{folder} lacks tensors of the quantised copy: {listed(missing)}; write it again")
-    if unexpected := [str(tensor) for tensor in stored if tensor.name not in forms or names.count(tensor.name) > 1]:
+    if unexpected := [str(tensor) for tensor in stored if tensor.name not in forms or names[tensor.name] > 1]:
         raise CheckpointError(f"{folder} stores tensors that the model has no place for: {listed(unexpected)}")
     wrong = [
         f"{tensor} is {tensor.shape} in {tensor.dtype}"

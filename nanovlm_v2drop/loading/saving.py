@@ -24,7 +24,7 @@ def save_quantised(vlm: VisionLanguageModel, folder: str | Path) -> None:
     """Write the quantised copy of a model that was loaded with dtype int8 or int4.
 
     Raises ValueError for a model without quantised weights, and for a settings file that is a link out of its folder;
-    OSError as `new_folder`.
+    OSError as `new_folder` and where a file cannot be written.
     """
     if not vlm.precision.is_quantised or vlm.folder is None:
         raise ValueError(f"{vlm.name} is loaded with {vlm.precision.name} weights; load it with dtype int8 or int4 first")
@@ -71,11 +71,11 @@ def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
     try:
-        new_folder(args.folder)  # before minutes of quantising
-        save_quantised(load(args.model, dtype=args.dtype), args.folder)
+        target = new_folder(args.folder)  # before minutes of quantising
+        save_quantised(load(args.model, dtype=args.dtype), target)
     except (ValueError, OSError, WeightsUnavailable) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(f"wrote {sum(file.stat().st_size for file in args.folder.iterdir()) / 1e9:.2f} GB to {args.folder}")
+    print(f"wrote {sum(file.stat().st_size for file in target.iterdir()) / 1e9:.2f} GB to {target}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ STILLS, ALL_MEDIA = (PICTURE, SEVERAL), (PICTURE, SEVERAL, VIDEO)
 
 
 class WeightsUnavailable(RuntimeError):
-    """The weights of a model cannot be had; the message says what was tried, and on a second line what to do."""
+    """The weights of a model cannot be had; the message says what was tried and what to do."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`load_decoder`: a text checkpoint as a decoder with its tokenizer, for prompts whose spans may be dropped."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -18,10 +18,11 @@ from ..processing.chat_template import read_chat_template
 from ..processing.prompts import DEFAULT_TEMPLATE, TEMPLATES
 from ..processing.tokenizer import Tokenizer, load_tokenizer
 from .checkpoint import load_model
+from .device import as_device
 from .files import check_folder, list_tensors
 from .precision import Precision, chosen_precision, named_precision
-from .specs import AUTO, HUB_ID, MODELS, ModelSpec, find_spec
-from .zoo import as_device, content_seed
+from .specs import AUTO, HUB_ID, MODELS, find_spec
+from .zoo import content_seed, with_cache_dtype
 
 MESSAGE = "\ue000"  # stands for the message while its surroundings are written
 
@@ -58,7 +59,7 @@ class TextModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.decoder.embed_tokens.weight.dtype
+        return self.decoder.dtype
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -116,8 +117,7 @@ class TextModel:
         text, length = self.config.text_config, len(prompt.token_ids)
         if text.context_length is not None and length > text.context_length:
             raise ValueError(
-                f"the prompt has {length} tokens, but the context of {self.name} holds {text.context_length}; "
-                "shorten it"
+                f"the prompt has {length} tokens, but the context of {self.name} holds {text.context_length}; shorten it"
             )
         smallest, largest = min(prompt.token_ids), max(prompt.token_ids)
         if smallest < 0 or largest >= text.vocab_size:
@@ -159,8 +159,7 @@ def load_decoder(
     precision = precision or chosen_precision(place, sum(prod(tensor.shape) for tensor in list_tensors(folder)))
     attention = resolve_backend(attention, place, precision.dtype)
     network = load_model(folder, config, device=place, precision=precision, attention=attention)
-    network.language_model.kv_cache_dtype = kv_cache_dtype
-    return TextModel(name, network, replace(precision, kv_cache_dtype=kv_cache_dtype), folder.resolve())
+    return with_cache_dtype(TextModel(name, network, precision, folder.resolve()), kv_cache_dtype)
 
 
 def locate_decoder(model: str | Path) -> tuple[str, Path]:
@@ -175,7 +174,7 @@ def locate_decoder(model: str | Path) -> tuple[str, Path]:
             f"no folder and no model {str(model)!r}: give the folder of a text checkpoint, or an id of the Hugging Face Hub as "
             "OWNER/NAME"
         )
-    spec: ModelSpec = find_spec(str(model))
+    spec = find_spec(str(model))
     from .hub import download  # here: it takes a second to import
 
     return spec.name, download(spec, LanguageModelConfig.from_folder)

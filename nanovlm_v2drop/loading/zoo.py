@@ -6,21 +6,21 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from ..models.attention import resolve_backend
-from ..models.config import NanoVLMConfig, Qwen2VLConfig, VLMConfig
+from ..models.config import LlavaConfig, NanoVLMConfig, Qwen2VLConfig, VLMConfig
 from ..models.kv_cache import KV_CACHE_DTYPES, check_kv_cache_dtype
-from ..models.parallel import join_processes, tensor_mesh
 from ..models.vlm import VLM, Encode, PackedInputs, VisionInput
 from ..processing.images import DEFAULT_ASPECT_RATIO, PlannedMedium
 from ..processing.prompts import Conversation, Given, Request, build_prompt, encode_prompt, named_template, write_media
 from ..processing.tokenizer import Tokenizer, load_tokenizer
 from ..processing.video import FrameSampling, sample_video
 from .checkpoint import load_model, share_model
+from .device import as_device, find_place
 from .families import MediaProcessor, find_conversation, media_processor, released_sampling
 from .files import check_folder, has_tokenizer, list_tensors
 from .in_memory import HeldModel, held_name, held_weights, is_held_model, write_settings
@@ -30,6 +30,8 @@ from .specs import AUTO, MODELS, OWN_TEMPLATE, ModelSpec, WeightsUnavailable, fi
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+Loaded = TypeVar("Loaded", bound=Any)  # a VisionLanguageModel or a TextModel
 
 
 @dataclass(eq=False)
@@ -61,7 +63,7 @@ class VisionLanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         """What the decoder computes in."""
-        return self.model.language_model.embed_tokens.weight.dtype
+        return self.model.language_model.dtype
 
     def prepare(self, requests: Sequence[Request]) -> PackedInputs:
         """Turn requests into one packed batch; all their pictures and videos go through the tower together.
@@ -212,11 +214,27 @@ def load(
     check_kv_cache_dtype(kv_cache_dtype)
     if template not in (None, OWN_TEMPLATE):
         named_template(str(template))
-    if not isinstance(model, str | Path):
-        return with_cache_dtype(share(model, processor, device, dtype, attention, options), kv_cache_dtype)
-    if processor is not None:
-        raise ValueError(f"a processor belongs to a model in memory; {str(model)!r} comes with its own files")
-    place, mesh = find_place(device or "cpu", tensor_parallel)
+    if isinstance(model, str | Path):
+        if processor is not None:
+            raise ValueError(f"a processor belongs to a model in memory; {str(model)!r} comes with its own files")
+        vlm = read(model, weights, *find_place(device or "cpu", tensor_parallel), dtype, attention, options)
+    else:
+        if weights is not None or tensor_parallel != 1:
+            raise ValueError("a model in memory has its own weights in one process; leave out weights and tensor_parallel")
+        vlm = share(model, processor, device, dtype, attention, options)
+    return with_cache_dtype(vlm, kv_cache_dtype)
+
+
+def read(
+    model: str | Path,
+    weights: str | Path | None,
+    place: torch.device,
+    mesh: "DeviceMesh | None",
+    dtype: str | torch.dtype,
+    attention: str,
+    options: Options,
+) -> VisionLanguageModel:
+    """A model from files; raises as `load`."""
     precision = None if dtype == AUTO else named_precision(dtype, place)  # before anything is downloaded
     spec, folder = locate(model, weights)
     config, surroundings = surround(spec, folder, options)
@@ -229,15 +247,14 @@ def load(
         network = load_quantised(folder, config, precision, attention)
     else:
         network = load_model(folder, config, device=place, precision=precision, attention=attention, mesh=mesh)
-    vlm = VisionLanguageModel(model=network, folder=folder.resolve(), precision=precision, **surroundings)
-    return with_cache_dtype(vlm, kv_cache_dtype)
+    return VisionLanguageModel(model=network, folder=folder.resolve(), precision=precision, **surroundings)
 
 
-def with_cache_dtype(vlm: VisionLanguageModel, kv_cache_dtype: str) -> VisionLanguageModel:
+def with_cache_dtype(loaded: Loaded, kv_cache_dtype: str) -> Loaded:
     """The model, whose caches will be in this dtype."""
-    vlm.model.language_model.kv_cache_dtype = kv_cache_dtype
-    vlm.precision = replace(vlm.precision, kv_cache_dtype=kv_cache_dtype)
-    return vlm
+    loaded.model.language_model.kv_cache_dtype = kv_cache_dtype
+    loaded.precision = replace(loaded.precision, kv_cache_dtype=kv_cache_dtype)
+    return loaded
 
 
 def share(
@@ -272,6 +289,11 @@ def surround(spec: ModelSpec, folder: Path, options: Options) -> tuple[VLMConfig
     """Everything but the weights, from the small files of a folder: the config, and fields of VisionLanguageModel."""
     check_folder(folder)
     config = VLMConfig.from_folder(folder)
+    if options.image_aspect_ratio != DEFAULT_ASPECT_RATIO and type(config) is not LlavaConfig:
+        raise ValueError(
+            f"image_aspect_ratio {options.image_aspect_ratio!r} has no meaning for {spec.name}: only LLaVA-1.5 makes pictures "
+            "square; leave it out"
+        )
     if options.max_pixels is not None and not isinstance(config, Qwen2VLConfig):
         raise ValueError(
             f"max_pixels {options.max_pixels} has no meaning for {spec.name}: only Qwen-VL's pictures come in any size"
@@ -302,15 +324,6 @@ def tokenizer_folder(folder: Path, config: VLMConfig) -> Path:
     return download_tokenizer(config.tokenizer)
 
 
-def find_place(device: str | torch.device, tensor_parallel: int) -> "tuple[torch.device, DeviceMesh | None]":
-    """Where this process computes, and the processes that it shares the decoder with."""
-    if tensor_parallel == 1:
-        return as_device(device), None
-    kind = torch.device(device).type
-    processes = join_processes(kind, tensor_parallel)
-    return as_device(processes.device(str(device))), tensor_mesh(kind, tensor_parallel)
-
-
 def locate(model: str | Path, weights: str | Path | None = None) -> tuple[ModelSpec, Path]:
     """Find what to load and its folder, downloading a model that is not here; raises as `load`."""
     folder = Path(model).expanduser()
@@ -335,15 +348,3 @@ def find_folder(spec: ModelSpec) -> Path:
     from .hub import download  # here: it takes a second to import, and the shipped models never need it
 
     return download(spec)
-
-
-def as_device(device: str | torch.device) -> torch.device:
-    """A device that is there; raises ValueError for another."""
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    # torch raises RuntimeError for an unknown name or a missing driver, AssertionError where it was built without CUDA.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}; use cpu") from error
-    return found

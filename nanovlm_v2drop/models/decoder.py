@@ -7,7 +7,7 @@ A layer does not compute attention, write a cache or know the number of sequence
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import joined
 from .config import TextConfig
-from .linear import PrepackedLinear, QuantisedLinear, RowByRow, Values, added, products
+from .linear import PrepackedLinear, QuantisedLinear, RowByRow, Values, added, added_and_product, products
 from .linear_int4 import Int4Linear
 from .linear_widened import WidenedLinear
 from .parallel import TensorParallel
@@ -25,6 +25,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, head_dim), k and
 CPU_ROWS = 320  # of an MLP at once
 CPU_VALUES = 2**18  # of a norm at once
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, head_dim) each
+Part = TypeVar("Part")
 
 
 class RMSNorm(nn.Module):
@@ -120,13 +121,13 @@ class SelfAttention(nn.Module):
         q, k, v = map(self.heads, products(hidden_states, self.q_proj, self.k_proj, self.v_proj))
         return apply_rotary(self.q_norm(q), rotary), apply_rotary(self.k_norm(k), rotary), v
 
-    def query(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
+    def query(self, hidden_states: Values, rotary: Rotary) -> Tensor:
         """(T, H, head_dim), rotated"""
-        return apply_rotary(self.q_norm(self.heads(self.q_proj(hidden_states))), rotary)
+        return apply_rotary(self.q_norm(self.heads(*products(hidden_states, self.q_proj))), rotary)
 
-    def key(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
+    def key(self, hidden_states: Values, rotary: Rotary) -> Tensor:
         """(T, K, head_dim), rotated"""
-        return apply_rotary(self.k_norm(self.heads(self.k_proj(hidden_states))), rotary)
+        return apply_rotary(self.k_norm(self.heads(*products(hidden_states, self.k_proj))), rotary)
 
     def heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim))
@@ -147,9 +148,17 @@ class GatedMLP(nn.Module):
 
     def added(self, sums: Tensor, values: Values) -> Tensor:
         """The sums (T, D) and what `forward` gives for the values."""
+        return joined(self.in_pieces(added, sums, values))
+
+    def added_and_product(self, sums: Tensor, values: Values) -> tuple[Tensor, Tensor]:
+        """What `added` gives, to the last bit, and what `forward` gives."""
+        together, products = zip(*self.in_pieces(added_and_product, sums, values), strict=True)
+        return joined(together), joined(products)
+
+    def in_pieces(self, add: Callable[..., Part], sums: Tensor, values: Values) -> list[Part]:
         at_once = self.rows_at_once(sums)
         rows = zip(sums.split(at_once), values.split(at_once), strict=True)
-        return joined([added(some, self.gated(own), self.down_proj) for some, own in rows])
+        return [add(some, self.gated(own), self.down_proj) for some, own in rows]
 
     def rows_at_once(self, hidden_states: Tensor) -> int:
         """On a CPU, the values of a few rows are still in its cache when down_proj reads them.
@@ -192,16 +201,10 @@ class DecoderLayer(nn.Module):
         self, hidden_states: Tensor, rotary: Rotary, attend: Attend, show: Callable[[ModuleOutputs], None] | None = None
     ) -> Tensor:
         """The layer's input (T, D) -> the next layer's input. `show`, if given, receives the module outputs."""
+        attended = attend(*self.before_part(self, hidden_states, rotary))
         if show is None:
-            return self.behind_part(self, hidden_states, attend(*self.before_part(self, hidden_states, rotary)))
-        attention_input = self.input_layernorm(hidden_states)
-        attended = attend(*self.self_attn.query_key_value(attention_input, rotary))
-        attention_output = self.self_attn.o_proj(attended.flatten(-2))
-        hidden_states = hidden_states + attention_output
-        mlp_input = self.post_attention_layernorm(hidden_states)
-        mlp_output = self.mlp(mlp_input)
-        show(ModuleOutputs(attention_input, attention_output, mlp_input, mlp_output))
-        return hidden_states + mlp_output
+            return self.behind_part(self, hidden_states, attended)
+        return self.shown_behind_attention(hidden_states, attended, show)
 
     def before_attention(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's input (T, D) -> queries, keys and values"""
@@ -212,10 +215,19 @@ class DecoderLayer(nn.Module):
         hidden_states = added(hidden_states, attended.flatten(-2), self.self_attn.o_proj)
         return self.mlp.added(hidden_states, self.post_attention_layernorm.row_by_row(hidden_states))
 
+    def shown_behind_attention(self, hidden_states: Tensor, attended: Tensor, show: Callable[[ModuleOutputs], None]) -> Tensor:
+        """As `behind_attention`, to the last bit."""
+        middle, attention_output = added_and_product(hidden_states, attended.flatten(-2), self.self_attn.o_proj)
+        sums, mlp_output = self.mlp.added_and_product(middle, self.post_attention_layernorm.row_by_row(middle))
+        inputs = self.input_layernorm(hidden_states), self.post_attention_layernorm(middle)
+        show(ModuleOutputs(inputs[0], attention_output, inputs[1], mlp_output))
+        return sums
+
     def row_queries_and_keys(self, hidden_states: Tensor, rotary: Rotary, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (R, H, head_dim) of `rows` (R,) and all keys (T, K, head_dim), as `forward` would compute them."""
-        normed, (cos, sin) = self.input_layernorm(hidden_states), rotary
-        return self.self_attn.query(normed[rows], (cos[rows], sin[rows])), self.self_attn.key(normed, rotary)
+        """Queries (R, H, head_dim) of `rows` (R,) and all keys (T, K, head_dim), as `forward` computes them."""
+        normed, (cos, sin) = self.input_layernorm.row_by_row, rotary
+        queries = self.self_attn.query(normed(hidden_states[rows]), (cos[rows], sin[rows]))
+        return queries, self.self_attn.key(normed(hidden_states), rotary)
 
 
 class Decoder(nn.Module):

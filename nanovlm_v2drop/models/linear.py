@@ -136,6 +136,15 @@ def added(sums: Tensor, values: Values, linear: nn.Module) -> Tensor:
     return sums + linear(whole(values))
 
 
+def added_and_product(sums: Tensor, values: Values, linear: nn.Module) -> tuple[Tensor, Tensor]:
+    """What `added` gives, to the last bit, and the product itself."""
+    if isinstance(linear, QuantisedLinear):  # its product and its sum can be one step; on a CPU, the sums have all digits
+        together = added(sums, values, linear)
+        return together, together - sums
+    product = linear(whole(values))
+    return sums + product, product
+
+
 def check_no_gradients(values: Values, kind: str) -> None:
     """Raise RuntimeError where a derivative is asked for."""
     sources = values.sources if isinstance(values, RowByRow) else (values,)
@@ -181,9 +190,7 @@ def packable(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear by name, except a head that shares its weight with the embeddings, which are read row by row."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and id(module.weight) not in tables
+        name: module for name, module in model.named_modules() if type(module) is nn.Linear and id(module.weight) not in tables
     }
 
 

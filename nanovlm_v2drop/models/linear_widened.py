@@ -40,4 +40,3 @@ class WidenedLinear(nn.Linear):
             # MKL, which F.linear calls, would use half of the width of AMD's processors.
             target.copy_(torch.ops.mkldnn._linear_pointwise(values, piece.float(), None, "none", [], ""))
         return product
-

@@ -3,6 +3,7 @@
 A weight in the dtype of its file stays a view of the mapped file. Reading it makes its pages resident, and they stay so,
 although a weight that has been checked or reordered is not read again soon. Pages that were let go are read from the file when
 needed.
+
 The C library also keeps what it is given back, in pieces between other values.
 """
 

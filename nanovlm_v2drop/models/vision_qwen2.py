@@ -112,9 +112,7 @@ class QwenVisionTower(nn.Module):
 
     patch_bias: ClassVar[bool] = False
 
-    def __init__(
-        self, config: QwenVisionConfig, blocks: Iterable[QwenVisionBlock], merger: nn.Module, attention: str
-    ) -> None:
+    def __init__(self, config: QwenVisionConfig, blocks: Iterable[QwenVisionBlock], merger: nn.Module, attention: str) -> None:
         super().__init__()
         self.config = config
         self.attention = attention

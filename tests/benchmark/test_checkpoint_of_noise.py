@@ -3,16 +3,18 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from PIL import Image
 
 from nanovlm_v2drop import DropSchedule, Request, V2Drop, generate, load
-from nanovlm_v2drop.benchmark import answer, checkpoint
+from nanovlm_v2drop.benchmark import answer, checkpoint, picture
 from nanovlm_v2drop.benchmark.official_smolvlm import Sizes
 from nanovlm_v2drop.benchmark.workload import SHAPES
 from nanovlm_v2drop.inference import prefill
+from nanovlm_v2drop.loading.specs import WeightsUnavailable
 from nanovlm_v2drop.models.config import SiglipVisionConfig, VisionConfig
 
 
@@ -114,8 +116,36 @@ def test_the_first_answer_is_timed_in_parts_beside_the_memory(
     assert row["peak_anonymous_mb"] > 10
 
 
-def test_a_budget_that_cannot_be_reached_is_one_line(llava_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        answer.main([str(llava_folder), "--tokens", "0.5"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "0.5"], "out of reach"),
+        (["--threads", "0"], "--threads 0 must be at least 1"),
+        (["--new-tokens", "-1"], "--new-tokens -1 must be at least 1"),
+        (["--dtype", "int3"], "unknown dtype 'int3'"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(
+    options: list[str], message: str, llava_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        answer.main([str(llava_folder), *options])
+    assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("python -m nanovlm_v2drop.benchmark.answer: error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("program", [answer, picture])
+def test_weights_that_cannot_be_had_are_told_in_one_line(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unavailable(*_: object, **__: object) -> None:
+        raise WeightsUnavailable("not here")
+
+    monkeypatch.setattr(program, "load", unavailable)
+    with pytest.raises(SystemExit) as stop:
+        program.main(["smolvlm-256m"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": error: not here")

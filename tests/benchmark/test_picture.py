@@ -43,6 +43,21 @@ def test_a_checkpoint_of_another_family_is_refused_in_one_line(capsys):
     assert line.endswith("weights/demo is no checkpoint of the SmolVLM family; only their pixels are compared here")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repeats", "0"], "--repeats 0 must be at least 1"),
+        (["--threads", "0"], "--threads 0 must be at least 1"),
+        (["--retain", "half"], "--retain 'half' must be numbers with commas between them"),
+    ],
+)
+def test_options_that_cannot_be_are_told_in_one_line(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        picture.main(["folder", *options])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"python -m nanovlm_v2drop.benchmark.picture: error: {message}\n"
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_a_process_for_each_program(folder, capsys):
     rows = run(folder, capsys)

@@ -199,6 +199,15 @@ def test_a_stored_head_must_equal_the_embeddings_that_it_is_tied_to(tied: tuple[
         load_folder(tmp_path)
 
 
+def test_the_only_name_that_is_stored_of_a_tied_tensor_may_be_that_of_the_head(tied: tuple[Any, Path], tmp_path: Path) -> None:
+    reference, folder = tied
+    tensors = load_file(folder / "model.safetensors")
+    tensors["language_model.lm_head.weight"] = tensors.pop("language_model.model.embed_tokens.weight")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_matches(load_folder(tmp_path), reference)
+
+
 def test_weights_in_the_dtype_of_the_file_stay_in_the_mapped_file(tiny_llava_folder: Path) -> None:
     maps = Path("/proc/self/maps")
     if not maps.is_file():

@@ -97,6 +97,14 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         lambda f, _: change_config(f, text_config={"quantization_config": {"quant_method": "fp8"}}),
         r"names the quantisation fp8\)",
     ),
+    "compressed tensors in config.json": (
+        lambda f, _: change_config(f, compression_config={"quant_method": "compressed-tensors"}),
+        r"names the quantisation compressed-tensors\)",
+    ),
+    "AWQ in InternVL's llm_config": (
+        lambda f, _: change_config(f, llm_config={"quantization_config": {"quant_method": "awq", "bits": 4}}),
+        r"names the quantisation awq with 4 bits\)",
+    ),
     "a text as quantisation": (lambda f, _: change_config(f, quantization_config="awq"), r"names the quantisation 'awq'"),
     "AutoGPTQ's file": (lambda f, _: put(f, "quantize_config.json", {"bits": 4}), r"it holds quantize_config\.json"),
     "AWQ's file": (lambda f, _: put(f, "quant_config.json", {"w_bit": 4}), r"it holds quant_config\.json"),
@@ -113,6 +121,8 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         r"\(compressed-tensors: it stores .*down_proj\.weight_packed",
     ),
     "block-wise fp8": (lambda f, t: add(f, t, "weight_scale_inv"), r"\(FP8 or INT8: it stores .*weight_scale_inv"),
+    "AQLM": (lambda f, t: add(f, t, "codebooks", torch.float16), r"\(other: it stores .*down_proj\.codebooks"),
+    "HQQ": (lambda f, t: add(f, t, "W_q", torch.uint8), r"\(other: it stores .*down_proj\.W_q"),
     "input scales": (lambda f, t: add(f, t, "input_scale"), r"\(FP8 or INT8: it stores .*down_proj\.input_scale"),
     "GGUF": (
         lambda f, _: (f / "model.safetensors").rename(f / "llava-q4.gguf"),
@@ -171,7 +181,7 @@ def test_an_index_names_no_file_outside_of_its_folder(case: str, folder: Path, t
         load(folder)
 
 
-@pytest.mark.parametrize("linked", ["shard", "folder of the shard"])
+@pytest.mark.parametrize("linked", ["shard", "folder of the shard", "model.safetensors", "a.safetensors"])
 def test_a_link_does_not_lead_out_of_the_folder(linked: str, folder: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -179,6 +189,8 @@ def test_a_link_does_not_lead_out_of_the_folder(linked: str, folder: Path, tmp_p
     if linked == "shard":
         (folder / "a.safetensors").symlink_to(stored)
         put(folder, "model.safetensors.index.json", {"weight_map": {DOWN_PROJ: "a.safetensors"}})
+    elif linked.endswith(".safetensors"):  # the only file
+        (folder / linked).symlink_to(stored)
     else:
         (folder / "inner").symlink_to(elsewhere)
         put(folder, "model.safetensors.index.json", {"weight_map": {DOWN_PROJ: "inner/a.safetensors"}})
@@ -211,9 +223,11 @@ def test_the_links_of_the_hubs_cache_are_followed(
             (blobs / f"blob{number}").symlink_to(f"../../shared{number}")
         (snapshot / file.name).symlink_to(f"../../blobs/blob{number}")
     load(snapshot)
-    (snapshot / "model-00001-of-00003.safetensors").unlink()
-    (snapshot / "model-00001-of-00003.safetensors").symlink_to("../../../elsewhere")
-    with pytest.raises(CheckpointError, match=r"names shards that are not there|outside of its folder"):
+    shard = snapshot / "model-00001-of-00003.safetensors"
+    shutil.copy(shard, tmp_path / "elsewhere")
+    shard.unlink()
+    shard.symlink_to("../../../elsewhere")
+    with pytest.raises(CheckpointError, match=r"is a link to .*elsewhere, outside of its folder"):
         load(snapshot)
 
 

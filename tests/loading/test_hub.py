@@ -10,15 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from fake_hub import COMMIT, FakeHub, Refusal, serve
+from huggingface_hub.utils import get_session
 from safetensors.torch import save_file
 from test_checkpoint import write_shards
 from torch import Tensor
 
+from nanovlm_v2drop.loading import hub as hub_module
 from nanovlm_v2drop.loading.specs import MODELS, find_spec
 from nanovlm_v2drop.loading.zoo import load
 
@@ -239,6 +243,36 @@ def test_a_hub_that_says_nothing_is_given_up_after_a_bounded_time(hub: FakeHub, 
     assert "give a local copy with --weights DIR" in message
 
 
+def test_requests_without_a_time_limit_get_one_and_later_ones_are_as_before() -> None:
+    session = get_session()
+    before, limited = session.event_hooks["request"], {"read": 3.0, "connect": None}
+    requests = [SimpleNamespace(extensions={}), SimpleNamespace(extensions={"timeout": limited})]
+    with hub_module.bounded_requests():
+        (hook,) = session.event_hooks["request"][len(before) :]
+        for request in requests:
+            hook(request)
+    every = dict.fromkeys(("connect", "read", "write", "pool"), hub_module.TIMEOUT)
+    assert [request.extensions["timeout"] for request in requests] == [every, {**every, "read": 3.0}]
+    assert session.event_hooks["request"] == before
+
+
+def test_a_model_is_in_the_cache_only_where_all_its_files_are(
+    tiny_llava_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_llava_folder, tmp_path / "copy"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    assert hub_module.cached(find_spec(OTHER)) == folder
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert hub_module.cached(find_spec(OTHER)) is None
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "lm_tokenizer": "owner/name"}))
+    assert hub_module.cached(find_spec(OTHER)) == folder  # a nanoVLM, whose tokenizer is elsewhere
+    for name in ("config.json", "model.safetensors"):
+        kept = (folder / name).rename(tmp_path / name)
+        assert hub_module.cached(find_spec(OTHER)) is None
+        kept.rename(folder / name)
+
+
 @pytest.mark.slow
 def test_a_hub_that_falls_silent_during_a_file_is_given_up_too(hub: FakeHub, tmp_path: Path) -> None:
     hub.silent = {"/storage/"}
@@ -304,6 +338,7 @@ BAD_NAMES = {
     "owner/na me": "unknown model 'owner/na me'",
     "llava-1.5-7b@": "'llava-1.5-7b@' has no usable revision behind the @; give a branch, tag or commit",
     "llava-1.5-7b@../x": "has no usable revision",
+    "llava-1.5-7b@x/../../y": "has no usable revision",
     "owner/name@a b": "has no usable revision",
     "demo@main": "'demo@main' has no usable revision",
     "": "unknown model ''",

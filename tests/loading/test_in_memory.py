@@ -115,6 +115,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "another device": ("model", {"device": "meta"}, r"lies on cpu; move it with model\.to\('meta'\) first"),
     "another dtype": ("model", {"dtype": "float16"}, r"in torch\.float32, not in float16; convert it with model\.to\(torch\.f"),
     "int8": ("model", {"dtype": "int8"}, r"is in torch\.float32, not in int8; load a checkpoint folder for that"),
+    "other weights": ("model", {"weights": "folder"}, "has its own weights in one process; leave out weights and tensor_par"),
+    "several processes": ("model", {"tensor_parallel": 2}, "has its own weights in one process; leave out weights and tensor"),
     "no model": (5, {}, "a model is a name, a folder or a transformers model, not int"),
     "a module without config": (torch.nn.Linear(2, 2), {}, "not Linear"),
     "a name with a processor": ("demo", {}, "a processor belongs to a model in memory; 'demo' comes with its own files"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tiny import logits_of
 
 from nanovlm_v2drop import Request, load, save_quantised
 from nanovlm_v2drop.benchmark.loading import write_checkpoint
-from nanovlm_v2drop.loading import quantised, saving
+from nanovlm_v2drop.loading import quantised, saving, zoo
 from nanovlm_v2drop.loading.files import CheckpointError
 from nanovlm_v2drop.loading.precision import Precision
 from nanovlm_v2drop.loading.saving import new_folder
@@ -60,18 +61,48 @@ def test_a_copy_in_several_files_is_the_same(
 ) -> None:
     monkeypatch.setattr(quantised, "FILE_BYTES", 1_000_000)
     save_quantised(original, tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
+    assert len(sizes) > 3
+    assert max(sizes) < 1_000_000 + 20_000  # with its header
     assert torch.equal(logits(load(tmp_path)), logits(original))
+
+
+HEAD = "language_model.lm_head"
+
+
+def tied_folder(folder: Path, head: float | None = None) -> Path:
+    """demo-video, a decoder of Qwen2, with tied embeddings; if asked for, the head is stored too, with `head` added."""
+    shutil.copytree(load("demo-video").folder, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(raw))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"{HEAD}.weight"]
+    stored = {} if head is None else {f"{HEAD}.weight": tensors["language_model.model.embed_tokens.weight"] + head}
+    save_file({**tensors, **stored}, folder / "model.safetensors")
+    return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_biases_and_a_tied_head_are_in_the_copy(name: str, tmp_path: Path) -> None:
-    original = load("demo-video", dtype=name)  # a decoder of Qwen2
-    save_quantised(original, tmp_path)
-    biases = [name for name in load_file(tmp_path / FIRST) if name.endswith("q_proj.bias") and "language" in name]
+    original = load(tied_folder(tmp_path / "model"), dtype=name)
+    save_quantised(original, tmp_path / "copy")
+    stored = load_file(tmp_path / "copy" / FIRST)
+    biases = [name for name in stored if name.endswith("q_proj.bias") and "language" in name]
     assert len(biases) == original.config.text_config.num_hidden_layers
-    for name, tensor in load(tmp_path).model.state_dict().items():
+    assert f"{HEAD}.q" in stored
+    copied = load(tmp_path / "copy")
+    for name, tensor in copied.model.state_dict().items():
         assert torch.equal(tensor, original.model.state_dict()[name]), name
+    assert torch.equal(logits(copied), logits(original))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tied_head_that_is_stored_must_equal_the_embeddings(name: str, tmp_path: Path) -> None:
+    heads = [load(tied_folder(tmp_path / str(head), head), dtype=name).model.language_model.lm_head for head in (None, 0)]
+    assert torch.equal(heads[0].q, heads[1].q)
+    with pytest.raises(CheckpointError, match=r"ties lm_head to embed_tokens .* but the stored two differ"):
+        load(tied_folder(tmp_path / "other", 1), dtype=name)
 
 
 def test_a_copy_is_smaller_by_what_the_widths_say(original: VisionLanguageModel, copy: Path) -> None:
@@ -85,6 +116,14 @@ def test_other_dtypes_of_a_copy_are_refused(original: VisionLanguageModel, copy:
     with pytest.raises(ValueError, match=f"holds {original.precision} weights, not bfloat16; leave the dtype out"):
         load(copy, dtype="bfloat16")
     assert load(copy, dtype=original.precision.name).precision == original.precision
+    with pytest.raises(ValueError, match=r"holds int\d weights, which cannot run: it is for CPUs, not meta; load the original"):
+        load(copy, device="meta")
+
+
+def test_processes_cannot_share_a_copy(original: VisionLanguageModel, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "find_place", lambda *_: (CPU, object()))
+    with pytest.raises(ValueError, match=f"tensor_parallel with {original.precision.name} weights is not possible; use bfl"):
+        load(copy)
 
 
 def test_transformers_finds_no_weights_in_a_copy(copy: Path) -> None:
@@ -141,6 +180,54 @@ def test_a_bad_folder_ends_the_command_before_the_model_is_read(tmp_path: Path, 
     assert stop.value.code == 2
 
 
+def test_the_folder_of_the_command_may_be_in_the_home_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["saving", "demo", "~/copy", "--dtype", "int8"])
+    saving.main()
+    assert capsys.readouterr().out == f"wrote 0.01 GB to {tmp_path / 'copy'}\n"
+
+
+FULL = """
+import resource, signal, sys
+from nanovlm_v2drop.loading import saving
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.argv = ["saving", "demo", sys.argv[1], "--dtype", "int8"]
+saving.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it needs a limit to the size of files")
+def test_a_file_that_cannot_be_written_ends_the_command_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "copy")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"error: {tmp_path / 'copy' / FIRST} cannot be written: " in line
+    assert line.endswith("; remove its folder and make room, or give another folder")
+
+
+def test_a_tensor_in_two_files_of_a_copy_is_refused(copy: Path) -> None:
+    index = copy / "quantised.safetensors.index.json"
+    save_file({f"{HEAD}.scale": load_file(copy / FIRST)[f"{HEAD}.scale"]}, copy / "quantised-00002.safetensors")
+    places = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {**places, f"{HEAD}.scale": "quantised-00002.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"no place for: language_model\.lm_head\.scale .*language_model\.lm_head\.scale"):
+        load(copy)
+
+
+def test_the_index_of_the_original_shards_is_not_in_the_copy(original: VisionLanguageModel, tmp_path: Path) -> None:
+    sharded = Path(shutil.copytree(original.folder, tmp_path / "sharded"))
+    (sharded / "model.safetensors").rename(sharded / "a.safetensors")
+    places = dict.fromkeys(load_file(sharded / "a.safetensors"), "a.safetensors")
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    vlm = load(sharded, dtype=original.precision.name)
+    save_quantised(vlm, tmp_path / "copy")
+    assert not (tmp_path / "copy" / "model.safetensors.index.json").exists()
+    assert torch.equal(logits(load(tmp_path / "copy")), logits(vlm))
+
+
 def test_a_link_out_of_the_folder_is_not_copied(original: VisionLanguageModel, tmp_path: Path) -> None:
     (tmp_path / "elsewhere.txt").write_text("of another folder")
     (tmp_path / "model").mkdir()
@@ -179,7 +266,6 @@ def test_the_integers_of_the_other_dtype_are_refused(copy: Path, original: Visio
 
 
 Tensors = dict[str, torch.Tensor]
-HEAD = "language_model.lm_head"
 DAMAGES: dict[str, Callable[[Tensors], object]] = {
     "lacks tensors of the quantised copy: language_model.lm_head.scale": lambda tensors: tensors.pop(f"{HEAD}.scale"),
     "no place for: more": lambda tensors: tensors.update(more=torch.zeros(1)),
@@ -201,10 +287,11 @@ def test_a_damaged_copy_is_refused_by_name(message: str, copy: Path) -> None:
         load(copy)
 
 
-def test_multiples_that_would_not_fit_into_int8_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("multiple", [0, 19])
+def test_multiples_that_would_not_fit_into_int8_are_refused(multiple: int, tmp_path: Path) -> None:
     save_quantised(load("demo", dtype="int4"), tmp_path)
     tensors = load_file(tmp_path / FIRST)
-    next(tensor for name, tensor in tensors.items() if name.endswith(".multiples"))[0, 0] = 19
+    next(tensor for name, tensor in tensors.items() if name.endswith(".multiples"))[0, 0] = multiple
     save_file(tensors, tmp_path / FIRST)
     with pytest.raises(CheckpointError, match=r"has values beyond 1 \.\.\. 18"):
         load(tmp_path)
@@ -220,9 +307,16 @@ print([line.split()[-1] for line in open("/proc/self/maps") if ".safetensors" in
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="what is mapped is read from /proc")
-@pytest.mark.parametrize("source", ["float", "copy"])
-def test_no_file_stays_mapped_behind_quantised_weights(source: str, copy: Path, original: VisionLanguageModel) -> None:
+@pytest.mark.parametrize("source", ["float", "float of the dtype that is kept", "copy"])
+def test_no_file_stays_mapped_behind_quantised_weights(
+    source: str, copy: Path, original: VisionLanguageModel, tmp_path: Path
+) -> None:
     folder = str(copy) if source == "copy" else "demo"
+    if "kept" in source:
+        folder = str(shutil.copytree(original.folder, tmp_path / "kept"))
+        tensors = load_file(tmp_path / "kept" / "model.safetensors")
+        kept = {name: tensor.to(original.dtype) for name, tensor in tensors.items()}
+        save_file(kept, tmp_path / "kept" / "model.safetensors")
     command = [sys.executable, "-c", MAPPED, folder, original.precision.name]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

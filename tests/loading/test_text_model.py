@@ -1,6 +1,7 @@
 """Text checkpoints as decoders: parity with transformers, droppable spans, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,14 @@ def test_a_message_is_written_in_the_chat_template_of_the_folder(llama: TextMode
     assert list(prompt.token_ids) == llama.tokenizer.encode(written)
     ((start, end),) = prompt.spans
     assert llama.tokenizer.decode(prompt.token_ids[start:end]) == "What colour"
+
+
+@pytest.mark.parametrize("template", ["no message", "{{ messages[0].content }} {{ messages[0].content }}"])
+def test_a_chat_template_must_write_the_message_once(template: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["llama"], tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: the chat template does not write the user's message once"):
+        load_decoder(folder).chat(["a"])
 
 
 def test_a_folder_without_a_chat_template_or_tokenizer_says_so(folders: dict[str, Path], tmp_path: Path) -> None:

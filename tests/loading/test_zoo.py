@@ -89,6 +89,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "flash on a CPU": ({"attention": "flash-attn"}, "'flash-attn' cannot run: it needs a CUDA device, not cpu"),
     "template": ({"template": "chatml"}, "unknown template 'chatml'; choose one of: hub, mistral_instruct, .*vic"),
     "aspect ratio": ({"image_aspect_ratio": "anyres"}, "unknown image_aspect_ratio 'anyres'; choose one of: pad, crop"),
+    "aspect ratio of another model": (
+        {"model": "demo-video", "image_aspect_ratio": "crop"},
+        "image_aspect_ratio 'crop' has no meaning for demo-video: only LLaVA-1.5 makes pictures square; leave it out",
+    ),
     "folder and weights": ({"weights": "elsewhere"}, "or give the folder without other weights"),
 }
 
@@ -187,8 +191,11 @@ def test_a_prompt_that_ends_with_a_picture_is_refused(vlm: VisionLanguageModel) 
 
 
 def test_a_token_without_embedding_is_refused(vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vlm.tokenizer, "encode", lambda _: [1, 9000])
-    with pytest.raises(ValueError, match=r"the tokenizer gives token 9000, but .* has embeddings for \d+; use the"):
+    size = vlm.config.text_config.vocab_size
+    monkeypatch.setattr(vlm.tokenizer, "encode", lambda _: [1, size - 1])
+    assert vlm.prepare([Request(text="What?")]).seqlens == (2,)
+    monkeypatch.setattr(vlm.tokenizer, "encode", lambda _: [1, size])
+    with pytest.raises(ValueError, match=rf"the tokenizer gives token {size}, but .* has embeddings for {size}; use the"):
         vlm.prepare([Request(text="What?")])
 
 

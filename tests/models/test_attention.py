@@ -72,6 +72,12 @@ def test_without_a_causal_mask_every_row_sees_its_whole_sequence_and_no_other(ba
     weights = scores.masked_fill(sequence[:, None] != sequence, -torch.inf).softmax(-1)
     wanted = torch.einsum("hqk,khd->qhd", weights, v)
     torch.testing.assert_close(attention(q, k, v, seqlens, backend, causal=False), wanted, atol=1e-5, rtol=0)
+    later = [1 + length // 2 for length in seqlens]  # the last queries of each sequence
+    some, of_some = (
+        torch.cat([part[-length:] for part, length in zip(rows.split(seqlens), later, strict=True)]) for rows in (q, wanted)
+    )
+    attended = attention(some, k, v, later, backend, causal=False, key_seqlens=seqlens)
+    torch.testing.assert_close(attended, of_some, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("seqlens", "calls"), [([4, 4, 4], 1), ([4, 4, 5, 4], 3), ([1, 2, 3], 3)])
@@ -87,7 +93,9 @@ def test_neighbours_of_one_length_share_a_call(monkeypatch: pytest.MonkeyPatch, 
     assert len(made) == calls
 
 
-@pytest.mark.parametrize(("backend", "on_device"), [("sdpa", False), ("sdpa", True), ("blockwise", False), ("blockwise", True)])
+@pytest.mark.parametrize(
+    ("backend", "on_device"), [("sdpa", False), ("sdpa", True), ("blockwise", False), ("blockwise", True), ("eager", False)]
+)
 @settings(deadline=None, max_examples=40)
 @given(cache_seqlens=lengths, heads=heads, room=st.integers(0, 3))
 @example(cache_seqlens=[4, 4], heads=(4, 2), room=2)
@@ -153,7 +161,7 @@ def test_a_back_end_that_cannot_run_is_refused_with_the_reason(
         resolve_backend(backend, device, dtype)
 
 
-@pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.float32), (CUDA, torch.bfloat16)])
+@pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.float32), (CPU, torch.float16), (CUDA, torch.bfloat16)])
 def test_blockwise_is_refused_where_it_is_no_gain(device: torch.device, dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=f"it is for bfloat16 on a CPU, not {dtype} on {device}"):
         resolve_backend("blockwise", device, dtype)

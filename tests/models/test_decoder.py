@@ -11,10 +11,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
 from nanovlm_v2drop.inference import decode_one_token, prefill
+from nanovlm_v2drop.loading.precision import DTYPE_NAMES, OBSTACLES, Precision, pack
 from nanovlm_v2drop.models import decoder as decoder_module
 from nanovlm_v2drop.models.config import TextConfig, flatten_rope, from_fields
 from nanovlm_v2drop.models.decoder import Decoder, GatedMLP, RMSNorm, rotary_table
 from nanovlm_v2drop.models.linear import PrepackedLinear, RowByRow
+from nanovlm_v2drop.models.linear_int4 import Int4Linear
 from nanovlm_v2drop.models.vlm import PackedInputs
 
 SIZES: dict[str, Any] = {
@@ -161,6 +163,67 @@ def test_an_mlp_that_takes_some_rows_at_a_time_gives_what_it_gives_for_all_at_on
     for given in (values, normed):
         torch.testing.assert_close(mlp.added(sums, given), sums + wanted, atol=1e-6, rtol=0)
     assert calls == [8, 8, 5] * 3
+
+
+CPU = torch.device("cpu")
+
+
+def test_an_mlp_takes_all_rows_at_once_where_pieces_would_be_slower() -> None:
+    mlp, values = GatedMLP(32, 48), torch.randn(decoder_module.CPU_ROWS + 1, 32)
+    assert mlp.rows_at_once(values) == decoder_module.CPU_ROWS
+    assert mlp.rows_at_once(values.to("meta")) == len(values)
+    mlp.gate_proj = Int4Linear.__new__(Int4Linear)
+    assert mlp.rows_at_once(values) == len(values)
+
+
+PRECISIONS = [
+    *(Precision(name, getattr(torch, name)) for name in DTYPE_NAMES if name not in OBSTACLES),
+    *(Precision(name, dtype) for name in OBSTACLES for dtype in (torch.bfloat16, torch.float32)),
+    Precision("bfloat16", torch.float32),  # a processor without bfloat16 instructions
+]
+
+
+def packed_decoder(precision: Precision) -> Decoder:
+    """A decoder in the form in which `load` leaves one; the kernel of 4-bit weights needs multiples of 64."""
+    if precision.is_quantised and (reason := OBSTACLES[precision.name](CPU)) is not None:
+        pytest.skip(reason)
+    decoder = tiny_decoder(hidden_size=64, intermediate_size=128, num_key_value_heads=4).to(precision.dtype)
+    pack(decoder, precision, CPU)
+    return decoder.requires_grad_(False)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda precision: precision.noted)
+def test_a_layer_that_shows_its_module_outputs_computes_the_same_to_the_last_bit(
+    precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_module, "CPU_ROWS", 8)
+    decoder, shown = packed_decoder(precision), []
+    hidden_states = decoder.widened(torch.randn(21, 64, generator=torch.Generator().manual_seed(0)).to(precision.dtype))
+    rotary = rotary_table(decoder.config, torch.arange(21), precision.dtype)
+    for layer in decoder.layers:
+        wanted = layer(hidden_states, rotary, lambda q, k, v: q + v)
+        assert torch.equal(layer(hidden_states, rotary, lambda q, k, v: q + v, shown.append), wanted)
+        attention_input, attention_output, mlp_input, mlp_output = shown.pop()
+        assert torch.equal(attention_input, layer.input_layernorm(hidden_states))
+        middle = hidden_states + attention_output
+        tolerance = {"rtol": 0, "atol": 0.1 if precision.is_quantised else 1e-6}  # the norm that the MLP reads is not rounded
+        torch.testing.assert_close(mlp_input, layer.post_attention_layernorm(middle), **tolerance)
+        torch.testing.assert_close(middle + mlp_output, wanted, rtol=0, atol=1e-5)
+        hidden_states = wanted
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda precision: precision.noted)
+def test_queries_and_keys_of_a_layer_that_has_not_run_are_those_of_its_run(precision: Precision) -> None:
+    decoder, seen = packed_decoder(precision), []
+    hidden_states = decoder.widened(torch.randn(41, 64, generator=torch.Generator().manual_seed(0)).to(precision.dtype))
+    rotary, rows = rotary_table(decoder.config, torch.arange(41), precision.dtype), torch.arange(20, 41)
+    layer = decoder.layers[1]
+    layer(hidden_states, rotary, lambda q, k, v: seen.extend((q, k)) or v)
+    queries, keys = decoder.row_queries_and_keys(layer, hidden_states, rotary, rows)
+    assert torch.equal(keys, seen[1])
+    # A product with fewer rows can be rounded otherwise, but not that of whole numbers.
+    tolerance = 0 if precision.is_quantised else 16 * torch.finfo(queries.dtype).eps
+    torch.testing.assert_close(queries, seen[0][rows], rtol=0, atol=tolerance)
 
 
 @pytest.mark.slow  # it runs a compiler

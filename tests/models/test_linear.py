@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from nanovlm_v2drop.models import linear as linear_module
-from nanovlm_v2drop.models.linear import PrepackedLinear, RowByRow, added, as_bfloat16, can_prepack, prepack, products
+from nanovlm_v2drop.models.linear import (
+    PrepackedLinear,
+    RowByRow,
+    added,
+    added_and_product,
+    as_bfloat16,
+    can_prepack,
+    prepack,
+    products,
+)
 
 CPU = torch.device("cpu")
 needs_bfloat16 = pytest.mark.skipif(not can_prepack(CPU), reason="this processor has no fast bfloat16")
@@ -48,13 +57,16 @@ def test_the_plain_weight_can_be_had_back() -> None:
 
 
 @needs_bfloat16
-def test_a_weight_is_packed_at_its_first_product_and_the_plain_one_is_then_let_go() -> None:
-    linear = random_linear(96, 40)
+def test_a_weight_is_packed_at_its_first_product_and_the_plain_one_is_then_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, let_go = random_linear(96, 40), []
+    monkeypatch.setattr(linear_module, "let_go", let_go.append)
     packed = prepacked(linear)
+    assert not let_go
     assert packed.plain_weight.data_ptr() == linear.weight.data_ptr()
     with torch.no_grad():
         packed(torch.randn(2, 96).bfloat16())
     assert packed.plain_weight is None
+    assert [weight.data_ptr() for weight in let_go] == [linear.weight.data_ptr()]
 
 
 @needs_bfloat16
@@ -125,3 +137,4 @@ def test_a_sum_with_a_product_is_the_same_in_one_step() -> None:
     wanted = sums + layer(values)
     assert torch.equal(added(sums, values, layer), wanted)
     assert torch.equal(added(sums, RowByRow(torch.neg, torch.neg, (-values,)), layer), wanted)
+    assert all(map(torch.equal, added_and_product(sums, values, layer), (wanted, layer(values))))

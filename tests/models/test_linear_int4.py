@@ -104,6 +104,7 @@ def test_weights_are_quantised_by_groups_within_half_a_step() -> None:
     q, multiples, scale = quantise_groups(weight)
     assert (q.abs().amax(1)[:5] == LARGEST).all()
     assert (multiples.amax(1) == LARGEST_MULTIPLE)[:5].all()
+    assert multiples.min() == multiples[6, 0] == 1  # a copy with other multiples could not be loaded
     steps = multiples.repeat_interleave(GROUP, 1) * scale[:, None]
     # Multiples are at least 5 here. Their rounding moves the largest numbers of a group, and so does that of the scale.
     assert ((q * steps - weight).abs() <= 0.5 * steps + 0.11 * weight.abs()).all()

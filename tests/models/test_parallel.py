@@ -266,4 +266,4 @@ def test_what_several_processes_cannot_do_is_one_clear_error(options, message, t
     done = torchrun(ROOT / "train_free_eval.py", *options, "--output", tmp_path / "run", processes=2)
     assert done.returncode != 0
     assert message in done.stderr
-    assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "train_free_eval.py") not in done.stderr
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "train_free_eval.py") not in done.stderr

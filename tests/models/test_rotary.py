@@ -48,6 +48,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn, one mscale": {**YARN, "factor": 40.0, "mscale": 0.707},
     "yarn, other turns": {**YARN, "beta_fast": 4, "beta_slow": 0.5, "rope_theta": 500.0},
     "yarn, one frequency is mixed": {**YARN, "original_max_position_embeddings": 4},
+    "yarn, nothing is mixed": {**YARN, "truncate": False, "beta_fast": 2, "beta_slow": 2},
+    "yarn, mixed beyond the slowest frequency": {**YARN, "original_max_position_embeddings": 4096, "rope_theta": 50.0},
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
