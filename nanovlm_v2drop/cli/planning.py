@@ -20,7 +20,8 @@ def plans_for(shape: Shape, arguments: argparse.Namespace) -> list[Plan]:
         return ablation_plans(arguments.ablation, shape)
     if arguments.accounting == "official":
         return official_plans(arguments.methods, shape, seeds)
-    return equal_budget_plans(arguments.methods, budgets_for(shape, arguments), shape, seeds)
+    by_default = not (arguments.tokens or arguments.retain)
+    return equal_budget_plans(arguments.methods, budgets_for(shape, arguments), shape, seeds, floors=by_default)
 
 
 def budgets_for(shape: Shape, arguments: argparse.Namespace) -> list[Budget]:
