@@ -12,6 +12,7 @@
 Everything above `start` works without torch, so `--help` and wrong options are answered in a fraction of a second.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -25,12 +26,16 @@ STOPPED = 130  # exit status of a program that Ctrl-C ended
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out a command line; returns its exit status: 0, 2 for an error told on stderr, or 130 where it was stopped."""
     given = sys.argv[1:] if argv is None else list(argv)
+    open_closed_streams()
     try:
         with sigterm_as_interrupt():
             return carry_out(given)
     except KeyboardInterrupt as stop:
         print(f"\nnanovlm-v2drop: {str(stop) or 'stopped'}", file=sys.stderr)
         return STOPPED
+    except OSError as error:  # those of files are told where they arise
+        print(f"nanovlm-v2drop: stdout cannot be written to ({error.strerror})", file=sys.stderr)
+        return 2
 
 
 def carry_out(argv: Sequence[str]) -> int:
@@ -62,6 +67,13 @@ def carry_out(argv: Sequence[str]) -> int:
     from .start import start  # imports torch
 
     return start(arguments, argv)
+
+
+def open_closed_streams() -> None:
+    """Stand-ins for standard streams that whoever started the program has closed: nothing to read, nowhere to write."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for as long as the program runs)
 
 
 @contextmanager
