@@ -62,6 +62,17 @@ def test_one_question_is_answered_with_and_without_dropping_in_a_small_table(sce
     assert "synthetic scenes" not in out
 
 
+@pytest.mark.parametrize("options", [["--prompt", QUESTION, "--image"], ["--limit", "2"]])
+def test_a_default_output_that_cannot_be_made_is_told_before_the_model_is_loaded(options, scene, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("results").write_text("")
+    for module in ("ask", "runs"):
+        monkeypatch.setattr(f"nanovlm_v2drop.cli.{module}.load_model", None)
+    code, _, error = run(capsys, *options, *([scene] if "--image" in options else []))
+    assert code == 2
+    assert re.fullmatch(r"nanovlm-v2drop: --output results/demo-\S+: \S+/results is a file; give a folder\n", error)
+
+
 def test_a_photo_is_met_with_a_note_and_a_model_that_fits(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("nanovlm_v2drop.cli.ask.physical_memory_gb", lambda: 8.0)
     Image.new("RGB", (300, 200), (90, 120, 100)).save(tmp_path / "photo.png")
