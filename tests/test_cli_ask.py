@@ -1,7 +1,13 @@
 """One question, and conversations, on the shipped demos."""
 
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -149,6 +155,23 @@ def test_the_history_of_a_conversation_is_chosen_by_its_name(history, scene, cap
     type_in(monkeypatch, QUESTION)
     assert run(capsys, "--image", scene, "--chat", "--history", history)[0] == 0
     assert histories == [history]
+
+
+@pytest.mark.skipif(find_spec("readline") is None, reason="this Python is built without readline")
+def test_arrow_keys_edit_a_question_on_a_terminal():
+    own, terminal = pty.openpty()
+    script = "from nanovlm_v2drop.cli.chat import edit_lines; edit_lines(); print(ascii(input('> ')), flush=True)"
+    options = {"stdin": terminal, "stdout": terminal, "env": {**os.environ, "TERM": "xterm"}}
+    with subprocess.Popen([sys.executable, "-c", script], **options) as process:
+        os.close(terminal)
+        os.write(own, b"What is i?\x1b[Dt\n")
+        shown = b""
+        with suppress(OSError):  # the terminal is closed when the process ends
+            while piece := os.read(own, 4096):
+                shown += piece
+    assert process.returncode == 0
+    assert b"'What is it?'" in shown
+    os.close(own)
 
 
 def test_an_empty_line_ends_a_conversation(scene, capsys, monkeypatch):
