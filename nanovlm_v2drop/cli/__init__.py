@@ -21,10 +21,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPPED = 130  # exit status of a program that Ctrl-C ended
+UNREAD = 141  # the same where the reader of its output went away, as `| head` does
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out a command line; returns its exit status: 0, 2 for an error told on stderr, or 130 where it was stopped."""
+    """Carry out a command line; returns its exit status: 0, 2 for an error told on stderr, STOPPED or UNREAD."""
     given = sys.argv[1:] if argv is None else list(argv)
     open_closed_streams()
     try:
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nnanovlm-v2drop: {str(stop) or 'stopped'}", file=sys.stderr)
         return STOPPED
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not tried again at the end
+        return UNREAD
     except OSError as error:  # those of files are told where they arise
         print(f"nanovlm-v2drop: stdout cannot be written to ({error.strerror})", file=sys.stderr)
         return 2
