@@ -179,7 +179,7 @@ def test_a_missing_package_is_told_before_anything_is_loaded(capsys, monkeypatch
 
 
 def test_a_folder_of_pictures_stands_for_its_pictures_in_the_order_of_their_names(tmp_path):
-    for name in ("b.png", "a.JPG", "notes.txt"):
+    for name in ("b.png", "a.JPG", "notes.txt", "._a.JPG"):
         (tmp_path / name).write_text("")
     arguments = parse_arguments(["--image", str(tmp_path), str(tmp_path / "b.png"), "--prompt", "What?"])
     check_files_and_packages(arguments)

@@ -1,7 +1,13 @@
 """One question, and conversations, on the shipped demos."""
 
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -60,6 +66,17 @@ def test_one_question_is_answered_with_and_without_dropping_in_a_small_table(sce
     times = [f"{row['prefill_ms']:.1f}", f"{row['total_ms']:.1f}"]
     assert cells == ["v2drop", "32", "144", "31.8", "1", *times, *row["text"].split()]
     assert "synthetic scenes" not in out
+
+
+@pytest.mark.parametrize("options", [["--prompt", QUESTION, "--image"], ["--limit", "2"]])
+def test_a_default_output_that_cannot_be_made_is_told_before_the_model_is_loaded(options, scene, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("results").write_text("")
+    for module in ("ask", "runs"):
+        monkeypatch.setattr(f"nanovlm_v2drop.cli.{module}.load_model", None)
+    code, _, error = run(capsys, *options, *([scene] if "--image" in options else []))
+    assert code == 2
+    assert re.fullmatch(r"nanovlm-v2drop: --output results/demo-\S+: \S+/results is a file; give a folder\n", error)
 
 
 def test_a_photo_is_met_with_a_note_and_a_model_that_fits(tmp_path, capsys, monkeypatch):
@@ -138,6 +155,23 @@ def test_the_history_of_a_conversation_is_chosen_by_its_name(history, scene, cap
     type_in(monkeypatch, QUESTION)
     assert run(capsys, "--image", scene, "--chat", "--history", history)[0] == 0
     assert histories == [history]
+
+
+@pytest.mark.skipif(find_spec("readline") is None, reason="this Python is built without readline")
+def test_arrow_keys_edit_a_question_on_a_terminal():
+    own, terminal = pty.openpty()
+    script = "from nanovlm_v2drop.cli.chat import edit_lines; edit_lines(); print(ascii(input('> ')), flush=True)"
+    options = {"stdin": terminal, "stdout": terminal, "env": {**os.environ, "TERM": "xterm"}}
+    with subprocess.Popen([sys.executable, "-c", script], **options) as process:
+        os.close(terminal)
+        os.write(own, b"What is i?\x1b[Dt\n")
+        shown = b""
+        with suppress(OSError):  # the terminal is closed when the process ends
+            while piece := os.read(own, 4096):
+                shown += piece
+    assert process.returncode == 0
+    assert b"'What is it?'" in shown
+    os.close(own)
 
 
 def test_an_empty_line_ends_a_conversation(scene, capsys, monkeypatch):

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -97,6 +99,17 @@ def test_the_table_fits_a_terminal_and_names_the_runs(runs, capsys):
     assert f"{gain:+.1f}" in cells
     fastv = next(line.split() for line in lines if "fastv" in line)
     assert fastv[4] == fastv[-1] == "-"
+
+
+def test_a_reader_that_went_away_gets_no_message(runs, capsys, monkeypatch):
+    """As `| head -1`: the status is that of a program that the closed pipe ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["compare", *map(str, runs)]) == cli.UNREAD
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
 
 
 def test_markdown_and_latex_have_a_cell_for_every_column(runs, capsys):

@@ -1,6 +1,8 @@
 """What a terminal shows, how a run is stopped, and how it is continued."""
 
 import csv
+import errno
+import io
 import json
 import os
 import pty
@@ -17,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanovlm_v2drop import cli
-from nanovlm_v2drop.cli import ledger, progress
+from nanovlm_v2drop.cli import ledger, progress, start
 from nanovlm_v2drop.cli.progress import RunProgress, answered_before, duration, plan_line, resume_command
 from nanovlm_v2drop.evaluation.plans import Plan, prompt_shape
 from nanovlm_v2drop.research.claims import answers, ledger_plans
@@ -139,6 +141,56 @@ def test_a_stop_before_the_first_answer_is_one_line_too(monkeypatch, capsys):
     monkeypatch.setattr("nanovlm_v2drop.cli.carry_out", stopped)
     assert cli.main([]) == 130
     assert capsys.readouterr().err.strip() == "nanovlm-v2drop: stopped"
+
+
+class Unwritable(io.StringIO):
+    """A stdout that fails with an error."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
+BROKEN_PIPE = BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize("option", ["--list-models", "--paper"])
+def test_a_full_disk_under_stdout_is_one_line(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Unwritable(FULL_DISK))
+    assert cli.main([option]) == 2
+    assert capsys.readouterr().err == "nanovlm-v2drop: stdout cannot be written to (No space left on device)\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FULL_DISK, "the output folder, or the file that stdout goes to, cannot be written to (No space left on device); make"),
+        (BROKEN_PIPE, "nobody reads stdout any more (Broken pipe); answers are kept, and --resume continues a run"),
+    ],
+)
+def test_a_last_line_that_cannot_be_written_is_told_with_what_to_do(error, said, monkeypatch, capsys):
+    monkeypatch.setattr(start, "run_mode", lambda *_: {})
+    monkeypatch.setattr(sys, "stdout", Unwritable(error))
+    assert cli.main(["--limit", "2"]) == 2
+    assert capsys.readouterr().err.startswith(f"nanovlm-v2drop: {said}")
+
+
+def test_a_full_disk_under_the_answers_names_the_file_and_says_what_to_do():
+    error = OSError(errno.ENOSPC, "No space left on device", "run/samples.jsonl")
+    assert start.described(error) == (
+        "run/samples.jsonl cannot be written to (No space left on device); make room, then continue a run with --resume"
+    )
+
+
+def test_closed_standard_streams_read_and_write_nothing(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert cli.main(["--list-models"]) == 0
+    assert sys.stdin.read() == ""
 
 
 def test_sigterm_is_handled_as_before_when_the_program_is_over():

@@ -43,7 +43,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "ablations", "theory", "findings", "costs", "smollm2", "question_words", "text_questions", "text", "conversations",
         "claims", "claims_on_benchmarks", "calibration", "precision",
     ),
-    "report": ("rows", "figures", "gallery", "watch", "tables", "averages", "results_csv", "page"),
+    "report": ("rows", "figures", "lettering", "gallery", "watch", "tables", "averages", "results_csv", "page"),
     "cli": (
         "choices", "arguments", "checks", "models", "paper", "planning", "progress", "earlier", "results", "runs", "ask",
         "chat", "conversations", "calibrate", "ledger", "text", "compare", "start",

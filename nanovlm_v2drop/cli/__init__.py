@@ -12,6 +12,7 @@
 Everything above `start` works without torch, so `--help` and wrong options are answered in a fraction of a second.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -20,17 +21,25 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPPED = 130  # exit status of a program that Ctrl-C ended
+UNREAD = 141  # the same where the reader of its output went away, as `| head` does
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out a command line; returns its exit status: 0, 2 for an error told on stderr, or 130 where it was stopped."""
+    """Carry out a command line; returns its exit status: 0, 2 for an error told on stderr, STOPPED or UNREAD."""
     given = sys.argv[1:] if argv is None else list(argv)
+    open_closed_streams()
     try:
         with sigterm_as_interrupt():
             return carry_out(given)
     except KeyboardInterrupt as stop:
         print(f"\nnanovlm-v2drop: {str(stop) or 'stopped'}", file=sys.stderr)
         return STOPPED
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not tried again at the end
+        return UNREAD
+    except OSError as error:  # those of files are told where they arise
+        print(f"nanovlm-v2drop: stdout cannot be written to ({error.strerror})", file=sys.stderr)
+        return 2
 
 
 def carry_out(argv: Sequence[str]) -> int:
@@ -62,6 +71,13 @@ def carry_out(argv: Sequence[str]) -> int:
     from .start import start  # imports torch
 
     return start(arguments, argv)
+
+
+def open_closed_streams() -> None:
+    """Stand-ins for standard streams that whoever started the program has closed: nothing to read, nowhere to write."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for as long as the program runs)
 
 
 @contextmanager

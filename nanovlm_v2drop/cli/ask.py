@@ -36,6 +36,7 @@ Row = dict[str, Any]
 def answer_one(arguments: argparse.Namespace, processes: Processes) -> Row:
     """Answer --prompt with every plan; the first process prints a table and draws what was kept."""
     find_methods(arguments.methods)
+    path = output_folder(arguments) / "kept.png"
     request = question_about(arguments, arguments.prompt)
     vlm = load_model(arguments)
     plans = first_seeds(plans_for(prompt_shape(vlm, request), arguments))
@@ -44,7 +45,6 @@ def answer_one(arguments: argparse.Namespace, processes: Processes) -> Row:
     if not processes.is_first:
         return run_summary(vlm, results)
     print_answers(vlm, request, results, arguments)
-    path = output_folder(arguments) / "kept.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_gallery(board_of(vlm, request), arguments.prompt, [drawn for _, drawn in answers]).save(path)
     print(f"kept tokens: {path}")

@@ -38,6 +38,7 @@ def chat(arguments: argparse.Namespace) -> None:
     show(f"{vlm.name} in {vlm.precision} answers with {plan.row}; {end}")
     if note := beyond_demo(vlm, media, arguments):
         show(note)
+    edit_lines()
     with suppress(EOFError, KeyboardInterrupt):
         while line := input(PROMPT).strip():
             if line == FORGET:
@@ -50,6 +51,13 @@ def chat(arguments: argparse.Namespace) -> None:
                 answer(conversation, plan, media, line.removeprefix(COMMAND))
         return
     print()
+
+
+def edit_lines() -> None:
+    """On a terminal, let the arrow keys edit a line of `input` and bring earlier lines back, where Python has readline."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401 (the import is all that `input` needs)
 
 
 def answer(conversation: Chat, plan: Plan, media: Request, question: str) -> None:

@@ -52,7 +52,9 @@ def pictures_of(given: Sequence[Path]) -> list[Path]:
 def pictures_in(folder: Path) -> list[Path]:
     check_folder(folder, "--image")
     suffixes = choices.picture_suffixes()
-    pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    # macOS leaves a hidden ._photo.jpg beside photo.jpg on other systems' disks, which is no picture.
+    shown = (file for file in folder.iterdir() if not file.name.startswith("."))
+    pictures = sorted(file for file in shown if file.suffix.lower() in suffixes)
     if not pictures:
         raise FileNotFoundError(f"--image {folder} holds no picture ({', '.join(suffixes)})")
     return pictures

@@ -28,10 +28,12 @@ def print_comparison(folders: Sequence[Path], form: str, report: Path | None) ->
         if report is not None and report.is_dir():
             raise ValueError(f"--report {report} is a folder; give the file that is to be written")
         comparisons = compare([read_run(folder) for folder in folders])
-        print(WRITERS[form](folders, comparisons))
+        print(WRITERS[form](folders, comparisons), flush=True)
         if report is not None:
             compared = [columns_of(folders), *map(cells_of, comparisons)]
             print(f"report: {write_common_page(folders, compared, report)}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"nanovlm-v2drop: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from ..dropping.budget import Budget, Shape
 from ..evaluation.plans import Plan, equal_budget_plans, official_plans
 from ..report.page import RESULTS
 from ..research.ablations import ablation_plans
+from .checks import check_output
 
 RETAIN = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of 576 tokens, the paper's three budgets
 RETAIN_OF_VIDEO = (0.25, 0.15)  # the largest and the smallest of the paper's for LLaVA-OneVision on video
@@ -20,7 +21,8 @@ def plans_for(shape: Shape, arguments: argparse.Namespace) -> list[Plan]:
         return ablation_plans(arguments.ablation, shape)
     if arguments.accounting == "official":
         return official_plans(arguments.methods, shape, seeds)
-    return equal_budget_plans(arguments.methods, budgets_for(shape, arguments), shape, seeds)
+    by_default = not (arguments.tokens or arguments.retain)
+    return equal_budget_plans(arguments.methods, budgets_for(shape, arguments), shape, seeds, floors=by_default)
 
 
 def budgets_for(shape: Shape, arguments: argparse.Namespace) -> list[Budget]:
@@ -30,5 +32,8 @@ def budgets_for(shape: Shape, arguments: argparse.Namespace) -> list[Budget]:
 
 
 def output_folder(arguments: argparse.Namespace) -> Path:
+    """--output or its default, which is not made yet; raises as `check_output`."""
     name = Path(arguments.model).name
-    return arguments.output or RESULTS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = arguments.output or RESULTS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_output(folder)
+    return folder

@@ -34,19 +34,22 @@ def start(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         processes = join_processes(torch.device(arguments.device).type, arguments.tensor_parallel)
         arguments.device = processes.device(arguments.device)
         run = run_mode(arguments, processes)
+        if processes.is_first and run is not None and (arguments.json or not sys.stdout.isatty()):
+            print(json.dumps(run), flush=True)
     except REPORTED as error:
         print(f"nanovlm-v2drop: {rank_of(processes)}{described(error)}", file=sys.stderr)
         return 2
-    if processes.is_first and run is not None and (arguments.json or not sys.stdout.isatty()):
-        print(json.dumps(run))
     leave_processes()
     return 0
 
 
 def described(error: BaseException) -> str:
-    """The message of an error; one about a full disk names no file, so it says here what to do."""
-    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
-        return f"the output folder cannot be written to ({error.strerror}); make room, then continue with --resume"
+    """The message of an error; those of a full disk and of a closed pipe say what to do."""
+    if isinstance(error, BrokenPipeError):
+        return f"nobody reads stdout any more ({error.strerror}); answers are kept, and --resume continues a run"
+    if isinstance(error, OSError) and error.errno in FULL:
+        place = error.filename or "the output folder, or the file that stdout goes to,"
+        return f"{place} cannot be written to ({error.strerror}); make room, then continue a run with --resume"
     return str(error)
 
 

@@ -159,13 +159,14 @@ def first_seeds(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def equal_budget_plans(
-    names: Sequence[str], budgets: Sequence[Budget], shape: Shape, seeds: Sequence[int]
+    names: Sequence[str], budgets: Sequence[Budget], shape: Shape, seeds: Sequence[int], floors: bool = False
 ) -> list[Plan]:
     """Dense once, every other method at every budget, for a task whose first prompt has this `shape`.
 
     A method that cannot go down to a budget in the first prompt runs once at its floor, with a note. Raises ValueError for an
     unknown method, and for a budget that none of the methods reaches in the first prompt. Where prompts are not
-    `alike`, another prompt may reach a budget in tokens, so that is no error.
+    `alike`, another prompt may reach a budget in tokens, so that is no error; nor is it with `floors`, for budgets that
+    nobody asked for.
     """
     methods, plans, at_floor = find_methods(names), [], set[type[TokenDropper]]()
     droppers = [method for method in methods if method is not None]
@@ -173,7 +174,7 @@ def equal_budget_plans(
         plans.append(Plan(DENSE, shape=shape))
     for budget in dict.fromkeys(budgets):
         unreached = out_of_reach(droppers, budget, shape)
-        if droppers and len(unreached) == len(droppers) and (shape.alike or budget.tokens is None):
+        if droppers and len(unreached) == len(droppers) and not floors and (shape.alike or budget.tokens is None):
             raise next(iter(unreached.values()))
         for method in (method for method in droppers if method not in at_floor):
             solve = partial(budget.schedule, method)

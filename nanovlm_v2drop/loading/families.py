@@ -17,7 +17,7 @@ from ..models.config import (
     read_json_object,
 )
 from ..processing.chat_template import read_chat_template
-from ..processing.images import ImageProcessor, PlannedMedium
+from ..processing.images import DEFAULT_ASPECT_RATIO, ImageProcessor, PlannedMedium
 from ..processing.images_nanovlm import NanoVLMImageProcessor
 from ..processing.images_onevision import NextImageProcessor, OnevisionImageProcessor
 from ..processing.images_qwen2 import Qwen2VLImageProcessor
@@ -63,7 +63,12 @@ FAMILIES: dict[type[VLMConfig], Family] = {
 
 
 def media_processor(folder: Path, config: VLMConfig, image_aspect_ratio: str, max_pixels: int | None) -> MediaProcessor:
-    """What makes pictures ready for a model of this family, with the settings of its folder."""
+    """What makes pictures ready for a model of this family, with the settings of its folder.
+
+    Raises ValueError for an `image_aspect_ratio` that the family does not know, and what the folder's settings raise.
+    """
+    if image_aspect_ratio != DEFAULT_ASPECT_RATIO and type(config) is not LlavaConfig:
+        raise ValueError(f"image_aspect_ratio {image_aspect_ratio!r} is a choice of LLaVA-1.5 alone; leave it out for {folder}")
     match config:
         case NanoVLMConfig():
             return NanoVLMImageProcessor.from_config(config)
@@ -118,8 +123,7 @@ def find_conversation(folder: Path, config: VLMConfig, template: str | None) -> 
         return name, named_template(name)
     own = read_chat_template(folder, TEMPLATES[FAMILIES[type(config)].template])
     if own is None:
-        raise ValueError(
-            f"{folder} holds no chat template, and none of the papers' is for its decoder; "
-            f"give --template NAME, one of: {', '.join(sorted(TEMPLATES))}"
-        )
+        papers = "" if name == OWN_TEMPLATE else ", and none of the papers' is for its decoder"
+        known = ", ".join(sorted(TEMPLATES))
+        raise ValueError(f"{folder} holds no chat template{papers}; give --template NAME, one of: {known}")
     return own.name, own

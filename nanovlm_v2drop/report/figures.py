@@ -5,6 +5,7 @@ is the page's own and is the same for all figures: it switches traces by their `
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from .rows import PUBLISHED, Row, at_budget, budget_of, label_of, met_budget
 Figure = dict[str, Any]
 
 SIDEWAYS = 0.35  # share of the distance between two budgets over which the lines are spread
+NAME_WIDTH = 26  # characters of a line of a name beside a figure, which has a third of the page
 FOLDS = 2  # maps show ratios from a quarter of the average to four times the average, which is 2 ** FOLDS
 
 
@@ -227,7 +229,7 @@ def bar_figure(shown: Mapping[str, Row], rows: Sequence[Row], styles: Mapping[st
     """A mark and an interval for each row of `shown`, from bottom to top, and dense's score from `rows`."""
     traces = []
     for name, row in shown.items():
-        trace = method_trace([row], styles, [row["score"]], [escape(name)])
+        trace = method_trace([row], styles, [row["score"]], ["<br>".join(map(escape, textwrap.wrap(name, NAME_WIDTH)))])
         traces.append({**trace, "error_x": error_bars([row], styles[row["method"]])})
     layout = {**base_layout("score", ""), "shapes": dense_shapes(rows, "x"), "height": 70 + 25 * len(shown)}
     layout["yaxis"] |= {"type": "category", "showgrid": False}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..evaluation.plans import Plan
 from ..evaluation.records import Record
@@ -20,12 +20,15 @@ from ..processing.opening import open_image
 from ..processing.prompts import Request
 from ..processing.video import read_frames
 from ..tasks import Sample
+from .lettering import LINE, lines_of
 
-CELL = 240  # height in pixels of one picture in a gallery
+CELL = 240  # least height in pixels of one picture in a gallery
+PLACE = 10  # least side in pixels of a place in it
+LONGEST = 2048  # most pixels along one of its sides, whatever the other limits say
 FRAMES_A_ROW = 4
 FRAME_SIDE = 512  # longest side in pixels of a video's frame that is kept for a board
 PIXELS = 12  # side of one place in a board's picture
-MARGIN, LINE = 12, 20
+MARGIN = 12
 INK, PAPER = (30, 30, 30), (250, 250, 250)
 
 
@@ -150,25 +153,45 @@ def describe_answer(plan: Plan, record: Record, num_layers: int, board: Board) -
 
 def draw_gallery(board: Board, question: str, rows: Sequence[GalleryRow]) -> Image.Image:
     """For each method the picture, as the tower sees it, after each drop point; patches of dropped tokens are faded."""
-    columns, width = max(1, *(len(row.stages) for row in rows)), CELL * board.grid[1] // board.grid[0]
-    height = MARGIN + 2 * LINE + len(rows) * (CELL + 2 * LINE + MARGIN)
-    canvas = Image.new("RGB", (MARGIN + columns * (width + MARGIN), height), PAPER)
-    pen = ImageDraw.Draw(canvas)
-    write(pen, (MARGIN, MARGIN), question)
-    for number, row in enumerate(rows):
-        top = MARGIN + 2 * LINE + number * (CELL + 2 * LINE + MARGIN)
-        write(pen, (MARGIN, top), f"{row.method}: {row.answer}")
-        for column, (layer_idx, kept) in enumerate(row.stages or [(0, range(len(board.cells)))]):
-            left = MARGIN + column * (width + MARGIN)
-            canvas.paste(fade_dropped(board.picture, board.places(kept), board.grid), (left, top + LINE))
-            write(pen, (left, top + LINE + CELL), f"from layer {layer_idx}: {len(kept)} tokens")
+    strips = [strip_of(board, row) for row in rows]
+    width = max(CELL, *(strip.width for strip in strips))
+    texts = [text_picture(text, width) for text in (question, *(f"{row.method}: {row.answer}" for row in rows))]
+    parts = [texts[0], *(part for pair in zip(texts[1:], strips, strict=True) for part in pair)]
+    gaps = [LINE, *[0, MARGIN] * len(rows)]  # below each part
+    canvas = Image.new("RGB", (width + 2 * MARGIN, MARGIN + sum(gaps) + sum(part.height for part in parts)), PAPER)
+    top = MARGIN
+    for part, gap in zip(parts, gaps, strict=True):
+        canvas.paste(part, (MARGIN, top))
+        top += part.height + gap
     return canvas
 
 
-def fade_dropped(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
-    """`picture` with a height of CELL pixels, in which every place of `grid` that is not in `kept` is faded."""
+def strip_of(board: Board, row: GalleryRow) -> Image.Image:
+    """The pictures of one method side by side, each above its layer and the number of its tokens."""
+    stages = row.stages or [(0, range(len(board.cells)))]
+    pictures = [fade_dropped(board.picture, board.places(kept), board.grid) for _, kept in stages]
+    captions = [text_picture(f"from layer {layer_idx}: {len(kept)} tokens") for layer_idx, kept in stages]
+    widths = [max(picture.width, caption.width) for picture, caption in zip(pictures, captions, strict=True)]
+    height = pictures[0].height
+    strip = Image.new("RGB", (sum(widths) + MARGIN * (len(widths) - 1), height + LINE), PAPER)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left = sum(widths[:number]) + MARGIN * number
+        strip.paste(picture, (left, 0))
+        strip.paste(caption, (left, height))
+    return strip
+
+
+def drawn_size(grid: tuple[int, int]) -> tuple[int, int]:
+    """Width and height in pixels at which a board of these rows and columns is drawn: by CELL, PLACE and LONGEST."""
     rows, columns = grid
-    visible, size = np.zeros(rows * columns, dtype=np.uint8), (CELL * columns // rows, CELL)
+    side = min(max(CELL / rows, PLACE), LONGEST / max(rows, columns))
+    return max(1, round(side * columns)), max(1, round(side * rows))
+
+
+def fade_dropped(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
+    """`picture` in its `drawn_size`, in which every place of `grid` that is not in `kept` is faded."""
+    rows, columns = grid
+    visible, size = np.zeros(rows * columns, dtype=np.uint8), drawn_size(grid)
     visible[list(kept)] = 255
     mask = Image.fromarray(visible.reshape(rows, columns)).resize(size, Image.Resampling.NEAREST)
     full = picture.resize(size, Image.Resampling.LANCZOS)
@@ -176,5 +199,11 @@ def fade_dropped(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int
     return Image.composite(full, faded, mask)
 
 
-def write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None:
-    pen.text(place, text, fill=INK, font=ImageFont.load_default(15))
+def text_picture(text: str, width: int = LONGEST) -> Image.Image:
+    """A text in lines of at most `width` pixels."""
+    font, lines = lines_of(text, width)
+    picture = Image.new("RGB", (max(int(font.getlength(line)) + 1 for line in lines), LINE * len(lines)), PAPER)
+    pen = ImageDraw.Draw(picture)
+    for number, line in enumerate(lines):
+        pen.text((0, LINE * number), line, fill=INK, font=font)
+    return picture

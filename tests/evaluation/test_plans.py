@@ -102,6 +102,16 @@ def test_a_budget_that_no_method_reaches_is_refused(budget):
         equal_budget_plans(["v2drop", "random"], tokens(budget), DEMO, seeds=[0])
 
 
+def test_methods_that_reach_none_of_the_budgets_run_once_at_their_floors_where_floors_are_taken():
+    """A picture of 64 tokens, 224 x 224 pixels, in the 28 layers of Qwen2-VL: three whole layers are 10.7 % already."""
+    budgets = [Budget(retain=share) for share in (1 / 3, 1 / 9, 1 / 10)]
+    with pytest.raises(ValueError, match=r"it lies between 7\.8 and 64"):
+        equal_budget_plans(["dense", "v2drop"], budgets, Shape(64, 28, alike=False), seeds=[0])
+    plans = equal_budget_plans(["dense", "v2drop"], budgets, Shape(64, 28, alike=False), seeds=[0], floors=True)
+    assert [plan.row for plan in plans] == ["dense", "v2drop 33.33%", "v2drop 11.11%"]
+    assert plans[2].note_on([plans[2].shape]) == "cannot go below 7.8 mean tokens: shown at its floor, once"
+
+
 def test_a_users_method_that_asks_for_more_than_a_schedule_is_refused():
     class Needs(TokenDropper):
         name = "needs"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nanovlm_v2drop.loading.families import FAMILIES, find_conversation
+from nanovlm_v2drop.loading.families import FAMILIES, find_conversation, media_processor
 from nanovlm_v2drop.models.config import (
     LlavaConfig,
     LlavaNextConfig,
@@ -77,8 +77,14 @@ def test_the_folders_own_template_can_be_asked_for_by_name(tmp_path: Path) -> No
     assert find_conversation(folder_with(tmp_path, "llama"), config, None)[0] == "vicuna_v1"
     assert find_conversation(tmp_path, config, "checkpoint")[0] == "chat_template.jinja"
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="holds no chat template"):
+    with pytest.raises(ValueError, match="holds no chat template; give --template"):  # and nothing about the papers
         find_conversation(tmp_path, config, "checkpoint")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind is not LlavaConfig])
+def test_a_way_to_make_pictures_square_is_refused_where_a_family_has_its_own(kind: type[VLMConfig], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"image_aspect_ratio 'crop' is a choice of LLaVA-1\.5 alone; leave it out for "):
+        media_processor(tmp_path, object.__new__(kind), "crop", None)
 
 
 def test_a_broken_template_that_is_not_used_is_not_read(tmp_path: Path) -> None:

@@ -443,6 +443,16 @@ def test_published_settings_are_open_marks_without_a_line():
     assert found["FastV"]["marker"]["symbol"] == "triangle-up"
 
 
+def test_a_long_name_beside_a_figure_is_broken_into_lines_that_leave_room_for_the_marks():
+    rows = [
+        make_row("demo", name, 48.0, 80.0)
+        for name in ("v2drop", "<b> of my own & with a name that is long", "visionzip+v2drop:share=0.5")
+    ]
+    drawn = figures.ranking_figure(rows, "48", figures.method_styles([row["method"] for row in rows]))
+    names = [name for trace in drawn["data"] for name in trace["y"]]
+    assert names == ["V2Drop", "&lt;b&gt; of my own &amp; with a<br>name that is long", "visionzip+v2drop:share=0.5"]
+
+
 def test_costs_that_were_not_measured_have_no_figure():
     times, memories = task_report(make_run())["costs"]
     assert list(times) == ["prefill of a prompt, ms", "whole answer, ms"]

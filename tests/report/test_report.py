@@ -15,7 +15,19 @@ from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
 from nanovlm_v2drop.dropping.budget import Budget, Shape
 from nanovlm_v2drop.evaluation.plans import Plan
 from nanovlm_v2drop.models.vlm import VisionInput
-from nanovlm_v2drop.report.gallery import CELL, Board, GalleryRow, board_cells, describe_gallery, draw_gallery, fade_dropped
+from nanovlm_v2drop.report.gallery import (
+    CELL,
+    LONGEST,
+    PAPER,
+    PLACE,
+    Board,
+    GalleryRow,
+    board_cells,
+    describe_gallery,
+    draw_gallery,
+    drawn_size,
+    fade_dropped,
+)
 from nanovlm_v2drop.report.results_csv import write_csv
 from nanovlm_v2drop.report.tables import WIDTH, best_rows, by_budget, print_details, print_scores, printable
 from nanovlm_v2drop.tasks import Sample
@@ -38,6 +50,34 @@ def test_a_gallery_has_one_row_a_method_and_one_column_a_stage():
     assert gallery.size[1] > 2 * CELL
     without = draw_gallery(board, "Is it?", rows[:1])
     assert without.size[0] < 2 * CELL
+
+
+@pytest.mark.parametrize(
+    ("grid", "size"),
+    [
+        ((12, 12), (CELL, CELL)),  # one picture of the demo
+        ((12, 24), (2 * CELL, CELL)),  # eight frames of the demo
+        ((128, 32), (320, 1280)),  # 64 frames of SmolVLM2: ten pixels a token, not two
+        ((1, 107), (LONGEST, 19)),  # a ribbon of Qwen2-VL, which would be 25,680 pixels wide
+        ((107, 1), (PLACE, 107 * PLACE)),
+        ((1, 4000), (LONGEST, 1)),
+    ],
+)
+def test_a_board_is_drawn_as_large_as_its_tokens_need_and_no_larger_than_a_picture_can_be_looked_at(grid, size):
+    assert drawn_size(grid) == size
+    assert fade_dropped(Image.new("RGB", (12, 12)), [0], grid).size == size
+
+
+def test_captions_of_narrow_pictures_and_long_texts_stay_inside_the_gallery():
+    """A caption is wider than a picture of one column; nothing may be cut or lie over its neighbour."""
+    rows = [GalleryRow("v2drop", "yes " * 40, [(1, [0, 1]), (2, [0]), (3, [0])])]
+    board = Board(Image.new("RGB", (12, 240)), (20, 1), range(20))
+    narrow = draw_gallery(board, "Is it\nthere?", rows)
+    captions = np.asarray(narrow)[-32:]
+    gaps = np.flatnonzero((captions == PAPER).all(axis=(0, 2)))
+    columns = np.split(gaps, np.flatnonzero(np.diff(gaps) > 1) + 1)
+    assert sum(len(gap) >= 12 for gap in columns) == 4  # margins at both ends, and two gaps between three captions
+    assert narrow.height > draw_gallery(board, "Is it there?", [GalleryRow("v2drop", "yes", rows[0].stages)]).height
 
 
 ROW = {
