@@ -72,6 +72,8 @@ class PrefillState:
 
     def queries_and_keys(self) -> tuple[Tensor, Tensor]:
         """(T, H, head_dim) and (T, K, head_dim) of the previous layer, rotated; for methods with `reads_attention`."""
+        if self.layer_idx == 0:
+            raise RuntimeError("no layer before layer 0 has attention: set earliest_layer = 1 and depths above 0")
         if self.queries is None or self.keys is None:
             raise RuntimeError("this method reads the attention of the previous layer; it must set reads_attention = True")
         return self.all_heads(self.queries), self.all_heads(self.keys)
