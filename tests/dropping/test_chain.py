@@ -53,6 +53,22 @@ def test_a_packed_batch_equals_its_samples_one_by_one(first, second):
             assert sequences[index].tolist() == kept.tolist()
 
 
+@pytest.mark.parametrize("second", ["pdrop", "transprune", "sparsevlm"])
+def test_a_prompt_from_which_the_second_method_drops_nothing_keeps_its_positions_in_a_batch(second):
+    def dropper(*shares):
+        own = [DropSchedule({4: share} if share < 1 else {}) for share in shares]
+        return Chain([DROPPERS["fastv"](DropSchedule({1: 0.5})), DROPPERS[second](BatchSchedule(own))])
+
+    decoder, parts = tiny_decoder(), tiny_prompts()[:2]
+    together = prefill(decoder, pack_together(parts), dropper(1.0, 0.5))
+    alone = [prefill(decoder, part, dropper(share)) for part, share in zip(parts, (1.0, 0.5), strict=True)]
+    for _ in range(2):
+        logits = [decode_one_token(decoder, torch.tensor([7]), one.cache) for one in alone]
+        torch.testing.assert_close(
+            decode_one_token(decoder, torch.tensor([7, 7]), together.cache), torch.cat(logits), atol=1e-4, rtol=0
+        )
+
+
 @every_pair
 def test_the_accounting_is_what_prefill_leaves(first, second):
     decoder, dropper = tiny_decoder(), chain(first, second)

@@ -216,7 +216,7 @@ def test_positions_are_contiguous_after_the_drop_and_decoding_goes_on_from_there
 
 def test_the_drop_point_never_asks_for_a_value_on_the_device():
     state = initial_state(pack_together([random_video(6, 9), one_prompt(4, 0, 3)]))
-    fields = ("hidden_states", "position_ids", "vision_mask", "vision_indices")
+    fields = ("hidden_states", "position_ids", "next_position", "vision_mask", "vision_indices")
     without_values = replace(state, **{name: getattr(state, name).to("meta") for name in fields})
     assert DyCoke(DropSchedule({0: 0.5}))(without_values).hidden_states.shape == (5 + 27 + 7, 32)
 
