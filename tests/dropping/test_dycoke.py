@@ -155,7 +155,7 @@ def test_a_video_of_one_frame_stays_whole_beside_a_longer_video():
 
 
 def test_fewer_than_the_whole_frames_hold_is_refused():
-    with pytest.raises(ValueError, match="cannot keep 11 of 36 tokens: 12 stand in whole frames"):
+    with pytest.raises(ValueError, match="cannot keep 11 of 36 tokens: 12 stand in pictures and whole frames"):
         kept_of(DyCoke(DropSchedule({0: 11.5 / 36})), random_video(6, 6))
 
 
