@@ -15,7 +15,7 @@ from nanovlm_v2drop import cli
 from nanovlm_v2drop.cli.arguments import FORMATS
 from nanovlm_v2drop.cli.compare import WRITERS, latex_text
 from nanovlm_v2drop.evaluation.bootstrap import difference, resample
-from nanovlm_v2drop.evaluation.comparison import compare, read_run
+from nanovlm_v2drop.evaluation.comparison import compare, read_run, shared_samples
 from nanovlm_v2drop.evaluation.records import Record
 from nanovlm_v2drop.tasks import load_task
 
@@ -23,14 +23,20 @@ EMPTY = {"text_tokens": 1, "vision_tokens": 4, "vision_ms": 1.0, "prefill_ms": 1
          "kv_cache_bytes": 1, "peak_memory_mb": 1.0}  # fmt: skip
 
 
-def write_run(folder: Path, rights: dict[str, list[int]], question: str = "Is it {}?") -> Path:
-    """A run of the demo's task: for each plan key which of its questions were answered right; keys may end in "seed N"."""
+def write_run(
+    folder: Path, rights: dict[str, list[int]], question: str = "Is it {}?", share: float | None = None
+) -> Path:
+    """A run of the demo's task: for each plan key which of its questions were answered right; keys may end in "seed N".
+
+    `share`: of the vision tokens that its rows asked for; None where they asked for a number.
+    """
     folder.mkdir()
     lines, rows = [], {}
     for key, right in rights.items():
         row, _, seed = key.partition(" seed ")
         label, _, asked = row.partition(" ")
-        fields = {"task": "demo", "label": label, "asked_tokens": float(asked) if asked else None, "seeds": [], "plans": []}
+        fields = {"task": "demo", "label": label, "asked_tokens": float(asked) if asked else None,
+                  "asked_share": share if asked else None, "seeds": [], "plans": []}  # fmt: skip
         rows.setdefault(row, fields)
         rows[row]["seeds"].append(int(seed or 0))
         rows[row]["plans"].append(key)
@@ -86,6 +92,32 @@ def test_only_questions_that_both_answered_are_compared(tmp_path):
     (row,) = compare([read_run(longer), read_run(shorter)])
     assert row.questions == 25
     assert row.differences == [(0.0, [0.0, 0.0])]
+
+
+def asked(task: str, positions: list[int]) -> list[dict[str, str]]:
+    """Answers to these questions, of which every two neighbours are about one picture."""
+    return [{"sample_id": str(number), "group": str(number // 2)} for number in positions]
+
+
+def test_two_questions_about_one_picture_are_not_taken_for_one_another():
+    answers = [[asked("gqa", [0, 2, 3, 4])], [asked("gqa", [1, 2, 3, 5, 4])]]
+    assert shared_samples(load_task("gqa"), answers) == {"2", "3", "4"}
+
+
+def test_samples_that_are_scored_as_one_are_compared_where_all_of_them_are_there():
+    answers = [[asked("mme", [0, 1, 2, 3])], [asked("mme", [1, 2, 3, 4])] * 2, []]
+    assert shared_samples(load_task("mme"), answers) == {"2", "3"}
+
+
+def test_runs_that_asked_for_one_share_are_compared_although_their_prompts_differ_in_size(tmp_path):
+    first = write_run(tmp_path / "first", {"dense": rights(0, 0.9), "v2drop 48": rights(1, 0.7)}, share=1 / 3)
+    second = write_run(tmp_path / "second", {"dense": rights(0, 0.9), "v2drop 47.5": rights(1, 0.7)}, share=1 / 3)
+    third = write_run(tmp_path / "third", {"v2drop 48": rights(1, 0.7)})
+    found = compare([read_run(folder) for folder in (first, second, third)])
+    assert [(row.key[1], row.key[2], row.differences) for row in found] == [
+        ("dense", None, [(0.0, [0.0, 0.0]), None]),
+        ("v2drop", 48.0, [(0.0, [0.0, 0.0])] * 2),
+    ]
 
 
 def test_the_table_fits_a_terminal_and_names_the_runs(runs, capsys):

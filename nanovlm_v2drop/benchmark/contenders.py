@@ -44,6 +44,11 @@ class Contender:
     def schedule(self) -> DropSchedule:
         return DropSchedule({}) if self.dropper is None else self.dropper.schedule
 
+    def cache_bytes(self, decoded: int = 0) -> int:
+        """Size of its cache when so many tokens are decoded."""
+        cut_cache = self.dropper is not None and self.dropper.cut_cache
+        return self.workload.cache_bytes(self.schedule, cut_cache, decoded)
+
 
 def model_schedule(method: type[TokenDropper], budget: float, workload: Workload) -> DropSchedule:
     """The schedule of the whole model: the paper's ratios if the paper has this budget, otherwise the solver's schedule.

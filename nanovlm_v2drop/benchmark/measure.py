@@ -156,7 +156,7 @@ def prefill_row(contender: Contender, seconds: Mapping[str, list[float]]) -> dic
         "achieved_percent": 100 * median_ratio(dense, own) * flops / dense_flops,
         "drop_points_ms": 1e3 * median(drop_points),
         "drop_points_percent": 100 * median_ratio(drop_points, own),
-        "kv_cache_mb": workload.cache_bytes(contender.schedule) / 1e6,
+        "kv_cache_mb": contender.cache_bytes() / 1e6,
         "rounds_ms": [1e3 * value for value in own],
     }
 
@@ -188,7 +188,7 @@ def decode_row(
     speedup, kernel_speedup = median_ratio(seconds[DENSE], seconds[contender.name]), median_ratio(first_products, products)
     own = [value / workload.decode_steps for value in seconds[contender.name]]
     # The cache grows by one token per step, so the mean over all steps is the mean of the first and the last step.
-    cache = fmean(workload.cache_bytes(contender.schedule, step) for step in (1, workload.decode_steps))
+    cache = fmean(map(contender.cache_bytes, (1, workload.decode_steps)))
     touched = contender.weight_bytes + cache
     return {
         "decode": contender.name,

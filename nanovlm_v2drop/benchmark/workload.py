@@ -216,9 +216,9 @@ class Workload:
         counts = schedule.vision_tokens_per_layer(vision_tokens, config.num_hidden_layers)
         return [text_tokens + count for count in counts]
 
-    def cache_bytes(self, schedule: DropSchedule, decoded: int = 0) -> int:
+    def cache_bytes(self, schedule: DropSchedule, cut_cache: bool = False, decoded: int = 0) -> int:
         config, text_tokens, vision_tokens = self.sizes
-        values = schedule.kv_cache_bytes(config, text_tokens + decoded, vision_tokens, 1)
+        values = schedule.kv_cache_bytes(config, text_tokens + decoded, vision_tokens, 1, cut_cache=cut_cache)
         if self.decoder.kv_cache_dtype == "int8":
             return values // config.head_dim * (config.head_dim + SCALE_BYTES)
         return values * self.packed.inputs_embeds.element_size()

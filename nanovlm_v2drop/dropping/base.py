@@ -185,7 +185,8 @@ class TokenDropper:
         if counts == state.vision_counts:
             return state
         after = self.compress(state, counts)
-        return after.renumbered() if self.renumbers else after
+        changed = [before != left for before, left in zip(state.vision_counts, counts, strict=True)]
+        return after.renumbered(changed) if self.renumbers else after
 
     def kept_counts(self, state: PrefillState) -> tuple[int, ...]:
         """Vision tokens of each sequence that stay at this drop point."""

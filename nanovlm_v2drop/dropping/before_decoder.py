@@ -89,8 +89,12 @@ class BeforeDecoder(TokenDropper):
         raise NotImplementedError(f"{type(self).__name__} must have a choose or a compress_picture")
 
     def compress_picture(self, picture: Picture, count: int) -> Reduced:
-        """The tokens that replace a picture; 0 < count < P."""
-        places = self.choose(picture, count).sort().values
+        """The tokens that replace a picture; 0 < count < P. Raises ValueError where `choose` gives no `count` numbers."""
+        places = self.choose(picture, count)
+        if places.shape != (count,) or places.dtype == torch.bool:
+            found = f"{tuple(places.shape)} of {places.dtype}"
+            raise ValueError(f"the choose of {self.name} must give the numbers of {count} tokens, ({count},), not {found}")
+        places = places.sort().values
         deepstack = picture.deepstack_by(lambda values: values[places])
         return Reduced(picture.features[places], picture.indices[places], places, deepstack)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
+from math import inf
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -28,7 +29,10 @@ class ChainSchedule(DropSchedule):
         owners = {layer: number for number, part in enumerate(parts) for layer in part}
         if len(owners) < sum(map(len, parts)):
             layers = sorted(layer for number, part in enumerate(parts) for layer in part if owners[layer] != number)
-            raise ValueError(f"two methods of a chain drop at layer {layers[0]}; give them schedules with different layers")
+            raise ValueError(
+                f"two methods of a chain drop at layer {layers[0]}: give one of them a schedule with other layers, or the "
+                "option layers, such as v2drop:layers=4/8"
+            )
         super().__init__(dict.fromkeys(sorted(owners), 1.0))
         self.parts = tuple(parts)
         self.keep_ratios = {layer: parts[owners[layer]][layer] for layer in self}
@@ -191,17 +195,26 @@ def solve_part(
     num_layers: int,
     frames: int,
 ) -> DropSchedule:
-    """The method's schedule with which a chain that has `parts` already has the mean `target`; raises OutOfReach."""
+    """The method's schedule with which a chain that has `parts` already has the mean `target`.
+
+    Raises OutOfReach, and ValueError where the method always drops at a layer of another one.
+    """
     if not parts:
         return method.schedule_for(target, num_vision_tokens, num_layers, frames)
-    arriving = ChainSchedule(parts).vision_tokens_per_layer(num_vision_tokens, num_layers)[-1]
+    first = next(iter(method.schedule_for(num_vision_tokens, num_vision_tokens, num_layers)), num_layers)
+    arriving = [num_vision_tokens, *ChainSchedule(parts).vision_tokens_per_layer(num_vision_tokens, num_layers)][first]
 
     def error(candidate: DropSchedule) -> float:
-        return ChainSchedule([*parts, candidate]).mean_tokens(num_vision_tokens, num_layers) - target
+        try:
+            whole = ChainSchedule([*parts, candidate])
+        except ValueError:  # at a layer of another method, where PyramidDrop goes for small budgets
+            return inf
+        return whole.mean_tokens(num_vision_tokens, num_layers) - target
 
     best = nearest(partial(method.schedule_for, num_vision_tokens=arriving, num_layers=num_layers), error, target, arriving)
-    if error(best) > CLOSE:
-        reached = f"with these shares it is at least {error(best) + target:.1f}"
+    at_least = ChainSchedule([*parts, best]).mean_tokens(num_vision_tokens, num_layers)
+    if at_least > target + CLOSE:
+        reached = f"with these shares it is at least {at_least:.1f}"
         raise OutOfReach(f"a mean of {target:g} vision tokens is out of reach: {reached}", best)
     return best
 
@@ -209,7 +222,10 @@ def solve_part(
 def nearest(
     solve: Callable[[float], DropSchedule], error: Callable[[DropSchedule], float], target: float, arriving: int
 ) -> DropSchedule:
-    """The schedule with the smallest `error`. Behind a method inside the decoder, early layers hold more than `arriving`."""
+    """The schedule with the smallest `error`, which is infinite for one that cannot be.
+
+    Behind a method inside the decoder, early layers hold more than `arriving`.
+    """
     best, low, high = solve(min(target, arriving)), 0.0, float(arriving)
     for _ in range(STEPS):
         if abs(error(best)) <= CLOSE:
@@ -217,10 +233,9 @@ def nearest(
         middle = (low + high) / 2
         try:
             candidate = solve(middle)
-            is_low = error(candidate) < 0
-        except ValueError:  # out of reach, or at a layer of another method, where PyramidDrop goes for small budgets
+        except OutOfReach:
             low = middle
             continue
-        low, high = (middle, high) if is_low else (low, middle)
+        low, high = (low, middle) if 0 <= error(candidate) < inf else (middle, high)
         best = min(best, candidate, key=lambda one: abs(error(one)))
     return best

@@ -49,7 +49,7 @@ def check_order(dropper: TokenDropper, before: PrefillState, after: PrefillState
         known = places.new_full((size + 1,), -1).scatter(0, torch.where(numbers < 0, size, numbers), places)
         largest_so_far = torch.cat([kept.new_full((1,), -1), kept]).cummax(0).values[:-1]
         in_order = (kept > largest_so_far) & (known[kept.clamp(0, size)] == kept_places) | (kept < 0)
-        message = f"{dropper.name} keeps a vision row twice, or moves rows: they must stay in reading order"
+        message = f"{dropper.name} keeps a vision row twice, or moves rows: they stay in reading order unless merges = True"
         require(in_order.all(), ContractBroken, f"{message}, at the drop point of layer {before.layer_idx}")
 
 

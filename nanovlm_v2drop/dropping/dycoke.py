@@ -172,7 +172,10 @@ class DyCoke(TokenDropper):
             whole, reduced = self.frames(rows, grids, self.schedule.of(index))
             whole_count = sum(map(len, whole))
             if count < whole_count:
-                raise ValueError(f"{self.name} cannot keep {count} of {len(rows)} tokens: {whole_count} stand in whole frames")
+                raise ValueError(
+                    f"{self.name} cannot keep {count} of {len(rows)} tokens: {whole_count} stand in pictures and whole frames; "
+                    "keep at least these"
+                )
             shares = equal_shares([len(frame) for frame, _ in reduced], count - whole_count)
             best = [least_like(state, *pair, share) for pair, share in zip(reduced, shares, strict=True)]
             kept.append(torch.cat([text, *whole, *best]).sort().values)

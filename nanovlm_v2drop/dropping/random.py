@@ -1,8 +1,7 @@
 """Random dropping: the control that every published method has to beat.
 
-The authors of V2Drop have not released their Random. Both methods here draw once a prompt, so a later drop point keeps a subset
-of the tokens that an earlier one kept. The draw depends on `seed` and on the prompt's own number, so a sample loses the same
-tokens in every batch and on every device.
+The authors of V2Drop have not released their Random. The draws here depend on `seed` and on the number of the prompt, so a
+sample loses the same tokens in every batch and on every device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,16 @@ from torch import Tensor
 from ..models.attention import sent
 from .base import PrefillState, Published, TokenDropper
 from .schedule import DropSchedule
+from .state import MERGED
 from .v2drop import V2Drop
 
 
 class Random(TokenDropper):
-    """Keep a random subset, at V2Drop's layers and shares."""
+    """Keep a random subset, at V2Drop's layers and shares.
+
+    It draws once a prompt. Averaged tokens, which an earlier method of a chain has made, have no number in the prompt: where
+    there are some, it draws anew at each drop point.
+    """
 
     name = "random"
     seeded = True
@@ -29,9 +33,14 @@ class Random(TokenDropper):
         self.seed = seed
 
     def score(self, state: PrefillState) -> Tensor:
-        numbers = [self.draw(count, seed) for count, seed in zip(state.prompt_vision_counts, state.seeds, strict=True)]
-        indices = state.vision_indices.clamp(min=0).split(state.seqlens)
-        return torch.cat([sent(drawn, rows.device)[rows] for drawn, rows in zip(numbers, indices, strict=True)])
+        sequences = zip(state.vision_indices.split(state.seqlens), state.prompt_vision_counts, state.seeds, strict=True)
+        return torch.cat([self.numbers_of(*sequence, state.layer_idx) for sequence in sequences])
+
+    def numbers_of(self, indices: Tensor, prompt_count: int, prompt_seed: int, layer_idx: int) -> Tensor:
+        """(R,) the random numbers of a sequence's rows with these `vision_indices`."""
+        of_prompt = sent(self.draw(prompt_count, prompt_seed), indices.device)[indices.clamp(min=0)]
+        of_rows = sent(self.draw(len(indices), prompt_seed + 1 + layer_idx), indices.device)
+        return torch.where((indices == MERGED).any(), of_rows, of_prompt)
 
     def draw(self, count: int, prompt_seed: int) -> Tensor:
         """(count,) random numbers of a prompt; one unused number for a prompt without vision tokens."""

@@ -144,10 +144,17 @@ class DropSchedule(Mapping[int, float]):
         return total
 
     def kv_cache_bytes(
-        self, config: TextConfig, num_text_tokens: int, num_vision_tokens: int, bytes_per_value: int
+        self,
+        config: TextConfig,
+        num_text_tokens: int,
+        num_vision_tokens: int,
+        bytes_per_value: int,
+        *,
+        cut_cache: bool = False,
     ) -> int:
-        """Size of the key/value cache after the prefill of one prompt."""
+        """Size of the key/value cache after the prefill of one prompt; `cut_cache` as the option of a method."""
         counts = self.vision_tokens_per_layer(num_vision_tokens, config.num_hidden_layers)
+        counts = [counts[-1]] * len(counts) if cut_cache else counts
         tokens = sum(counts) + num_text_tokens * config.num_hidden_layers
         return tokens * 2 * config.num_key_value_heads * config.head_dim * bytes_per_value
 

@@ -72,6 +72,8 @@ class PrefillState:
 
     def queries_and_keys(self) -> tuple[Tensor, Tensor]:
         """(T, H, head_dim) and (T, K, head_dim) of the previous layer, rotated; for methods with `reads_attention`."""
+        if self.layer_idx == 0:
+            raise RuntimeError("no layer before layer 0 has attention: set earliest_layer = 1 and depths above 0")
         if self.queries is None or self.keys is None:
             raise RuntimeError("this method reads the attention of the previous layer; it must set reads_attention = True")
         return self.all_heads(self.queries), self.all_heads(self.keys)
@@ -148,16 +150,18 @@ class PrefillState:
             vision_counts=tuple(count + len(new) for count, new in zip(self.vision_counts, merged, strict=True)),
         )
 
-    def renumbered(self) -> "PrefillState":
-        """The state with positions 0, 1, 2, ... in each sequence. Multimodal positions (3, T) are places in a grid and stay.
+    def renumbered(self, changed: Sequence[bool]) -> "PrefillState":
+        """The state with positions 0, 1, 2, ... in each sequence that has `changed`.
 
-        Decoded tokens continue behind the largest position that is left.
+        Multimodal positions (3, T) are places in a grid and stay. Decoded tokens continue behind the largest position that is
+        left.
         """
-        if self.position_ids.dim() > 1:
-            return replace(self, next_position=next_positions(self.position_ids, self.seqlens))
-        device = self.position_ids.device
-        positions = torch.cat([torch.arange(length, device=device) for length in self.seqlens])
-        return replace(self, position_ids=positions, next_position=sent(torch.tensor(self.seqlens), device))
+        device, positions = self.position_ids.device, self.position_ids
+        if positions.dim() == 1:
+            parts = zip(self.position_ids.split(self.seqlens), changed, strict=True)
+            positions = torch.cat([torch.arange(len(own), device=device) if anew else own for own, anew in parts])
+        anew, following = sent(torch.tensor(changed), device), next_positions(positions, self.seqlens)
+        return replace(self, position_ids=positions, next_position=torch.where(anew, following, self.next_position))
 
     def without_surroundings(self) -> "PrefillState":
         """The state without the fields that describe the rows of one drop point."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..models.attention import sent
 from .base import PrefillState, TokenDropper, check_numbers
 from .schedule import DropSchedule, layers_at_depths
+from .state import MERGED
 
 # Chosen on questions 10,000 to 10,599 of demo and 10,000 to 10,479 of demo-video, and on no other model.
 NOVEL_SHARE, NOVEL_PER_FRAME = 0.3, 4  # novel tokens at layer 0: this share of the kept ones, but at least so many a frame
@@ -108,10 +109,21 @@ def distance_to_more_unusual(directions: Tensor, unusual: Tensor, frames: Tensor
 
 
 def frame_numbers(state: PrefillState) -> list[Tensor]:
-    """The number of the frame, picture, tile or newline that each vision token of a sequence is of, one tensor a sequence."""
+    """The number of the frame, picture, tile or newline that each vision token of a sequence is of, one tensor a sequence.
+
+    A token that an earlier method of a chain has made is of the frame of the token before it, or else behind it.
+    """
     numbers = []
     for grids, vision in zip(state.vision_grids, state.vision_rows(), strict=True):
         sizes = [prod(grid[1:]) for grid in grids for _ in range(grid[0])]
         frames = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.long))
-        numbers.append(sent(frames, vision.device)[state.vision_indices[vision]])
+        numbers.append(sent(frames, vision.device)[of_prompt(state.vision_indices[vision])])
     return numbers
+
+
+def of_prompt(indices: Tensor) -> Tensor:
+    """(N,) `vision_indices`, with that of the token before it, or else behind it, for a token that is not of the prompt."""
+    known, rows = indices != MERGED, torch.arange(len(indices), device=indices.device)
+    before = torch.where(known, rows, -1).cummax(0).values
+    first = torch.where(known, rows, len(rows) - 1).amin() if len(rows) else rows
+    return indices[torch.where(before < 0, first, before)].clamp(min=0)

@@ -49,9 +49,14 @@ def paper_draws(column: str, resampled: Resampled) -> list[float]:
 
 
 def average_draws(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[float]:
-    """The mean percentage of dense in each draw, from the draws of (own, dense) of each benchmark."""
+    """The mean percentage of dense in each draw, from the draws of (own, dense) of each benchmark.
+
+    Benchmarks with equally many samples were drawn at the same places. Their draws are shifted against one another, so that
+    samples that only share a place do not vary together.
+    """
     percentages = [[percentage(*pair) for pair in zip(own, dense, strict=True)] for own, dense in pairs]
-    return [fmean(drawn) for drawn in zip(*percentages, strict=True)]
+    shifted = [values[place:] + values[:place] for place, values in enumerate(percentages)]
+    return [fmean(drawn) for drawn in zip(*shifted, strict=True)]
 
 
 def percentage(own: float, dense: float) -> float:

@@ -1,6 +1,6 @@
 """Confidence intervals: scores of resampled pictures, paired between methods."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
 from statistics import mean
@@ -42,8 +42,10 @@ def resample(task: Task, by_seed: list[list[dict[str, Any]]]) -> Resampled:
     units = [resampling_units(records) for records in by_seed]
     draws = np.random.default_rng(0).integers(len(units[0]), size=(BOOTSTRAP_DRAWS, len(units[0])))
     seeds = np.random.default_rng(1).integers(len(units), size=(BOOTSTRAP_DRAWS, len(units)))
+    kinds = {record["kind"] for record in by_seed[0]}
     found = [
-        [resampled_summary(task, units[seed], draw) for seed in chosen] for draw, chosen in zip(draws, seeds, strict=True)
+        [resampled_summary(task, units[seed], draw, kinds) for seed in chosen]
+        for draw, chosen in zip(draws, seeds, strict=True)
     ]
     score = mean(task.summary(records)["score"] for records in by_seed)
     scores = [mean(values["score"] for values in own) for own in found]
@@ -51,10 +53,12 @@ def resample(task: Task, by_seed: list[list[dict[str, Any]]]) -> Resampled:
     return Resampled([record["sample_id"] for record in by_seed[0]], score, scores, metrics)
 
 
-def resampled_summary(task: Task, units: list[list[dict[str, Any]]], draw: Sequence[int]) -> dict[str, float]:
+def resampled_summary(
+    task: Task, units: list[list[dict[str, Any]]], draw: Sequence[int], kinds: Collection[str]
+) -> dict[str, float]:
     """The numbers of the drawn pictures. A picture that is drawn twice counts as two, for tasks that pair by picture."""
     chosen = [{**record, "group": f"{record['group']}/{copy}"} for copy, unit in enumerate(draw) for record in units[unit]]
-    return task.summary(chosen)
+    return task.summary_of_draw(chosen, kinds)
 
 
 def score_fields(own: Resampled, dense: Resampled | None) -> dict[str, Any]:

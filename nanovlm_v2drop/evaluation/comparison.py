@@ -1,9 +1,8 @@
 """Finished runs side by side: scores on the questions that all of them answered, and differences paired by question."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +61,7 @@ def read_run(folder: Path) -> FinishedRun:
 
 def compare(runs: Sequence[FinishedRun]) -> list[Comparison]:
     """All rows of all runs; raises ValueError where runs share no row, or asked other questions under the same ids."""
+    runs = matched(runs)
     keys = list(dict.fromkeys(key for run in runs for key in run.rows))
     tasks = {name: load_task(name) for name, _, _ in keys}
     compared = [compare_row(tasks[key[0]], key, [run.answers(key) for run in runs]) for key in keys]
@@ -70,9 +70,20 @@ def compare(runs: Sequence[FinishedRun]) -> list[Comparison]:
     return compared
 
 
+def matched(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """The runs with one key for rows that asked for one share, also where prompts of other sizes give it another mean."""
+    keys: dict[tuple[str, str, float], Key] = {}
+
+    def first_key(key: Key, row: Mapping[str, Any]) -> Key:
+        share = row.get("asked_share")
+        return key if share is None else keys.setdefault((*key[:2], share), key)
+
+    return [replace(run, rows={first_key(key, row): row for key, row in run.rows.items()}) for run in runs]
+
+
 def compare_row(task: Task, key: Key, answers: Sequence[Answers]) -> Comparison:
-    shared = shared_groups([answers_of_run for answers_of_run in answers if answers_of_run])
-    kept = [[[one for one in seed if group_of(one) in shared] for seed in own] for own in answers]
+    shared = shared_samples(task, answers)
+    kept = [[[one for one in seed if one["sample_id"] in shared] for seed in own] for own in answers]
     check_same_questions(key, kept)
     scores = [resample(task, own) if own and own[0] else None for own in kept]
     base = scores[0]
@@ -85,10 +96,14 @@ def group_of(answer: Mapping[str, Any]) -> str:
     return str(answer["group"] or answer["sample_id"])
 
 
-def shared_groups(answers: Sequence[Answers]) -> set[str]:
-    """The pictures (samples where there are none) of which every seed of every run answered the same number of questions."""
-    counts = [Counter(group_of(one) for one in seed) for own in answers for seed in own]
-    return {group for group, count in counts[0].items() if all(other[group] == count for other in counts)} if counts else set()
+def shared_samples(task: Task, answers: Sequence[Answers]) -> set[str]:
+    """The samples that every seed of every run answered; samples that the task scores as one are there all or not at all."""
+    by_seed = [{one["sample_id"]: group_of(one) for one in seed} for own in answers for seed in own]
+    shared = set.intersection(*map(set, by_seed)) if by_seed else set()
+    if task.smallest_limit == 1:
+        return shared
+    torn = {group for groups in by_seed for sample_id, group in groups.items() if sample_id not in shared}
+    return {sample_id for sample_id in shared if by_seed[0][sample_id] not in torn}
 
 
 def check_same_questions(key: Key, answers: Sequence[Answers]) -> None:

@@ -66,13 +66,20 @@ class Plan:
         return self.solved(shape)[1]
 
     def note_on(self, shapes: Sequence[Shape]) -> str:
-        """What a reader must know of answers to prompts of these shapes: `note`, and where the method is at its floor."""
+        """What a reader must know of answers to prompts of these shapes: `note`, and where the budget is not met."""
         at_floor = sum(map(self.is_at_floor, shapes))
         tokens = mean(self.schedule_for(shape).mean_tokens(shape.num_vision_tokens, shape.num_layers) for shape in shapes)
         floor = f"cannot go below {tokens:.1f} mean tokens: shown at its floor, once"
         if at_floor < len(shapes):
             floor = f"at its floor in {at_floor} of {len(shapes)} prompts, with {tokens:.1f} mean tokens over all"
-        return "; ".join(note for note in (self.note, floor if at_floor else "", self.smaller_note(shapes)) if note)
+        unmet = floor if at_floor else self.unmet_note(tokens, shapes)
+        return "; ".join(note for note in (self.note, unmet, self.smaller_note(shapes)) if note)
+
+    def unmet_note(self, tokens: float, shapes: Sequence[Shape]) -> str:
+        """That these mean `tokens` miss the budget, although it is not below the floor; empty where they meet it."""
+        if self.budget is None or is_met(tokens, asked := asked_mean(self.budget, shapes)):
+            return ""
+        return f"has {tokens:.1f} mean tokens, not the {asked:.1f} that were asked for"
 
     def smaller_note(self, shapes: Sequence[Shape]) -> str:
         """How many prompts have fewer vision tokens than were asked for; empty where none has."""
@@ -143,6 +150,16 @@ class Plan:
             if not self.warns:
                 warnings.simplefilter("ignore", NothingDropped)
             yield
+
+
+def asked_mean(budget: Budget, shapes: Sequence[Shape]) -> float:
+    """The mean number of tokens that a budget asks for in prompts of these shapes."""
+    return mean(budget.mean_tokens(shape.num_vision_tokens) for shape in shapes)
+
+
+def is_met(tokens: float, asked: float) -> bool:
+    """Whether a mean is the one that was asked for, within one token or 0.5 %."""
+    return abs(tokens - asked) <= max(1.0, 0.005 * asked)
 
 
 def prompt_shape(vlm: VisionLanguageModel, request: Request) -> Shape:

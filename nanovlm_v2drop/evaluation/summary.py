@@ -14,7 +14,7 @@ from ..models.attention import decode_backend
 from ..tasks import Task
 from .bootstrap import Resampled, difference_fields, resample, score_fields
 from .methods import DENSE
-from .plans import Plan
+from .plans import Plan, asked_mean, is_met
 from .position_bias import position_bias
 from .records import Record
 
@@ -119,17 +119,16 @@ def asked_over(plan: Plan, counts: Sequence[int]) -> float | None:
 def budget_fields(plan: Plan, shapes: Sequence[Shape]) -> dict[str, Any]:
     """What was asked for: mean tokens over all samples, and the share where a share was given.
 
-    `equal_budget`: whether the samples' mean meets this within one token or 0.5 %; None where no budget was given. A prompt
+    `equal_budget`: whether the samples' mean meets this by `is_met`; None where no budget was given. A prompt
     that has fewer vision tokens than were asked for meets it with all of them.
     """
     if plan.budget is None:
         return {"asked_tokens": None, "asked_share": None, "equal_budget": None}
-    asked = mean(plan.budget.mean_tokens(shape.num_vision_tokens) for shape in shapes)
     found = mean(mean(tokens_entering(plan, shape)) for shape in shapes)
     return {
         "asked_tokens": asked_over(plan, [shape.num_vision_tokens for shape in shapes]),
         "asked_share": plan.budget.retain,
-        "equal_budget": abs(found - asked) <= max(1.0, 0.005 * asked),
+        "equal_budget": is_met(found, asked_mean(plan.budget, shapes)),
     }
 
 

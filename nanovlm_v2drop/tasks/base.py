@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -94,6 +94,13 @@ class Task(ABC):
             records: one per sample, with keys sample_id, kind, group, answer (ground truth), text (the model's answer)
                 and correct. No record at all is a ValueError.
         """
+
+    def summary_of_draw(self, records: Sequence[dict[str, Any]], kinds: Collection[str]) -> dict[str, float]:
+        """The summary of a resampling of samples of these `kinds`.
+
+        Tasks whose numbers a missing kind lowers override it: a resampling of a few samples often lacks one.
+        """
+        return self.summary(records)
 
 
 def before_stops(text: str, stops: Sequence[str]) -> str:

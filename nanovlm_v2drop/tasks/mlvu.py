@@ -3,7 +3,7 @@
 Paper: https://arxiv.org/abs/2406.04264. Data, prompt and scoring follow lmms-eval's mlvu_dev task.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -50,3 +50,8 @@ class Mlvu(VideoTask):
         """`score`: the unweighted mean of the seven kinds, in percent; as in lmms-eval, a kind without a question is 0."""
         found = accuracy_of(records, self.name)
         return {**found, "score": fmean(found.get(kind, 0) for kind in KINDS), "pooled": found["score"]}
+
+    def summary_of_draw(self, records: Sequence[dict[str, Any]], kinds: Collection[str]) -> dict[str, float]:
+        """The mean holds that of the other kinds in place of one that the resampling lacks."""
+        found = self.summary(records)
+        return {**found, "score": found["score"] * len(kinds) / sum(kind in found for kind in kinds)}

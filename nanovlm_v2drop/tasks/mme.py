@@ -8,7 +8,8 @@ cognition (1862), as most work on token dropping does.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from math import nan
 from typing import Any, ClassVar
 
 from .base import SHORT_ANSWER_PROMPT, Sample, spread
@@ -122,6 +123,15 @@ class Mme(ParquetTask):
             **{f"{category}_accuracy": value for category, value in accuracies.items()},
             **{f"{category}_accuracy_plus": value for category, value in accuracies_plus.items()},
         }
+
+    def summary_of_draw(self, records: Sequence[dict[str, Any]], kinds: Collection[str]) -> dict[str, float]:
+        """The sums over categories hold the mean of the other categories in place of one that the resampling lacks."""
+        found = self.summary(records)
+        sums = {"score": PERCEPTION + COGNITION, "perception": PERCEPTION, "cognition": COGNITION}
+        for name, categories in sums.items():
+            asked, drawn = (sum(category in there for category in categories) for there in (kinds, found))
+            found[name] *= asked / drawn if drawn else nan
+        return found
 
 
 def parse_answer(answer: str) -> str:

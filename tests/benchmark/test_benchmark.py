@@ -189,7 +189,7 @@ def test_loading_is_measured_instead_where_that_is_asked_for(capsys, monkeypatch
 
 
 def test_ratios_and_sizes_of_a_row_are_those_of_the_one_accounting_and_of_the_real_cache(capsys):
-    report, _ = run(capsys, "--peers=none", "--json")
+    report, _ = run(capsys, "--peers=none", "--methods=v2drop,v2drop:cut_cache=True", "--json")
     workload = tiny_workload()
     config = workload.decoder.config
     for row in report["prefill"]:
@@ -198,7 +198,8 @@ def test_ratios_and_sizes_of_a_row_are_those_of_the_one_accounting_and_of_the_re
         assert row["flops_ratio"] == DropSchedule({}).prefill_flops(config, 9, 24) / flops
         assert row["achieved_percent"] == pytest.approx(100 * row["speedup"] / row["flops_ratio"])
         assert row["mean_vision_tokens"] == schedule.mean_tokens(24, 6)
-        cache = prefill(workload.decoder, workload.packed, V2Drop(schedule) if schedule else None).cache
+        dropper = V2Drop(schedule, cut_cache="cut_cache" in row["prefill"]) if schedule else None
+        cache = prefill(workload.decoder, workload.packed, dropper).cache
         assert row["kv_cache_mb"] * 1e6 == pytest.approx(cache.nbytes)
 
 

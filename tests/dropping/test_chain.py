@@ -53,6 +53,22 @@ def test_a_packed_batch_equals_its_samples_one_by_one(first, second):
             assert sequences[index].tolist() == kept.tolist()
 
 
+@pytest.mark.parametrize("second", ["pdrop", "transprune", "sparsevlm"])
+def test_a_prompt_from_which_the_second_method_drops_nothing_keeps_its_positions_in_a_batch(second):
+    def dropper(*shares):
+        own = [DropSchedule({4: share} if share < 1 else {}) for share in shares]
+        return Chain([DROPPERS["fastv"](DropSchedule({1: 0.5})), DROPPERS[second](BatchSchedule(own))])
+
+    decoder, parts = tiny_decoder(), tiny_prompts()[:2]
+    together = prefill(decoder, pack_together(parts), dropper(1.0, 0.5))
+    alone = [prefill(decoder, part, dropper(share)) for part, share in zip(parts, (1.0, 0.5), strict=True)]
+    for _ in range(2):
+        logits = [decode_one_token(decoder, torch.tensor([7]), one.cache) for one in alone]
+        torch.testing.assert_close(
+            decode_one_token(decoder, torch.tensor([7, 7]), together.cache), torch.cat(logits), atol=1e-4, rtol=0
+        )
+
+
 @every_pair
 def test_the_accounting_is_what_prefill_leaves(first, second):
     decoder, dropper = tiny_decoder(), chain(first, second)
@@ -114,6 +130,22 @@ def test_behind_a_method_inside_the_decoder_the_mean_is_met_too():
     assert schedule.mean_tokens(576, 32) == pytest.approx(192, abs=0.5)
 
 
+@pytest.mark.parametrize(("first", "second"), [("v2drop", "clse"), ("v2drop", "pdrop"), ("clse", "dart"), ("pdrop", "random")])
+def test_methods_whose_layers_lie_between_one_another_meet_the_mean_too(first, second):
+    method = Chain.of([DROPPERS[first], DROPPERS[second]])
+    schedule = method.schedule_for(192, 576, 32)
+    assert schedule.mean_tokens(576, 32) == pytest.approx(192, abs=0.5)
+    assert schedule.parts[0].mean_tokens(576, 32) == pytest.approx((576 * 192) ** 0.5, abs=0.5)
+
+
+def test_a_method_that_goes_to_a_layer_of_the_first_for_small_budgets_has_a_floor_there():
+    method = Chain.of([DROPPERS["dycoke"], DROPPERS["v2drop-plus"]])  # DyCoke keeps a picture whole
+    assert method.schedule_for(48, 144, 12).mean_tokens(144, 12) == pytest.approx(48, abs=0.5)
+    with pytest.raises(OutOfReach, match=r"dycoke\+v2drop-plus: a mean of 8 vision tokens is out of reach") as caught:
+        method.schedule_for(8, 144, 12)
+    assert list(caught.value.floor) == [0, 1, 6]
+
+
 def test_three_methods_share_the_reduction_equally():
     method = Chain.of([DivPrune, DROPPERS["fastv"], V2Drop])
     assert method.levels == pytest.approx((1 / 3, 2 / 3, 1))
@@ -142,6 +174,8 @@ def test_a_chain_names_what_it_cannot_do():
         Chain([V2Drop])
     with pytest.raises(ValueError, match="two methods of a chain drop at layer 2"):
         Chain([V2Drop(DropSchedule({2: 0.5})), Random(DropSchedule({1: 0.5, 2: 0.5}))])
+    with pytest.raises(ValueError, match=r"two methods of a chain drop at layer 1: .* such as v2drop:layers=4/8"):
+        Chain.of([DROPPERS["fastv"], V2Drop]).schedule_for(48, 144, 12)
     with pytest.raises(ValueError, match="divprune acts before the decoder: it must be the first"):
         Chain.of([V2Drop, DivPrune])
     with pytest.raises(ValueError, match=r"2 methods need 1 shares from 0 to 1, together at most 1, not \[1\.5\]"):

@@ -146,7 +146,7 @@ def test_the_order_of_the_pivots_changes_what_is_kept():
 
 def test_pivots_by_rank_never_ask_for_a_value_on_the_device():
     state = state_of(pack_together([one_prompt(5, 24, 7), one_prompt(4, 0, 3)]))
-    fields = ("hidden_states", "position_ids", "vision_mask", "vision_indices", "keys", "queries")
+    fields = ("hidden_states", "position_ids", "next_position", "vision_mask", "vision_indices", "keys", "queries")
     without_values = replace(
         state, **{name: getattr(state, name).to("meta") for name in fields}, final_norm=lambda hidden: hidden * 2
     )

@@ -208,10 +208,11 @@ def test_prefill_flops_count_every_multiply_add_of_a_small_decoder():
     assert DropSchedule({1: 0.5}).prefill_flops(config, 3, 8) == layer(11) + layer(7) + 2 * 4 * 10
 
 
-def test_kv_cache_bytes_equal_the_cache_that_prefill_leaves():
+@pytest.mark.parametrize("cut_cache", [False, True])
+def test_kv_cache_bytes_equal_the_cache_that_prefill_leaves(cut_cache):
     decoder, schedule = tiny_decoder(), DropSchedule({1: 0.5, 3: 0.25})
-    out = prefill(decoder, one_prompt(5, 24, 7), V2Drop(schedule))
-    assert schedule.kv_cache_bytes(decoder.config, 12, 24, bytes_per_value=4) == out.cache.nbytes
+    out = prefill(decoder, one_prompt(5, 24, 7), V2Drop(schedule, cut_cache=cut_cache))
+    assert schedule.kv_cache_bytes(decoder.config, 12, 24, bytes_per_value=4, cut_cache=cut_cache) == out.cache.nbytes
 
 
 @pytest.mark.parametrize(("metric", "order"), [("l2", 2), ("l1", 1)])

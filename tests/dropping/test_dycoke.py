@@ -155,7 +155,7 @@ def test_a_video_of_one_frame_stays_whole_beside_a_longer_video():
 
 
 def test_fewer_than_the_whole_frames_hold_is_refused():
-    with pytest.raises(ValueError, match="cannot keep 11 of 36 tokens: 12 stand in whole frames"):
+    with pytest.raises(ValueError, match="cannot keep 11 of 36 tokens: 12 stand in pictures and whole frames"):
         kept_of(DyCoke(DropSchedule({0: 11.5 / 36})), random_video(6, 6))
 
 
@@ -216,7 +216,7 @@ def test_positions_are_contiguous_after_the_drop_and_decoding_goes_on_from_there
 
 def test_the_drop_point_never_asks_for_a_value_on_the_device():
     state = initial_state(pack_together([random_video(6, 9), one_prompt(4, 0, 3)]))
-    fields = ("hidden_states", "position_ids", "vision_mask", "vision_indices")
+    fields = ("hidden_states", "position_ids", "next_position", "vision_mask", "vision_indices")
     without_values = replace(state, **{name: getattr(state, name).to("meta") for name in fields})
     assert DyCoke(DropSchedule({0: 0.5}))(without_values).hidden_states.shape == (5 + 27 + 7, 32)
 

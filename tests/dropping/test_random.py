@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny import one_prompt, tiny_decoder
 
-from nanovlm_v2drop.dropping import DROPPERS, DropSchedule
+from nanovlm_v2drop.dropping import DROPPERS, Chain, CountSchedule, DropSchedule
 from nanovlm_v2drop.dropping.random import z_order
+from nanovlm_v2drop.dropping.state import MERGED
 from nanovlm_v2drop.inference import initial_state, prefill
 from nanovlm_v2drop.models.vlm import PackedInputs
 
@@ -48,6 +49,20 @@ def test_every_token_is_as_likely_as_any_other(method):
         counts[kept_numbers(method, picture(seed), 20)] += 1
     expected = 2000 * 20 / 144
     assert (counts - expected).abs().max() < 5 * (expected * (1 - 20 / 144)) ** 0.5
+
+
+@both
+def test_tokens_that_an_earlier_method_has_made_are_drawn_one_by_one(method):
+    decoder, packed, made = tiny_decoder(), one_prompt(3, 24, 4), []
+    for seed in range(60):
+        first = DROPPERS["visionzip"](CountSchedule({0: 16}), contextual_share=0.5)
+        out = prefill(decoder, packed, Chain([first, method(CountSchedule({2: 12, 4: 8}), seed=seed)]))
+        made.append([sum(rows == MERGED for rows in sequences[0].tolist()) for _, sequences in out.survivors])
+    assert {each[0] for each in made} == {9}  # the class token and eight contextual ones, beside seven patches
+    for place, kept in ((1, 12), (2, 8)):
+        counts = torch.tensor([each[place] for each in made], dtype=torch.float64)
+        assert counts.mean() == pytest.approx(9 * kept / 16, abs=0.6)
+        assert counts.std() < 1.5  # all or none of them would be 4 apart
 
 
 @pytest.mark.parametrize("count", [8, 20, 36])

@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from golden_inputs import in_a_prompt, tokens
 from tiny import one_prompt, pack_together, tiny_prompts
 
 from nanovlm_v2drop.dropping import DROPPERS, DropSchedule, NotANumber
+from nanovlm_v2drop.dropping.state import MERGED
+from nanovlm_v2drop.dropping.v2drop_plus import frame_numbers, of_prompt
 from nanovlm_v2drop.inference import initial_state
 
 V2DropPlus = DROPPERS["v2drop-plus"]
@@ -146,3 +149,15 @@ def test_every_budget_of_every_depth_has_a_schedule(num_layers, frames):
     for mean in range(4, 65, 5):
         schedule = V2DropPlus.schedule_for(mean, 64, num_layers, frames)
         assert schedule.mean_tokens(64, num_layers) == pytest.approx(mean, abs=0.5)
+
+
+def test_a_token_that_another_method_has_made_is_of_the_frame_of_its_neighbour():
+    assert of_prompt(torch.tensor([-2, 3, 5, -2, -2, 9])).tolist() == [3, 3, 5, 5, 5, 9]
+    assert of_prompt(torch.tensor([0, 1])).tolist() == [0, 1]
+    assert of_prompt(torch.tensor([-2, -2])).tolist() == [0, 0]
+    assert of_prompt(torch.tensor([], dtype=torch.long)).tolist() == []
+    two_pictures = in_a_prompt(tokens(3, 20, 32), [(1, 4, 4), (1, 2, 2)])
+    made = DROPPERS["visionzip"](DropSchedule({0: 0.6}), contextual_share=0.5)(initial_state(two_pictures))
+    (frames,) = frame_numbers(made)
+    assert frames.tolist() == sorted(frames.tolist())
+    assert (made.vision_indices == MERGED).any()

@@ -243,7 +243,7 @@ def test_the_tensors_of_the_input_stay_as_they_were(name):
 @both_methods
 def test_the_drop_point_asks_the_device_for_no_number(name):
     state = initial_state(prompt(3, picture(14, 1), 2, picture(10, 2), 1))
-    fields = ("hidden_states", "position_ids", "vision_mask", "vision_indices")
+    fields = ("hidden_states", "position_ids", "next_position", "vision_mask", "vision_indices")
     on_meta = {field: getattr(state, field).to("meta") for field in fields}  # has shapes but no values
     traces = (picture(14, 1, device="meta"), picture(10, 2, device="meta"))
     after = DROPPERS[name](CountSchedule({0: 9}))(replace(state, vision=traces, **on_meta))

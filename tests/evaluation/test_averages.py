@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from test_evaluate import Loose
 
 from nanovlm_v2drop.dropping import V2Drop
 from nanovlm_v2drop.dropping.budget import Budget, Shape
 from nanovlm_v2drop.evaluation.averages import average_draws, average_tables
-from nanovlm_v2drop.evaluation.bootstrap import Resampled, interval
+from nanovlm_v2drop.evaluation.bootstrap import Resampled, interval, resample
 from nanovlm_v2drop.evaluation.paper import COLUMNS, VIDEO_COLUMNS
 from nanovlm_v2drop.evaluation.plans import Plan
 
@@ -36,14 +37,16 @@ def test_each_line_of_the_run_has_the_interval_of_its_paired_draws_and_the_paper
     dense, of_dense, own, of_own = table["rows"]
     assert (dense["interval"], of_dense["interval"], of_own["interval"]) == ([100.0, 100.0], None, None)
     shares = [100 * one / whole for one, whole in zip(OWN, DENSE, strict=True)]
-    assert own["interval"] == interval([(one + other) / 2 for one, other in zip(shares, shares[::-1], strict=True)])
+    shifted = [shares[2], shares[1], shares[0], shares[3]]  # its draws are those of the first in reverse
+    assert own["interval"] == interval([(one + other) / 2 for one, other in zip(shares, shifted, strict=True)])
     assert own["average"] == 90
     assert of_own["average"] == 93.3
 
 
 def test_a_draw_in_which_dense_scores_nothing_is_left_out() -> None:
     (table,) = average_tables(rows_of(), "qwen2-vl-7b", PLANS, resampled_of(OWN, [0.0, 60.0, 40.0, 0.0]))
-    assert table["rows"][2]["interval"] == interval(average_draws([(OWN[1:3], DENSE[1:3]), (OWN[2:0:-1], DENSE[2:0:-1])]))
+    # In percent of dense, the draws are -, 100, 75, - and, in reverse and shifted, 75, 100, -, -.
+    assert table["rows"][2]["interval"] == [100.0, 100.0]
     (table,) = average_tables(rows_of(), "qwen2-vl-7b", PLANS, resampled_of(OWN, [0.0] * 4))
     assert table["rows"][2]["interval"] is None
 
@@ -54,4 +57,11 @@ def test_a_run_whose_dense_model_scores_nothing_has_no_average_and_no_interval()
 
 
 def test_the_average_of_draws_is_in_percent_of_dense() -> None:
-    assert average_draws([([1.0, 2.0], [2.0, 2.0]), ([3.0, 3.0], [3.0, 6.0])]) == pytest.approx([75.0, 75.0])
+    assert average_draws([([1.0, 2.0], [2.0, 2.0]), ([3.0, 3.0], [6.0, 3.0])]) == pytest.approx([75.0, 75.0])
+
+
+def test_benchmarks_do_not_vary_together_because_their_samples_have_the_same_places() -> None:
+    records = [{"sample_id": f"{number:02}", "kind": "", "group": "", "correct": float(number < 50)} for number in range(100)]
+    draws, dense = resample(Loose(), [records]).draws, [100.0] * 500
+    one, six = (interval(average_draws([(draws, dense)] * count)) for count in (1, 6))
+    assert six[1] - six[0] == pytest.approx((one[1] - one[0]) / 6**0.5, rel=0.15)

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from test_evaluate import Loose, Twins
 
 from nanovlm_v2drop.evaluation.bootstrap import difference_fields, resample, resampling_units, score_fields
-from nanovlm_v2drop.tasks import Pope, Task
+from nanovlm_v2drop.tasks import Mme, Pope, Task, load_task
+from nanovlm_v2drop.tasks.mlvu import KINDS
+from nanovlm_v2drop.tasks.mme import COGNITION, PERCEPTION
 
 
 def scored(corrects: Sequence[float], groups: Sequence[str] | None = None) -> list[dict[str, Any]]:
     groups = groups or [""] * len(corrects)
     pairs = enumerate(zip(corrects, groups, strict=True))
-    return [{"sample_id": str(number), "group": group, "correct": correct} for number, (correct, group) in pairs]
+    return [{"sample_id": str(number), "kind": "", "group": group, "correct": correct} for number, (correct, group) in pairs]
 
 
 def bootstrap(task: Task, records: list[dict], dense: list[dict] | None) -> dict:
@@ -95,3 +97,30 @@ def test_both_readings_of_pope_have_intervals_and_a_category_without_questions_h
         assert low < high
         assert low <= metrics[name] <= high
     assert metrics["exact_accuracy"] == pytest.approx(metrics["accuracy"] / 2)
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 4])
+def test_a_resampling_that_lacks_a_category_of_mme_does_not_lower_the_interval(pictures: int) -> None:
+    truths = ("yes", "no")
+    names = [(category, f"{category}/{number}") for category in PERCEPTION + COGNITION for number in range(pictures)]
+    records = [
+        {"sample_id": f"{category}/{name}#{truth}", "kind": category, "group": name, "text": truth, "answer": truth}
+        for category, name in names
+        for truth in truths
+    ]
+    fields = score_fields(resample(Mme(), [records]), None)
+    assert (fields["score"], fields["score_interval"]) == (2800, [2800, 2800])
+    assert fields["metric_intervals"]["perception"] == [2000, 2000]
+    assert fields["metric_intervals"]["cognition"] == [800, 800]
+    without = score_fields(resample(Mme(), [[record for record in records if record["kind"] in PERCEPTION]]), None)
+    assert without["score_interval"] == [2000, 2000]
+    records[0]["text"] = "no"
+    low, high = score_fields(resample(Mme(), [records]), None)["score_interval"]
+    assert low < Mme().summary(records)["score"] < high == 2800
+
+
+def test_a_resampling_that_lacks_a_kind_of_mlvu_does_not_lower_the_interval_and_a_kind_without_questions_does() -> None:
+    right = [{**record, "kind": kind} for record, kind in zip(scored([1.0] * 14), [*KINDS, *KINDS], strict=True)]
+    assert score_fields(resample(load_task("mlvu"), [right]), None)["score_interval"] == [100, 100]
+    six = [record for record in right if record["kind"] != KINDS[0]]
+    assert score_fields(resample(load_task("mlvu"), [six]), None)["score_interval"] == [pytest.approx(600 / 7, abs=1e-3)] * 2

@@ -97,6 +97,9 @@ FAULTS = {  # body of the class -> line, and what is said
     "        after.hidden_states = after.hidden_states + 1\n"
     "        return after\n"
     "    def score(self, state): return state.hidden_states.norm(dim=-1)": (5, "ContractBroken: own loses, moves or changes"),
+    "    depths, reads_attention = (0.0, 0.5), True\n"
+    "    def score(self, state): return state.queries_and_keys()[0]": (
+        9, "RuntimeError: no layer before layer 0 has attention: set earliest_layer = 1"),
     "    def score(self, state): return state.hidden_states.norm(dim=-1)\n"
     "    def decode_pruning(self, state): return open('/nowhere/at/all')": (9, "FileNotFoundError: "),
     "    def score(self, state): return state.hidden_states.norm(dim=-1)\n"
@@ -116,6 +119,16 @@ def test_a_users_method_that_fails_is_named_with_file_and_line(body: str, line: 
     with pytest.raises(MethodFailed, match=rf"^{tmp_path}/own\.py:{line}: {message}") as failed, plan.answering():
         prefill(tiny_decoder(), one_prompt(5, 24, 7), plan.dropper_for(one_prompt(5, 24, 7), 6))
     assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("choice", ["torch.arange(24) < count", "torch.arange(count - 1)"])
+def test_a_users_choice_of_another_number_of_tokens_is_told_with_both_numbers(choice: str, tmp_path: Path) -> None:
+    imports = "import torch\nfrom nanovlm_v2drop.dropping.before_decoder import BeforeDecoder\n"
+    body = f"class Own(BeforeDecoder):\n    name = 'own'\n    def choose(self, picture, count): return {choice}\n"
+    (tmp_path / "own.py").write_text(imports + body)
+    (method,) = find_methods([f"{tmp_path}/own.py:Own"])
+    with pytest.raises(ValueError, match=r"choose of own must give the numbers of 6 tokens, \(6,\), not \((24|5),\)"):
+        prefill(tiny_decoder(), one_prompt(5, 24, 7), method(DropSchedule({0: 0.25})))
 
 
 def test_a_users_method_that_keeps_right_rows_is_not_disturbed(tmp_path: Path) -> None:

@@ -182,3 +182,11 @@ def test_nothing_dropped_is_told_only_where_no_row_of_the_table_tells_it():
     with warnings.catch_warnings(record=True) as told, plan.answering():
         prefill(tiny_decoder(), one_prompt(3, 12, 4), plan.dropper)
     assert not told
+
+
+def test_a_method_that_misses_its_budget_says_so():
+    shape = Shape(144, 12)
+    (plan,) = equal_budget_plans(["transprune+v2drop-plus"], [Budget(retain=0.2)], shape, [0])
+    found = plan.schedule.mean_tokens(144, 12)
+    assert found < 28.8 - 1
+    assert plan.note_on([shape]) == f"has {found:.1f} mean tokens, not the 28.8 that were asked for"
