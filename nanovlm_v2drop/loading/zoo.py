@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..models.attention import resolve_backend
-from ..models.config import LlavaConfig, NanoVLMConfig, Qwen2VLConfig, VLMConfig
+from ..models.config import NanoVLMConfig, Qwen2VLConfig, VLMConfig
 from ..models.kv_cache import KV_CACHE_DTYPES, check_kv_cache_dtype
 from ..models.vlm import VLM, Encode, PackedInputs, VisionInput
 from ..processing.images import DEFAULT_ASPECT_RATIO, PlannedMedium
@@ -289,11 +289,6 @@ def surround(spec: ModelSpec, folder: Path, options: Options) -> tuple[VLMConfig
     """Everything but the weights, from the small files of a folder: the config, and fields of VisionLanguageModel."""
     check_folder(folder)
     config = VLMConfig.from_folder(folder)
-    if options.image_aspect_ratio != DEFAULT_ASPECT_RATIO and type(config) is not LlavaConfig:
-        raise ValueError(
-            f"image_aspect_ratio {options.image_aspect_ratio!r} has no meaning for {spec.name}: only LLaVA-1.5 makes pictures "
-            "square; leave it out"
-        )
     if options.max_pixels is not None and not isinstance(config, Qwen2VLConfig):
         raise ValueError(
             f"max_pixels {options.max_pixels} has no meaning for {spec.name}: only Qwen-VL's pictures come in any size"

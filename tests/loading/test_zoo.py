@@ -91,7 +91,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "aspect ratio": ({"image_aspect_ratio": "anyres"}, "unknown image_aspect_ratio 'anyres'; choose one of: pad, crop"),
     "aspect ratio of another model": (
         {"model": "demo-video", "image_aspect_ratio": "crop"},
-        "image_aspect_ratio 'crop' has no meaning for demo-video: only LLaVA-1.5 makes pictures square; leave it out",
+        "image_aspect_ratio 'crop' is a choice of LLaVA-1.5 alone; leave it out",
     ),
     "folder and weights": ({"weights": "elsewhere"}, "or give the folder without other weights"),
 }
