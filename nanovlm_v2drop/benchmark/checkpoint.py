@@ -110,7 +110,8 @@ def noise(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Write a full-size checkpoint of noise.")
+    description = "Write a full-size checkpoint of noise."
+    parser = argparse.ArgumentParser("python -m nanovlm_v2drop.benchmark.checkpoint", description=description)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="of the decoder; default: all of the model")
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         folder = write_checkpoint(args.model, args.folder, args.seed, args.layers)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"wrote {sum(file.stat().st_size for file in folder.iterdir()) / 1e9:.2f} GB to {folder}")
 
 

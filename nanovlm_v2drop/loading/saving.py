@@ -11,11 +11,11 @@ import os
 import shutil
 from pathlib import Path
 
-from ..models.config import read_json_object
-from .files import INDEX, inside
+from ..models.config import VLMConfig, read_json_object
+from .files import INDEX, TOKENIZERS, inside
 from .quantised import quantisation_settings, write_weights
 from .specs import WeightsUnavailable
-from .zoo import VisionLanguageModel, load
+from .zoo import VisionLanguageModel, load, tokenizer_folder
 
 SMALL_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes of settings and tokenizers
 
@@ -23,19 +23,26 @@ SMALL_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes of settings and 
 def save_quantised(vlm: VisionLanguageModel, folder: str | Path) -> None:
     """Write the quantised copy of a model that was loaded with dtype int8 or int4.
 
-    Raises ValueError for a model without quantised weights, and for a settings file that is a link out of its folder;
+    Raises ValueError for a model without quantised weights, and as `small_files`;
     OSError as `new_folder` and where a file cannot be written.
     """
     if not vlm.precision.is_quantised or vlm.folder is None:
         raise ValueError(f"{vlm.name} is loaded with {vlm.precision.name} weights; load it with dtype int8 or int4 first")
     target = new_folder(folder)
-    small = [file for file in sorted(vlm.folder.iterdir()) if file.is_file() and file.suffix in SMALL_FILES]
-    sources = [inside(vlm.folder, file) for file in small if file.name != INDEX]
+    sources = small_files(vlm.folder, vlm.config)
     write_weights(vlm.model, target)
     for file in sources:
         shutil.copyfile(file, target / file.name)
     config = {**read_json_object(vlm.folder / "config.json"), "quantization_config": quantisation_settings(vlm.precision)}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def small_files(folder: Path, config: VLMConfig) -> list[Path]:
+    """The settings and the tokenizer of a model; raises CheckpointError for a link out of its folder."""
+    small = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in SMALL_FILES]
+    elsewhere = tokenizer_folder(folder, config)  # nanoVLM's can be in another folder
+    others = [] if elsewhere == folder else [elsewhere / name for name in TOKENIZERS]
+    return [*(inside(folder, file) for file in small if file.name != INDEX), *(file for file in others if file.is_file())]
 
 
 def new_folder(folder: str | Path) -> Path:

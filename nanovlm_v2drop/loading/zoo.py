@@ -187,7 +187,7 @@ def load(
     """Load a model by name, from the Hub, from a folder, or around a transformers model that is in memory.
 
     Args:
-        model: a name in MODELS; an id on the Hugging Face Hub (OWNER/NAME); either may end with @REVISION; a folder in the
+        model: a name in MODELS or an id on the Hugging Face Hub (OWNER/NAME), which may end with @REVISION; a folder in the
             layout of the official checkpoints; or a transformers model, whose weights are shared and not copied.
         processor: of a transformers model, with its tokenizer and its image_processor.
         device: None is "cpu", or where a transformers model lies.

@@ -138,7 +138,7 @@ def added(sums: Tensor, values: Values, linear: nn.Module) -> Tensor:
 
 def added_and_product(sums: Tensor, values: Values, linear: nn.Module) -> tuple[Tensor, Tensor]:
     """What `added` gives, to the last bit, and the product itself."""
-    if isinstance(linear, QuantisedLinear):  # its product and its sum can be one step; on a CPU, the sums have all digits
+    if isinstance(linear, QuantisedLinear):  # one step can make both; a CPU's sums have the digits for their difference
         together = added(sums, values, linear)
         return together, together - sums
     product = linear(whole(values))

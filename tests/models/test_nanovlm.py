@@ -23,10 +23,11 @@ from smolvlm import picture, smollm2_tokenizer
 from tiny import resizing_horizontally_first
 from torch import Tensor
 
-from nanovlm_v2drop import Decoder, DropSchedule, Request, V2Drop, decode_one_token, generate, load, prefill
+from nanovlm_v2drop import Decoder, DropSchedule, Request, V2Drop, decode_one_token, generate, load, prefill, save_quantised
 from nanovlm_v2drop.loading.files import CheckpointError
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel
 from nanovlm_v2drop.models.config import LengthScaling, NanoVLMConfig, VLMConfig
+from nanovlm_v2drop.models.linear_int8 import int8_obstacle
 
 NEW_TOKENS = [7, 20, 3]
 LENGTH = 16  # vision tokens a tile
@@ -216,11 +217,14 @@ def test_a_missing_tensor_is_refused_by_our_name(settings: dict[str, Any], tenso
 def test_a_tokenizer_may_lie_below_the_name_of_its_repository(
     settings: dict[str, Any], tensors: dict[str, Tensor], vlm: VisionLanguageModel, tmp_path: Path
 ) -> None:
-    folder = write_nanovlm_folder(tmp_path, settings, tensors, None)
+    folder = write_nanovlm_folder(tmp_path / "model", settings, tensors, None)
     inner = folder / CONFIG["lm_tokenizer"]
     inner.mkdir(parents=True)
     plain_tokenizer().save(str(inner / "tokenizer.json"))
     assert load(folder).token_ids(Request("What?")) == vlm.token_ids(Request("What?"))
+    if int8_obstacle(torch.device("cpu")) is None:  # a quantised copy has it too
+        save_quantised(load(folder, dtype="int8"), tmp_path / "copy")
+        assert load(tmp_path / "copy").token_ids(Request("What?")) == vlm.token_ids(Request("What?"))
 
 
 @pytest.mark.parametrize(
