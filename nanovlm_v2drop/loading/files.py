@@ -151,7 +151,7 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
         return {inside(folder, single): set()}
     if index.is_file():
         return indexed_files(index)
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())  # opening a pipe would wait for ever
     if len(files) > 1:
         raise CheckpointError(f"{folder} has {len(files)} safetensors files but no {index.name}; download that too")
     if not files:

@@ -234,6 +234,15 @@ def test_the_links_of_the_hubs_cache_are_followed(
 # Files that may not be read
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+@pytest.mark.parametrize("name", ["model.safetensors", "a.safetensors"])
+def test_a_pipe_is_no_file_of_weights(name: str, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(FileNotFoundError, match=r"spoiled has no \*\.safetensors file; is the download complete\?"):
+        load(folder)
+
+
 def test_a_file_of_another_user_is_not_called_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open
 
