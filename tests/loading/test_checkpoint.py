@@ -131,6 +131,13 @@ def test_shards_load_to_the_same_weights_as_one_file(
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_one_file_comes_before_an_index(copy_without_weights: CopyWithoutWeights, tiny_hub_tensors: Tensors) -> None:
+    folder = copy_without_weights()
+    save_file(tiny_hub_tensors, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "of-another-copy.safetensors"}}')
+    assert torch.equal(load_folder(folder).state_dict()[OUR_DOWN_PROJ], tiny_hub_tensors[DOWN_PROJ])
+
+
 def test_a_lone_safetensors_file_may_have_any_name(copy_without_weights: CopyWithoutWeights, tiny_hub_tensors: Tensors) -> None:
     folder = copy_without_weights()
     save_file(tiny_hub_tensors, folder / "weights.safetensors")
@@ -206,6 +213,10 @@ def test_the_only_name_that_is_stored_of_a_tied_tensor_may_be_that_of_the_head(t
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     save_file(tensors, tmp_path / "model.safetensors")
     assert_matches(load_folder(tmp_path), reference)
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks tensors of the model: language_model\.embed_tokens\.weight; is the down"):
+        load_folder(tmp_path)
 
 
 def test_weights_in_the_dtype_of_the_file_stay_in_the_mapped_file(tiny_llava_folder: Path) -> None:

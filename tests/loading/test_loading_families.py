@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 
-from nanovlm_v2drop.loading.families import FAMILIES, find_conversation, media_processor
+from nanovlm_v2drop.loading.families import FAMILIES, find_conversation, media_processor, released_sampling
 from nanovlm_v2drop.models.config import (
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
     Qwen2VLConfig,
+    SmolVLMConfig,
     TextConfig,
     VLMConfig,
 )
 from nanovlm_v2drop.processing.prompts import DEFAULT_TEMPLATE, TEMPLATES, Request, build_prompt
+from nanovlm_v2drop.processing.video import SmolVLMSampling, UniformSampling
 
 OWN = "{{ '<|user|>' }}{% for part in messages[0].content %}{{ part.text or '<image>' }}{% endfor %}<|assistant|>"
 LLAMA3, YI, QWEN2 = 128_320, 64_064, 152_064  # rows of their embeddings
@@ -85,6 +87,16 @@ def test_the_folders_own_template_can_be_asked_for_by_name(tmp_path: Path) -> No
 def test_a_way_to_make_pictures_square_is_refused_where_a_family_has_its_own(kind: type[VLMConfig], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"image_aspect_ratio 'crop' is a choice of LLaVA-1\.5 alone; leave it out for "):
         media_processor(tmp_path, object.__new__(kind), "crop", None)
+
+
+def test_the_frames_of_a_video_are_those_that_were_asked_for_or_those_of_the_folder_or_of_the_family(tmp_path: Path) -> None:
+    given = {"video_sampling": {"fps": 2, "max_frames": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(given))
+    for kind, family in FAMILIES.items():
+        config = object.__new__(kind)
+        assert released_sampling(tmp_path, config, 5) == UniformSampling(5)
+        own = SmolVLMSampling(fps=2, max_frames=32) if kind is SmolVLMConfig else family.sampling
+        assert released_sampling(tmp_path, config, None) == own
 
 
 def test_a_broken_template_that_is_not_used_is_not_read(tmp_path: Path) -> None:

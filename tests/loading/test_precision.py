@@ -25,7 +25,7 @@ from nanovlm_v2drop.loading.precision import (
 )
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel
 from nanovlm_v2drop.models.linear import PrepackedLinear, can_prepack, has_bfloat16_instructions
-from nanovlm_v2drop.models.linear_int8 import Int8Linear, int8_obstacle
+from nanovlm_v2drop.models.linear_int8 import Int8Linear, int8_obstacle, quantise_weight
 from nanovlm_v2drop.models.linear_widened import WidenedLinear
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -78,6 +78,7 @@ def test_a_limit_of_onednn_counts_as_a_processor_without_the_instructions(
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert has_bfloat16_instructions() is not emulates
     assert computing_dtype("bfloat16", CPU) == (torch.float32 if emulates else torch.bfloat16)
+    assert computing_dtype("bfloat16", CUDA) == torch.bfloat16
 
 
 EMULATED = """
@@ -207,6 +208,8 @@ def test_an_official_checkpoint_loads_in_int8_and_answers(tiny_llava_folder: Pat
     for name, layer in layers.items():
         weight = plain.get_submodule(name).weight
         torch.testing.assert_close(layer.weight.float(), weight, rtol=0, atol=weight.abs().max().item() / 250)
+        if isinstance(layer, Int8Linear):  # the numbers of the file are quantised, not those in the dtype of the layers
+            assert torch.equal(layer.q, quantise_weight(weight)[0]), name
     assert tokens_of(vlm)
 
 
