@@ -15,8 +15,6 @@ from .decoder import Decoder
 from .vision import SiglipEmbeddings, SiglipVisionTower, VisionTower
 from .vlm import VLM, Encoded, VisionInput, traces_of
 
-LAST_COORDINATE = 1 - 1e-6
-
 
 class SmolVLMEmbeddings(SiglipEmbeddings):
     """SigLIP's, with the position of a patch found by its coordinates between 0 and 1, as the model was trained."""
@@ -41,7 +39,7 @@ def patch_positions(side: int) -> list[int]:
     with torch.device("cpu"):
         boundaries = torch.arange(1 / side, 1.0, 1 / side)
         coordinates = torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side))
-        steps = torch.bucketize(coordinates.clamp(max=LAST_COORDINATE), boundaries, right=True)
+        steps = torch.bucketize(coordinates, boundaries, right=True)
         return (steps[:, None] * side + steps).flatten().tolist()
 
 

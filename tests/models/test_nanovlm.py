@@ -235,6 +235,7 @@ def test_a_tokenizer_may_lie_below_the_name_of_its_repository(
         ({"lm_n_blocks": "6"}, "lm_n_blocks = '6' is not supported; expected a whole number"),
         ({"mp_image_token_length": 15}, "mp_image_token_length = 15 is not supported; expected 16"),
         ({"max_img_size": 100}, "max_img_size 100 must be a multiple of vit_img_size 32, at most 256"),
+        ({"max_img_size": 288}, "max_img_size 288 must be a multiple of vit_img_size 32, at most 256"),
         ({"lm_tokenizer": "../outside"}, "lm_tokenizer = '../outside' is not supported; expected the name of a repository"),
         ({"vlm_extra_tokens": {"r1c1": "<row_1_col_1>"}, "max_img_size": 32}, r"vlm_extra_tokens must begin with <\|image\|>"),
     ],
@@ -260,4 +261,7 @@ def test_the_added_tokens_have_the_released_ids() -> None:
     assert isinstance(parsed, NanoVLMConfig)
     ids = {"<|image|>": 49152, "<|global_image|>": 49153, "<row_1_col_1>": 49154, "<row_8_col_8>": 49217}
     assert {name: parsed.added_tokens[name] for name in ids} == ids
+    assert parsed.eos_token_ids == (2,)  # <|im_end|>
+    plain = {name: value for name, value in released.items() if name != "vlm_extra_tokens"}
+    assert VLMConfig.from_official({**plain, "lm_vocab_size": 49152}).eos_token_ids == (0,)  # <|endoftext|>
     assert (parsed.token_grid, parsed.max_side, parsed.text_config.rotary_scaling) == (8, 2048, LengthScaling(beyond=8192))

@@ -6,6 +6,7 @@ Positions behind a long video are those of training and of transformers up to 4.
 import dataclasses
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -35,7 +36,7 @@ from nanovlm_v2drop.inference import decode_one_token, decode_tokens, prefill
 from nanovlm_v2drop.loading.checkpoint import CheckpointError
 from nanovlm_v2drop.loading.zoo import VisionLanguageModel, load
 from nanovlm_v2drop.models.config import Qwen2_5_VLConfig, Qwen2_5_VLVisionConfig, TextConfig, VLMConfig
-from nanovlm_v2drop.models.vlm import PackedInputs
+from nanovlm_v2drop.models.vlm import PackedInputs, VisionInput
 from nanovlm_v2drop.processing.prompts import Request
 from nanovlm_v2drop.processing.video import FpsSampling
 
@@ -492,6 +493,10 @@ def test_a_video_whose_frames_lie_weeks_apart_is_refused(folder: Path) -> None:
     slow = load(folder, sampling=FpsSampling(fps=1e-7))
     with pytest.raises(ValueError, match=r"the frames of the video lie 2e\+07 seconds apart, too far for their positions"):
         slow.prepare([REQUESTS["clip"]])
+    hour = VisionInput(torch.empty(0), ((600, 1, 1),), (28, 28), is_video=True, seconds_per_grid=3600.0 * 24)
+    with pytest.raises(ValueError, match=r"lie 86400 seconds apart, too far for their positions"):  # only those of all frames
+        slow.model.time_step(hour)
+    assert slow.model.time_step(replace(hour, grids=((60, 1, 1),))) > 0
 
 
 # What methods that choose tokens before the decoder read

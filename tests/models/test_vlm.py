@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,9 @@ def test_packed_inputs_count_the_vision_tokens_of_each_sequence() -> None:
     assert packed.seqlens == (3, 1, 2)
     assert packed.vision_counts == (2, 0, 1)
     assert packed.seeds == (0, 0, 0)
+    assert packed.vision_grids == (((1, 1, 2),), (), ((1, 1, 1),))
+    with pytest.raises(ValueError, match=r"hold \(3, 0, 1\) tokens, the prompts \(2, 0, 1\)"):
+        replace(packed, vision_grids=(((1, 1, 3),), (), ((1, 1, 1),)))
 
 
 @pytest.mark.parametrize("seqlens", [[], [3, 0, 3], [7, -1]])
