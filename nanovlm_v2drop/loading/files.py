@@ -234,8 +234,11 @@ def open_safetensors(file: Path) -> Any:
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write a file; raises OSError where that fails, as for a full disk."""
+    file.touch()
+    mode = file.stat().st_mode
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
+        file.chmod(mode)  # safetensors 0.8 lets only the owner read what it writes
     except SafetensorError as error:
         raise OSError(f"{file} cannot be written: {error}; remove its folder and make room, or give another folder") from error
 

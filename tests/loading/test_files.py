@@ -264,6 +264,13 @@ def test_a_file_without_the_right_to_read_it_is_told_as_such(folder: Path) -> No
         load(folder)
 
 
+def test_a_written_file_may_be_read_by_whom_other_new_files_may(tmp_path: Path) -> None:
+    files.write_safetensors({"one": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    modes = {file.name: file.stat().st_mode for file in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_names_are_listed_up_to_a_limit() -> None:
     assert files.listed("abcde") == "a, b, c and 2 more"
     assert files.listed("abc") == "a, b, c"
