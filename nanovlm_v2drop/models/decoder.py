@@ -152,10 +152,11 @@ class GatedMLP(nn.Module):
 
     def added_and_product(self, sums: Tensor, values: Values) -> tuple[Tensor, Tensor]:
         """What `added` gives, to the last bit, and what `forward` gives."""
-        together, products = zip(*self.in_pieces(added_and_product, sums, values), strict=True)
-        return joined(together), joined(products)
+        together, outputs = zip(*self.in_pieces(added_and_product, sums, values), strict=True)
+        return joined(together), joined(outputs)
 
     def in_pieces(self, add: Callable[..., Part], sums: Tensor, values: Values) -> list[Part]:
+        """What `add` gives for some rows at a time."""
         at_once = self.rows_at_once(sums)
         rows = zip(sums.split(at_once), values.split(at_once), strict=True)
         return [add(some, self.gated(own), self.down_proj) for some, own in rows]
@@ -219,8 +220,8 @@ class DecoderLayer(nn.Module):
         """As `behind_attention`, to the last bit."""
         middle, attention_output = added_and_product(hidden_states, attended.flatten(-2), self.self_attn.o_proj)
         sums, mlp_output = self.mlp.added_and_product(middle, self.post_attention_layernorm.row_by_row(middle))
-        inputs = self.input_layernorm(hidden_states), self.post_attention_layernorm(middle)
-        show(ModuleOutputs(inputs[0], attention_output, inputs[1], mlp_output))
+        attention_input, mlp_input = self.input_layernorm(hidden_states), self.post_attention_layernorm(middle)
+        show(ModuleOutputs(attention_input, attention_output, mlp_input, mlp_output))
         return sums
 
     def row_queries_and_keys(self, hidden_states: Tensor, rotary: Rotary, rows: Tensor) -> tuple[Tensor, Tensor]:
