@@ -4,7 +4,9 @@ import csv
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -13,9 +15,10 @@ from rich.text import Text
 from ..evaluation.bootstrap import Resampled, interval
 from ..evaluation.comparison import Comparison, compare, read_run
 from ..report.page import write_common_page
-from ..report.rows import leaves_out_zero
-from ..report.tables import console_for, plus_minus, printable, signed
+from ..report.rows import Row, leaves_out_zero
+from ..report.tables import GAP, NAME_ROOM, console_for, fitting_parts, plus_minus, printable, signed, width_of
 
+NAMED = ("task", "method", "asked", "samples")  # columns that stand in every part of a table
 DIFFERENCES = "differences are paired by question, with 95 % intervals; * leaves out zero"
 
 
@@ -42,7 +45,7 @@ def print_comparison(folders: Sequence[Path], form: str, report: Path | None) ->
 
 def columns_of(runs: Sequence[Path]) -> list[str]:
     """task, method, asked, samples, score of run 1, and for each other run its score and the difference to run 1."""
-    names = ["task", "method", "asked", "samples", "run 1"]
+    names = [*NAMED, "run 1"]
     for number in range(2, len(runs) + 1):
         names += [f"run {number}", f"{number} - 1"]
     return names
@@ -66,14 +69,21 @@ def difference_cell(gain: tuple[float, list[float]] | None) -> str:
 
 
 def as_table(runs: Sequence[Path], comparisons: Sequence[Comparison]) -> str:
-    console = console_for(wide=len(runs) > 2)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in columns_of(runs):
-        table.add_column(name, no_wrap=name == "method", justify="left" if name in ("task", "method") else "right")
-    for comparison in comparisons:
-        table.add_row(*(Text(printable(cell)) for cell in cells_of(comparison)))
+    """One table; columns that do not fit go into another one below it."""
+    console, columns = console_for(wide=len(runs) > 2), columns_of(runs)
+    rows = [dict(zip(columns, map(printable, cells_of(comparison)), strict=True)) for comparison in comparisons]
+    cells: dict[str, Callable[[Row], str]] = {name: itemgetter(name) for name in columns}
+    widths = {name: min(width_of(name, cells[name], rows), NAME_ROOM) for name in NAMED}
+    room = console.width - sum(GAP + width for width in widths.values()) + GAP
     with console.capture() as captured:
-        console.print(table)
+        for part in fitting_parts(rows, {name: cell for name, cell in cells.items() if name not in NAMED}, room):
+            table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+            for name in (*NAMED, *part):
+                side: Any = "left" if name in ("task", "method") else "right"
+                table.add_column(name, no_wrap=True, justify=side, max_width=widths.get(name))
+            for row in rows:
+                table.add_row(*(Text(row[name]) for name in (*NAMED, *part)))
+            console.print(table, "", sep="\n")
     legend = [f"run {number}: {folder}" for number, folder in enumerate(runs, 1)]
     return "\n".join([*legend, captured.get().rstrip(), DIFFERENCES])
 
