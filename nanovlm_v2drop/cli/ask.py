@@ -25,7 +25,7 @@ from ..processing.images import open_image
 from ..processing.prompts import Request
 from ..processing.video import UniformSampling, read_frames
 from ..report.gallery import GalleryRow, board_of, draw_gallery
-from ..report.tables import console_for, printable
+from ..report.tables import NAME_ROOM, console_for, printable
 from .arguments import DEMOS
 from .models import fitting_model, physical_memory_gb
 from .planning import output_folder, plans_for
@@ -105,7 +105,7 @@ def print_answers(vlm: VisionLanguageModel, request: Request, rows: Sequence[Row
     if note := beyond_demo(vlm, request, arguments):
         console.print(note)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold", max_width=NAME_ROOM - 3)  # the answer needs its ten columns
     for name in ("vision\ntokens", "mean a\nlayer", "last\nlayer", "prefill\nms", "total\nms"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("answer", min_width=10)

@@ -4,19 +4,13 @@ import csv
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
 from ..evaluation.bootstrap import Resampled, interval
 from ..evaluation.comparison import Comparison, compare, read_run
 from ..report.page import write_common_page
-from ..report.rows import Row, leaves_out_zero
-from ..report.tables import GAP, NAME_ROOM, console_for, fitting_parts, plus_minus, printable, signed, width_of
+from ..report.rows import leaves_out_zero
+from ..report.tables import console_for, plus_minus, print_parts, signed
 
 NAMED = ("task", "method", "asked", "samples")  # columns that stand in every part of a table
 DIFFERENCES = "differences are paired by question, with 95 % intervals; * leaves out zero"
@@ -69,21 +63,10 @@ def difference_cell(gain: tuple[float, list[float]] | None) -> str:
 
 
 def as_table(runs: Sequence[Path], comparisons: Sequence[Comparison]) -> str:
-    """One table; columns that do not fit go into another one below it."""
     console, columns = console_for(wide=len(runs) > 2), columns_of(runs)
-    rows = [dict(zip(columns, map(printable, cells_of(comparison)), strict=True)) for comparison in comparisons]
-    cells: dict[str, Callable[[Row], str]] = {name: itemgetter(name) for name in columns}
-    widths = {name: min(width_of(name, cells[name], rows), NAME_ROOM) for name in NAMED}
-    room = console.width - sum(GAP + width for width in widths.values()) + GAP
+    rows = [dict(zip(columns, cells_of(comparison), strict=True)) for comparison in comparisons]
     with console.capture() as captured:
-        for part in fitting_parts(rows, {name: cell for name, cell in cells.items() if name not in NAMED}, room):
-            table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-            for name in (*NAMED, *part):
-                side: Any = "left" if name in ("task", "method") else "right"
-                table.add_column(name, no_wrap=True, justify=side, max_width=widths.get(name))
-            for row in rows:
-                table.add_row(*(Text(row[name]) for name in (*NAMED, *part)))
-            console.print(table, "", sep="\n")
+        print_parts(rows, NAMED, ("task", "method"), console)
     legend = [f"run {number}: {folder}" for number, folder in enumerate(runs, 1)]
     return "\n".join([*legend, captured.get().rstrip(), DIFFERENCES])
 
