@@ -46,8 +46,10 @@ def answer_one(arguments: argparse.Namespace, processes: Processes) -> Row:
         return run_summary(vlm, results)
     print_answers(vlm, request, results, arguments)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_gallery(board_of(vlm, request), arguments.prompt, [drawn for _, drawn in answers]).save(path)
-    print(f"kept tokens: {path}")
+    board = board_of(vlm, request)
+    draw_gallery(board, arguments.prompt, [drawn for _, drawn in answers]).save(path)
+    note = f"; not drawn, because of another shape than the first picture: {board.left_out}" if board.left_out else ""
+    print(f"kept tokens: {path}{note}")
     return {**run_summary(vlm, results), "picture": str(path)}
 
 
