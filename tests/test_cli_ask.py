@@ -79,6 +79,17 @@ def test_a_default_output_that_cannot_be_made_is_told_before_the_model_is_loaded
     assert re.fullmatch(r"nanovlm-v2drop: --output results/demo-\S+: \S+/results is a file; give a folder\n", error)
 
 
+def test_a_long_name_of_a_method_leaves_the_numbers_and_the_answer_their_room(scene, tmp_path, capsys):
+    name = "visionzip+v2drop:metric=cosine:share=0.5"
+    options = ["--methods", name, "--tokens", "48", "--output", tmp_path / "run"]
+    _, out, _ = run(capsys, "--image", scene, "--prompt", QUESTION, *options)
+    *table, _, last = out.splitlines()
+    (row,) = json.loads(last)["results"]
+    shown = next(line for line in table if line.startswith("visionzip"))
+    assert max(map(len, table)) <= 78
+    assert shown.split()[1:] == ["144", "48.0", "1", f"{row['prefill_ms']:.1f}", f"{row['total_ms']:.1f}", *row["text"].split()]
+
+
 def test_a_photo_is_met_with_a_note_and_a_model_that_fits(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("nanovlm_v2drop.cli.ask.physical_memory_gb", lambda: 8.0)
     Image.new("RGB", (300, 200), (90, 120, 100)).save(tmp_path / "photo.png")

@@ -133,6 +133,19 @@ def test_the_table_fits_a_terminal_and_names_the_runs(runs, capsys):
     assert fastv[4] == fastv[-1] == "-"
 
 
+def test_columns_that_do_not_fit_beside_long_names_stand_in_another_table_and_no_number_is_cut(tmp_path, capsys):
+    name = "visionzip+v2drop:share=0.5:metric=cosine"
+    plans = {"dense": rights(0, 0.9), f"{name} 48": rights(1, 0.7)}
+    folders = [write_run(tmp_path / number, plans) for number in ("one", "two")]
+    lines = said(capsys, *folders).splitlines()[2:]
+    assert max(map(len, lines)) <= 78
+    assert [line.split()[4:] for line in lines if "task" in line] == [["run", "1", "run", "2"], ["2", "-", "1"]]
+    rows = [line.split() for line in lines if line.startswith("demo  visionzip+v2drop:share")]
+    assert [len(row) for row in rows] == [4 + 2 * 3, 4 + 3]  # two scores, and the difference
+    assert rows[1][2:] == ["48", "60", "+0.0", "[+0.0,", "+0.0]"]
+    assert {cell for row in rows for cell in row if "…" in cell} == {rows[0][1]}
+
+
 def test_a_reader_that_went_away_gets_no_message(runs, capsys, monkeypatch):
     """As `| head -1`: the status is that of a program that the closed pipe ended."""
     reader, writer = os.pipe()

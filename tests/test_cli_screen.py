@@ -193,6 +193,15 @@ def test_closed_standard_streams_read_and_write_nothing(monkeypatch):
     assert sys.stdin.read() == ""
 
 
+def test_a_locale_without_box_lines_gets_question_marks_and_not_an_error(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(start, "run_mode", lambda *_: print("97.2 ± 1.9 ──"))
+    assert cli.main(["--limit", "2"]) == 0
+    sys.stdout.flush()
+    assert shown.getvalue() == b"97.2 ? 1.9 ??\n"
+
+
 def test_sigterm_is_handled_as_before_when_the_program_is_over():
     before = signal.getsignal(signal.SIGTERM)
     assert cli.main(["--list-models"]) == 0

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from types import FrameType
 
 STOPPED = 130  # exit status of a program that Ctrl-C ended
@@ -27,7 +28,7 @@ UNREAD = 141  # the same where the reader of its output went away, as `| head` d
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out a command line; returns its exit status: 0, 2 for an error told on stderr, STOPPED or UNREAD."""
     given = sys.argv[1:] if argv is None else list(argv)
-    open_closed_streams()
+    prepare_streams()
     try:
         with sigterm_as_interrupt():
             return carry_out(given)
@@ -73,11 +74,18 @@ def carry_out(argv: Sequence[str]) -> int:
     return start(arguments, argv)
 
 
-def open_closed_streams() -> None:
-    """Stand-ins for standard streams that whoever started the program has closed: nothing to read, nowhere to write."""
+def prepare_streams() -> None:
+    """Have every standard stream work, whatever the program was started with.
+
+    One that was closed has nothing to read, or leads nowhere. Where the locale has no box lines or plus-minus signs, question
+    marks stand in their place.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for as long as the program runs)
+        elif mode == "w" and isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

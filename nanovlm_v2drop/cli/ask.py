@@ -25,7 +25,7 @@ from ..processing.images import open_image
 from ..processing.prompts import Request
 from ..processing.video import UniformSampling, read_frames
 from ..report.gallery import GalleryRow, board_of, draw_gallery
-from ..report.tables import console_for, printable
+from ..report.tables import NAME_ROOM, console_for, printable
 from .arguments import DEMOS
 from .models import fitting_model, physical_memory_gb
 from .planning import output_folder, plans_for
@@ -46,8 +46,10 @@ def answer_one(arguments: argparse.Namespace, processes: Processes) -> Row:
         return run_summary(vlm, results)
     print_answers(vlm, request, results, arguments)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_gallery(board_of(vlm, request), arguments.prompt, [drawn for _, drawn in answers]).save(path)
-    print(f"kept tokens: {path}")
+    board = board_of(vlm, request)
+    draw_gallery(board, arguments.prompt, [drawn for _, drawn in answers]).save(path)
+    note = f"; not drawn, because of another shape than the first picture: {board.left_out}" if board.left_out else ""
+    print(f"kept tokens: {path}{note}")
     return {**run_summary(vlm, results), "picture": str(path)}
 
 
@@ -105,7 +107,7 @@ def print_answers(vlm: VisionLanguageModel, request: Request, rows: Sequence[Row
     if note := beyond_demo(vlm, request, arguments):
         console.print(note)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold", max_width=NAME_ROOM - 3)  # the answer needs its ten columns
     for name in ("vision\ntokens", "mean a\nlayer", "last\nlayer", "prefill\nms", "total\nms"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("answer", min_width=10)

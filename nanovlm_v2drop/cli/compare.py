@@ -6,16 +6,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
-
 from ..evaluation.bootstrap import Resampled, interval
 from ..evaluation.comparison import Comparison, compare, read_run
 from ..report.page import write_common_page
 from ..report.rows import leaves_out_zero
-from ..report.tables import console_for, plus_minus, printable, signed
+from ..report.tables import console_for, plus_minus, print_parts, signed
 
+NAMED = ("task", "method", "asked", "samples")  # columns that stand in every part of a table
 DIFFERENCES = "differences are paired by question, with 95 % intervals; * leaves out zero"
 
 
@@ -42,7 +39,7 @@ def print_comparison(folders: Sequence[Path], form: str, report: Path | None) ->
 
 def columns_of(runs: Sequence[Path]) -> list[str]:
     """task, method, asked, samples, score of run 1, and for each other run its score and the difference to run 1."""
-    names = ["task", "method", "asked", "samples", "run 1"]
+    names = [*NAMED, "run 1"]
     for number in range(2, len(runs) + 1):
         names += [f"run {number}", f"{number} - 1"]
     return names
@@ -66,14 +63,10 @@ def difference_cell(gain: tuple[float, list[float]] | None) -> str:
 
 
 def as_table(runs: Sequence[Path], comparisons: Sequence[Comparison]) -> str:
-    console = console_for(wide=len(runs) > 2)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in columns_of(runs):
-        table.add_column(name, no_wrap=name == "method", justify="left" if name in ("task", "method") else "right")
-    for comparison in comparisons:
-        table.add_row(*(Text(printable(cell)) for cell in cells_of(comparison)))
+    console, columns = console_for(wide=len(runs) > 2), columns_of(runs)
+    rows = [dict(zip(columns, cells_of(comparison), strict=True)) for comparison in comparisons]
     with console.capture() as captured:
-        console.print(table)
+        print_parts(rows, NAMED, ("task", "method"), console)
     legend = [f"run {number}: {folder}" for number, folder in enumerate(runs, 1)]
     return "\n".join([*legend, captured.get().rstrip(), DIFFERENCES])
 

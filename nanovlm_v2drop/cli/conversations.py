@@ -2,11 +2,8 @@
 
 import argparse
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
 from ..dropping import TokenDropper
 from ..dropping.budget import Budget
@@ -14,7 +11,7 @@ from ..evaluation.loading import load_model
 from ..evaluation.methods import find_methods
 from ..evaluation.plans import prompt_shape
 from ..evaluation.summary import run_summary
-from ..report.tables import console_for, printable
+from ..report.tables import GAP, console_for, print_parts, width_of
 from ..research.conversations import TURNS, dialogues_for, measure_all, rows_of
 from .planning import budgets_for
 
@@ -22,8 +19,9 @@ COLUMNS = (
     *("method", "budget", "history", *(f"Q{turn + 1}\n%" for turn in range(TURNS)), "later questions\n- re-prefill"),
     *("later questions\n- dense", "later turns\ntokens", "later turns\nms", "cache\nMB"),
 )
-PARTS = ((*range(3 + TURNS), *range(5 + TURNS, len(COLUMNS))), (0, 1, 2, 3 + TURNS, 4 + TURNS))  # for 80 columns
-UNLIMITED = 10_000  # columns, wider than any table
+NAMED = 3  # of these begin every line
+# Where one table is too wide, the differences come last: then there are two tables on 80 columns.
+NARROW = (*COLUMNS[: NAMED + TURNS], *COLUMNS[NAMED + TURNS + 2 :], *COLUMNS[NAMED + TURNS : NAMED + TURNS + 2])
 
 
 def run_conversations(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -50,26 +48,15 @@ def below_floor(
 
 
 def print_rows(title: str, rows: Sequence[dict[str, Any]], left_out: Sequence[str]) -> None:
-    """One table, or in a narrower terminal two; then what was left out."""
+    """One table, or in a narrower terminal several; then what was left out."""
     console = console_for(wide=True)
     console.print(title)
-    whole = tuple(range(len(COLUMNS)))
-    width = console.measure(table_of(rows, whole), options=console.options.update(width=UNLIMITED)).maximum
-    for columns in (whole,) if width <= console.width else PARTS:
-        console.print(table_of(rows, columns))
+    cells = [dict(zip(COLUMNS, cells_of(row), strict=True)) for row in rows]
+    fits = sum(GAP + width_of(name, itemgetter(name), cells) for name in COLUMNS) - GAP <= console.width
+    ordered = [{name: row[name] for name in (COLUMNS if fits else NARROW)} for row in cells]
+    print_parts(ordered, COLUMNS[:NAMED], ("method", "history"), console)
     if left_out:
         console.print(f"left out, because the method does not go down to this budget: {', '.join(left_out)}")
-
-
-def table_of(rows: Sequence[dict[str, Any]], columns: Sequence[int]) -> Table:
-    """The columns of COLUMNS with these numbers."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for number in columns:
-        table.add_column(COLUMNS[number], justify="left" if number in (0, 2) else "right", no_wrap=True)
-    for row in rows:
-        cells = cells_of(row)
-        table.add_row(*(Text(printable(cells[number])) for number in columns))
-    return table
 
 
 def cells_of(row: dict[str, Any]) -> list[str]:

@@ -81,7 +81,8 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
             with Image.open(opened, formats=_known_formats()) as picture:
                 yield picture
     except UnidentifiedImageError as error:
-        raise ValueError(f"cannot read {name}: it is none of {', '.join(FORMATS)}, or it is damaged") from error
+        advice = "save it as PNG or JPEG (a telephone's HEIC too)"
+        raise ValueError(f"cannot read {name}: it is none of {', '.join(FORMATS)}, or it is damaged; {advice}") from error
     except Image.DecompressionBombError as error:
         advice = "Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS."
         raise ValueError(f"cannot read {name}, it is too large: {error} {advice}") from error

@@ -46,12 +46,13 @@ class Board:
     """The pictures or frames of a prompt, as the vision tower sees them, cut into places; FRAMES_A_ROW of them side by side.
 
     `grid`: rows and columns of places. `cells`: for each vision token of the prompt the number of its place, -1 where it has
-    none: newlines, and pictures and tiles that are cut otherwise than the first.
+    none: newlines, and pictures and tiles that are cut otherwise than the first. `left_out` counts these pictures.
     """
 
     picture: Image.Image
     grid: tuple[int, int]
     cells: Sequence[int]
+    left_out: int = 0
 
     def places(self, kept: Sequence[int]) -> list[int]:
         return [self.cells[number] for number in kept if self.cells[number] >= 0]
@@ -71,7 +72,8 @@ def board_of(vlm: VisionLanguageModel, request: Request) -> Board:
     for place, panel in enumerate(alike):
         resized = panel.resize((width - line, height - line), Image.Resampling.BICUBIC)
         picture.paste(resized, (place % across * width, place // across * height))
-    return Board(picture, (down * rows, across * columns), board_cells(media, across, newlines))
+    cells = board_cells(media, across, newlines)
+    return Board(picture, (down * rows, across * columns), cells, left_out=len(panels) - len(alike))
 
 
 def newline_columns(vlm: VisionLanguageModel, medium: VisionInput) -> int:

@@ -3,6 +3,7 @@
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -135,6 +136,26 @@ def print_table(title: str, rows: Sequence[Row], columns: Columns, console: Cons
             table.add_row(*cells, style="bold" if row in bold else None)
         console.print(table)
         console.print()
+
+
+def print_parts(rows: Sequence[Mapping[str, str]], named: Sequence[str], left: Sequence[str], console: Console) -> None:
+    """Texts by the names of their columns, of which `named` begin every line and those in `left` are aligned to the left.
+
+    Columns that do not fit go into further tables. A text of `named` that is longer than NAME_ROOM is cut.
+    """
+    cells: Columns = {name: itemgetter(name) for name in rows[0]}
+    widths = {name: min(width_of(name, cells[name], rows), NAME_ROOM) for name in named}
+    room = console.width - sum(GAP + width for width in widths.values()) + GAP
+    for number, part in enumerate(fitting_parts(rows, {name: cells[name] for name in cells if name not in named}, room)):
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        for name in (*named, *part):
+            side: Any = "left" if name in left else "right"
+            table.add_column(name, no_wrap=True, justify=side, max_width=widths.get(name))
+        for row in rows:
+            table.add_row(*(Text(printable(row[name])) for name in (*named, *part)))
+        if number:
+            console.print()
+        console.print(table)
 
 
 def fitting_parts(rows: Sequence[Row], columns: Columns, room: int) -> list[Columns]:

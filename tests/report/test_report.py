@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,7 +30,15 @@ from nanovlm_v2drop.report.gallery import (
     fade_dropped,
 )
 from nanovlm_v2drop.report.results_csv import write_csv
-from nanovlm_v2drop.report.tables import WIDTH, best_rows, by_budget, print_details, print_scores, printable
+from nanovlm_v2drop.report.tables import (
+    WIDTH,
+    best_rows,
+    by_budget,
+    print_details,
+    print_parts,
+    print_scores,
+    printable,
+)
 from nanovlm_v2drop.tasks import Sample
 
 
@@ -78,6 +87,22 @@ def test_captions_of_narrow_pictures_and_long_texts_stay_inside_the_gallery():
     columns = np.split(gaps, np.flatnonzero(np.diff(gaps) > 1) + 1)
     assert sum(len(gap) >= 12 for gap in columns) == 4  # margins at both ends, and two gaps between three captions
     assert narrow.height > draw_gallery(board, "Is it there?", [GalleryRow("v2drop", "yes", rows[0].stages)]).height
+
+
+@pytest.mark.parametrize(("width", "tables"), [(80, 1), (60, 2), (48, 3)])
+def test_columns_that_do_not_fit_behind_the_named_ones_go_into_further_tables(width, tables, capsys):
+    row = {
+        "method": "divprune+v2drop:share=0.5:metric=cosine",
+        "first": "10.25",
+        "second\n%": "+0.0 [+0.0, +0.0]",
+        "third": "3",
+    }
+    print_parts([row], ("method",), ("method",), Console(width=width))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("method") for line in lines) == tables
+    cells = [cell for line in lines if line.startswith("divprune") for cell in re.split(r"\s{2,}", line.strip())]
+    assert [cell for cell in cells if not cell.startswith("divprune")] == ["10.25", "+0.0 [+0.0, +0.0]", "3"]
+    assert max(map(len, lines)) <= width
 
 
 ROW = {
