@@ -5,8 +5,8 @@
 # One expects: `load_video(..., backend="pyav")` reads a clip that PyAV decodes, whatever its container is.
 #
 # What happens: transformers takes the number of frames from the header of the container. Only some containers store it there.
-# Matroska, WebM, MPEG transport and program streams, and Flash video give 0. With 0 frames, `num_frames` is "larger than
-# total_num_frames=0", and without any option the list of frames is empty and its last element does not exist. The same H.264
+# Matroska, WebM, MPEG transport and program streams, and Flash video give 0. With 0 frames, any `num_frames` "exceeds
+# total_num_frames=0", and without an option the list of frames is empty and its last element does not exist. The same H.264
 # frames in MP4, MOV or AVI load. PyAV decodes all frames of each file.
 #
 # Why it matters: WebM is what browsers record and download, and Matroska and transport streams are what recorders write. A data
