@@ -13,6 +13,7 @@ from ..benchmark.run import build_parser, run_benchmark
 from ..dropping import PUBLISHED_SCHEDULES, DropSchedule
 from ..dropping.schedule import PAPER_LAYERS, PAPER_VISION_TOKENS
 from ..models.config import TextConfig
+from ..models.memory import trim
 from .findings import FAILS, HOLDS, OPEN, Finding
 
 LAYERS, ROUNDS = 4, 5  # four layers are the fewest with three different drop points
@@ -47,6 +48,7 @@ def cost_options(vision_tokens: int, share: float) -> list[str]:
 
 def measure_costs(vision_tokens: int, share: float) -> dict[str, dict[str, Any]]:
     """The benchmark's rows for dense and V2Drop, by method."""
+    trim()  # peak memory is that of the process, without what it has freed before
     arguments: argparse.Namespace = build_parser().parse_args(cost_options(vision_tokens, share))
     return {row["prefill"].partition("@")[0]: row for row in run_benchmark(arguments)["prefill"]}
 
