@@ -26,10 +26,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ..evaluation.machine import peak_memory_mb
 from ..loading.checkpoint import load_model
+from ..loading.files import write_safetensors
 from ..loading.precision import named_precision
 from ..models.config import TextConfig, VisionConfig, VLMConfig
 from ..models.linear import PrepackedLinear
@@ -103,7 +103,7 @@ def write_checkpoint(folder: Path, shape: TextConfig, megabytes: float, stored: 
     values = {name: torch.empty(t.shape, dtype=stored).normal_(0, 0.02, generator=generator) for name, t in state.items()}
     settings = llava_settings(smaller, TOWER, LAST_LAYER, shape.vocab_size - 1)
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(values, folder / "model.safetensors")
     with (folder / "model.safetensors").open("rb") as file:
         os.fsync(file.fileno())  # the page cache can only drop pages that are on the disk
     return (folder / "model.safetensors").stat().st_size

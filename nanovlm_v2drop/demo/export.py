@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from ..loading.files import write_safetensors
 from ..models.config import ARITHMETIC, LlavaConfig
 from ..models.vlm import LlavaModel, LlavaOnevisionModel
 from ..processing.images import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
@@ -34,8 +34,7 @@ def export_onevision(model: LlavaOnevisionModel, tokenizer: Tokenizer, output: P
 
 def write_folder(output: Path, tensors: dict[str, Tensor], tokenizer: Tokenizer, settings: dict[str, dict[str, Any]]) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, output / "model.safetensors", {"format": "pt"})
-    (output / "model.safetensors").chmod(0o644)  # the library lets nobody else read it
+    write_safetensors(tensors, output / "model.safetensors")
     tokenizer.save(str(output / "tokenizer.json"))
     for name, content in settings.items():
         (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

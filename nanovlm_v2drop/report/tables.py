@@ -4,7 +4,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -127,14 +126,7 @@ def print_table(title: str, rows: Sequence[Row], columns: Columns, console: Cons
     named = {"method": label, **budgets}
     room = console.width - min(NAME_ROOM, sum(GAP + width_of(name, cell, rows) for name, cell in named.items()) - GAP)
     for part in fitting_parts(rows, columns, room):
-        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        for name in (shown := {**named, **part}):
-            side: Any = "left" if name == "method" else "right"
-            table.add_column(name, justify=side, no_wrap=True, max_width=longest if name == "method" else None)
-        for row in rows:
-            cells = [Text(printable(cell(row))) for cell in shown.values()]
-            table.add_row(*cells, style="bold" if row in bold else None)
-        console.print(table)
+        console.print(drawn(rows, {**named, **part}, ("method",), {"method": longest}, bold))
         console.print()
 
 
@@ -146,16 +138,24 @@ def print_parts(rows: Sequence[Mapping[str, str]], named: Sequence[str], left: S
     cells: Columns = {name: itemgetter(name) for name in rows[0]}
     widths = {name: min(width_of(name, cells[name], rows), NAME_ROOM) for name in named}
     room = console.width - sum(GAP + width for width in widths.values()) + GAP
-    for number, part in enumerate(fitting_parts(rows, {name: cells[name] for name in cells if name not in named}, room)):
-        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        for name in (*named, *part):
-            side: Any = "left" if name in left else "right"
-            table.add_column(name, no_wrap=True, justify=side, max_width=widths.get(name))
-        for row in rows:
-            table.add_row(*(Text(printable(row[name])) for name in (*named, *part)))
+    others = {name: cell for name, cell in cells.items() if name not in named}
+    for number, part in enumerate(fitting_parts(rows, others, room)):
         if number:
             console.print()
-        console.print(table)
+        console.print(drawn(rows, {**{name: cells[name] for name in named}, **part}, left, widths))
+
+
+def drawn(
+    rows: Sequence[Row], columns: Columns, left: Sequence[str], widths: Mapping[str, int], bold: Sequence[Row] = ()
+) -> Table:
+    """One line a row. Columns in `left` are aligned to the left, and those in `widths` are at most so wide."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True, max_width=widths.get(name))
+    for row in rows:
+        cells = [Text(printable(cell(row))) for cell in columns.values()]
+        table.add_row(*cells, style="bold" if row in bold else None)
+    return table
 
 
 def fitting_parts(rows: Sequence[Row], columns: Columns, room: int) -> list[Columns]:

